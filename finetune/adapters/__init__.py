@@ -1,0 +1,1 @@
+"""The trainable part: expert LoRA, attaching it, adapter files and their layouts."""

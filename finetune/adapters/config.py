@@ -1,0 +1,192 @@
+"""The PEFT configuration of our adapters, and how it is written so that stock PEFT loads the folder.
+
+Live and on disk differ in how targets are spelled, because stock PEFT wraps parameters where we wrap modules:
+
+    live target_modules        on disk
+    experts                    target_parameters: mlp.experts.gate_up_proj, mlp.experts.down_proj (those targeted)
+    model.layers.3.mlp.experts target_parameters: model.layers.3.mlp.experts.gate_up_proj, ...
+    mlp.gate_proj (in a MoE)   target_parameters: mlp.gate_proj.weight
+    q_proj, ...                target_modules: q_proj, ...
+
+Stock PEFT refuses dropout on parameters, so with any of them lora_dropout is 0 on disk; the sidecar has the true rates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from finetune.adapters.expert_lora import LoraExperts
+from finetune.adapters.files import FORMAT_VERSION, SIDECAR, read_sidecar
+from finetune.adapters.stock_config import ADAPTER_CONFIG, read_json_object
+from finetune.errors import AdapterError, Problem
+from finetune.models.files import write_json_atomic
+from finetune.models.qwen3 import EXPERT_PROJECTIONS, EXPERTS, MLP, expert_bank_class, layer_index
+from finetune.routing.plan import ExpertPlan
+
+_BANK_PARAMETER = re.compile(rf"(?:(?P<bank>.*\b{EXPERTS})\.)?(?P<projection>{'|'.join(EXPERT_PROJECTIONS)})")
+_DENSE_PARAMETER = re.compile(rf"(?:.*\.)?{MLP}\.\w+_proj\.weight")
+
+
+class DenseMlpTarget(str):
+    """`mlp.gate_proj` and its like as targets in a mixture-of-experts model, where they mean its dense layers.
+
+    PEFT takes every target of a Qwen3-MoE that ends in `.gate_proj` for a fused expert parameter of an older
+    transformers and rewrites it. It asks the string, and this one says no.
+    """
+
+    __slots__ = ()
+
+    def endswith(self, *args: Any) -> bool:
+        """False, whatever the suffix."""
+        return False
+
+
+@dataclass
+class ExpertLoraConfig(LoraConfig):  # type: ignore[misc]
+    """LoraConfig that knows expert banks.
+
+    expert_targets: projections of the bank that get factors.
+    expert_plan: which experts; all of the targeted layers when None.
+    expert_dropout: rate on the input of the experts' factors.
+    section: the recipe's adapter section this came from, for the record.
+    base_fingerprint: see `models.checkpoint.base_fingerprint`; None when the base is not on disk.
+
+    rank_pattern and alpha_pattern match `...mlp.experts.gate_up_proj` and `...down_proj`, as stock PEFT's do.
+    """
+
+    expert_targets: tuple[str, ...] = ()
+    expert_plan: ExpertPlan | None = None
+    expert_dropout: float = 0.0
+    section: dict[str, Any] | None = field(default=None)
+    base_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.expert_plan, dict):
+            self.expert_plan = ExpertPlan(**self.expert_plan)
+        self.expert_targets = tuple(self.expert_targets)
+        if isinstance(self.target_modules, set):
+            prefix = f"{MLP}."
+            self.target_modules = {
+                DenseMlpTarget(t) if t.startswith(prefix) and t != EXPERTS else t for t in self.target_modules
+            }
+        if self.init_lora_weights not in (True, False):
+            hint = "leave init_lora_weights at True"
+            raise AdapterError(
+                Problem("init_lora_weights", "is not supported with experts", hint, self.init_lora_weights)
+            )
+        self._register_custom_module({expert_bank_class(): LoraExperts})
+
+    def rank_and_alpha(self, key: str) -> tuple[int, float]:
+        """Rank and alpha of a module or bank parameter by its full name, matched as PEFT does."""
+        rank_key = get_pattern_key(self.rank_pattern.keys(), key)
+        alpha_key = get_pattern_key(self.alpha_pattern.keys(), key)
+        return self.rank_pattern.get(rank_key, self.r), self.alpha_pattern.get(alpha_key, self.lora_alpha)
+
+    def experts_of(self, module_name: str, num_experts: int) -> tuple[int, ...]:
+        """Experts of a layer's bank that get factors. Raises AdapterError when the plan is for another model."""
+        if self.expert_plan is None:
+            return tuple(range(num_experts))
+        if self.expert_plan.num_experts != num_experts:
+            hint = "make the plan with this model"
+            what = f"has {num_experts} experts, but the expert plan is for {self.expert_plan.num_experts}"
+            raise AdapterError(Problem(module_name, what, hint))
+        experts = self.expert_plan.experts_by_layer.get(layer_index(module_name))
+        if experts is None:
+            raise AdapterError(Problem(module_name, "is targeted but not in the expert plan", "target its layers only"))
+        return experts
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json as stock PEFT reads it, and the sidecar."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in self.to_dict().items()}
+        for ours in _OUR_FIELDS:
+            del content[ours]
+        targets = self.target_modules
+        if isinstance(targets, set):
+            parameters = [p for target in targets for p in self._parameters_of(target)]
+            content["target_modules"] = sorted(t for t in targets if not self._parameters_of(t))
+            content["target_parameters"] = sorted(parameters) or None
+            if parameters:
+                content["lora_dropout"] = 0.0
+        if kwargs.get("auto_mapping_dict") is not None:
+            content["auto_mapping"] = kwargs["auto_mapping_dict"]
+        write_json_atomic(folder / ADAPTER_CONFIG, dict(sorted(content.items())))
+        write_json_atomic(folder / SIDECAR, self._sidecar())
+
+    def _parameters_of(self, target: str) -> list[str]:
+        """What stock PEFT has to wrap as parameters for one of our target modules; nothing for plain modules."""
+        if target == "experts" or str.endswith(target, EXPERTS):
+            bank = EXPERTS if target == "experts" else target
+            return [f"{bank}.{projection}" for projection in self.expert_targets]
+        return [f"{target}.weight"] if isinstance(target, DenseMlpTarget) else []
+
+    def _sidecar(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model_name_or_path,
+            "base_fingerprint": self.base_fingerprint,
+            "dropout": self.lora_dropout,
+            "expert_dropout": self.expert_dropout,
+            "experts": None if self.expert_plan is None else self.expert_plan.to_dict(),
+            "adapter": self.section,
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ExpertLoraConfig:
+        """The configuration of a saved adapter, stock PEFT's too. Without the sidecar: all experts, no dropout.
+
+        Raises AdapterError for settings we do not host.
+        """
+        folder = Path(folder)
+        content = read_json_object(folder / ADAPTER_CONFIG)
+        known = {f.name for f in fields(LoraConfig)} - {"peft_type", "runtime_config"}
+        options = {name: value for name, value in content.items() if name in known}
+        modules, experts = _live_targets(folder, options.pop("target_parameters", None) or ())
+        if modules:
+            named = options.get("target_modules") or []
+            if isinstance(named, str):
+                hint = "give target_modules as a list"
+                raise AdapterError(Problem(str(folder), "targets experts and modules by a pattern", hint, named))
+            options["target_modules"] = [*named, *modules]
+        sidecar = read_sidecar(folder) or {}
+        if sidecar.get("experts") is not None:
+            options["expert_plan"] = ExpertPlan.from_dict(sidecar["experts"])
+        if "dropout" in sidecar:
+            options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar["expert_dropout"]
+        options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
+        return cls(**options, expert_targets=experts)
+
+
+_OUR_FIELDS = tuple({f.name for f in fields(ExpertLoraConfig)} - {f.name for f in fields(LoraConfig)})
+
+
+def _live_targets(folder: Path, parameters: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Our target modules and expert projections for stock PEFT's target_parameters."""
+    modules: dict[str, set[str]] = {}
+    problems = []
+    for parameter in sorted(parameters):
+        if match := _BANK_PARAMETER.fullmatch(parameter):
+            bank = match["bank"] or EXPERTS
+            modules.setdefault("experts" if bank == EXPERTS else bank, set()).add(match["projection"])
+        elif _DENSE_PARAMETER.fullmatch(parameter):
+            modules.setdefault(parameter.removesuffix(".weight"), set())
+        else:
+            hint = "only experts' and dense MLPs' projections are hosted"
+            problems.append(Problem(str(folder), "targets a parameter we do not know", hint, parameter))
+    projections = {frozenset(p) for p in modules.values() if p}
+    if len(projections) > 1:
+        hint = "adapt the same projections in every layer"
+        problems.append(Problem(str(folder), "targets other expert projections in some layers than in others", hint))
+    if problems:
+        raise AdapterError(*problems)
+    chosen = next(iter(projections), frozenset())
+    return list(modules), tuple(p for p in EXPERT_PROJECTIONS if p in chosen)

@@ -1,0 +1,176 @@
+"""Adapter folders on disk: the standard PEFT layout, plus one sidecar of ours.
+
+    adapter_config.json          PEFT's settings: targets, rank, alpha
+    adapter_model.safetensors    the factors, in the packing of `layouts`
+    finetune_adapter.json        format version, expert plan, fingerprint of the base (optional)
+
+`AdapterFiles` says which factors change which tensor of a hub checkpoint, and reads them one pair at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.adapters.layouts import ExpertBanks, pack_a, pack_b, unpack_a, unpack_b
+from finetune.adapters.pairs import Pair, read_pairs
+from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
+from finetune.errors import AdapterError, Problem
+from finetune.models.files import write_json_atomic
+from finetune.models.tensor_file import TensorFile
+
+__all__ = [
+    "FORMAT_VERSION",
+    "SIDECAR",
+    "WEIGHTS",
+    "AdapterFiles",
+    "LowRank",
+    "Pair",
+    "pack_a",
+    "pack_b",
+    "read_sidecar",
+    "unpack_a",
+    "unpack_b",
+    "write_sidecar",
+]
+
+SIDECAR = "finetune_adapter.json"
+FORMAT_VERSION = 1
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one weight: scale * b @ a, with a (R, in) and b (out, R) in float32."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the weight stays as it is."""
+        return not bool(self.b.any()) or not bool(self.a.any()) or self.scale == 0.0
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A saved adapter, checked, with its tensors still on disk.
+
+    pairs: hub weight name -> the factors that change it.  num_experts: per fused bank (`...mlp.experts`) the number of
+    experts it was made for.  sidecar: content of finetune_adapter.json, None for adapters made elsewhere.
+    """
+
+    path: Path
+    config: StockConfig
+    sidecar: dict[str, Any] | None
+    file: TensorFile
+    pairs: dict[str, Pair]
+    num_experts: dict[str, int]
+    _banks: ExpertBanks = field(repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> AdapterFiles:
+        """Reads and checks settings, names, shapes and values (finite). Raises AdapterError with every problem."""
+        path = Path(path)
+        if not path.is_dir():
+            raise AdapterError(Problem(str(path), "is not a folder", "give the folder of a saved adapter"))
+        if not (path / ADAPTER_CONFIG).exists() and (path / "adapter" / ADAPTER_CONFIG).exists():
+            raise AdapterError(Problem(str(path), "is a run, not an adapter", f"give {path / 'adapter'}"))
+        config = StockConfig.open(path)
+        sidecar = read_sidecar(path)
+        file = _open_weights(path)
+        pairs = read_pairs(config, file, ours=sidecar is not None)
+        _check_values(file)
+        return cls(path, config, sidecar, file, pairs.by_weight, pairs.num_experts, ExpertBanks(file))
+
+    @property
+    def base_model(self) -> str | None:
+        """Folder or hub name of the base model the adapter was trained on."""
+        return self.config.base_model
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """`models.checkpoint.base_fingerprint` of that base, where it was known."""
+        return (self.sidecar or {}).get("base_fingerprint")
+
+    def read(self, name: str) -> LowRank:
+        """The factors of one hub weight, in float32."""
+        pair = self.pairs[name]
+        if pair.expert is None:
+            return LowRank(self.file.read(pair.a_name).float(), self.file.read(pair.b_name).float(), pair.scale)
+        rows = slice(pair.expert * pair.rank, (pair.expert + 1) * pair.rank)
+        a_RI = self.file.read(pair.a_name, rows).float()
+        b_EOR = self._banks.read_b(pair.b_name, pair.rank)
+        index, parts = pair.part
+        height = b_EOR.shape[1] // parts
+        return LowRank(a_RI, b_EOR[pair.expert, index * height : (index + 1) * height].float(), pair.scale)
+
+    def missing(self, base_weights: Iterable[str]) -> list[str]:
+        """Weights of a base that the settings target but the file has no factors for."""
+        per_expert = any(pair.expert is None and ".mlp.experts." in name for name, pair in self.pairs.items())
+        lost = []
+        for name in base_weights:
+            module = name.removesuffix(".weight")
+            bank, _, rest = module.partition(".mlp.experts.")
+            if rest and not per_expert:
+                leaf = "down_proj" if rest.endswith("down_proj") else "gate_up_proj"
+                wanted = self.config.targets_parameter(f"{bank}.mlp.experts.{leaf}")
+            else:
+                wanted = self.config.targets_module(module) or self.config.targets_parameter(name)
+            if wanted and name not in self.pairs and name.endswith(("_proj.weight", ".gate.weight", "lm_head.weight")):
+                lost.append(name)
+        return lost
+
+
+def read_sidecar(path: str | Path) -> dict[str, Any] | None:
+    """Content of an adapter folder's sidecar, None without one. Raises AdapterError for a format we do not know."""
+    file = Path(path) / SIDECAR
+    if not file.exists():
+        return None
+    content = read_json_object(file)
+    if content.get("format_version") != FORMAT_VERSION:
+        hint = f"this version reads format {FORMAT_VERSION}; install the version of finetune-moe that saved it"
+        raise AdapterError(Problem(f"{file}: format_version", "is not known", hint, content.get("format_version")))
+    return content
+
+
+def write_sidecar(
+    path: str | Path, *, experts: dict[str, Any] | None = None, base_fingerprint: str | None = None
+) -> None:
+    """Writes the sidecar into an adapter folder.
+
+    experts: `ExpertPlan.to_dict()`.  base_fingerprint: see `models.checkpoint.base_fingerprint`.
+    """
+    content = {"format_version": FORMAT_VERSION, "experts": experts, "base_fingerprint": base_fingerprint}
+    write_json_atomic(Path(path) / SIDECAR, content)
+
+
+def _open_weights(path: Path) -> TensorFile:
+    file = path / WEIGHTS
+    if file.is_file():
+        return TensorFile.open(file, error=AdapterError)
+    if (path / "adapter_model.bin").exists():
+        hint = "load and save it with PEFT's safe_serialization; pickles can run code"
+        raise AdapterError(Problem(str(path), "has its weights as a pickle only", hint))
+    raise AdapterError(Problem(str(file), "is missing", "give the folder of a saved adapter"))
+
+
+def _check_values(file: TensorFile, rows_bytes: int = 2**24) -> None:
+    """Every value is finite; reads the file once, in pieces."""
+    problems = []
+    for name, info in file.tensors.items():
+        step = max(1, rows_bytes * info.shape[0] // info.num_bytes)
+        for start in range(0, info.shape[0], step):
+            low, high = torch.aminmax(file.read(name, slice(start, start + step)))
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                hint = "the run that made it diverged, or the file is damaged"
+                problems.append(Problem(f"{file.path}: {name}", "has values that are not finite", hint))
+                break
+    if problems:
+        raise AdapterError(*problems)

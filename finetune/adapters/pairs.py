@@ -1,0 +1,199 @@
+"""Which tensors of an adapter's file change which weight of a hub checkpoint, by names and shapes alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.adapters.stock_config import StockConfig
+from finetune.errors import AdapterError, Problem
+from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_BANK = re.compile(r"(?P<experts>(?:.+\.)?mlp\.experts)(?P<inner>\.base_layer)?")
+_FIRST_PACKING = (0, 19)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where the factors of one hub weight lie in the adapter's file.
+
+    shape: (out, in) of the weight.  expert: index in a fused bank, None for a plain module.  part: which part of the
+    rows of B it is, and of how many (gate is 0 of 2, up is 1 of 2).
+    """
+
+    a_name: str
+    b_name: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    expert: int | None = None
+    part: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Every pair of a file by hub weight name, and per fused bank (`...mlp.experts`) its number of experts."""
+
+    by_weight: dict[str, Pair]
+    num_experts: dict[str, int]
+
+
+def read_pairs(config: StockConfig, file: TensorFile, *, ours: bool) -> Pairs:
+    """Assigns every tensor of the file to weights, each exactly once. Raises AdapterError with every problem.
+
+    ours: the adapter was saved here, so its packing is known whatever the settings say about PEFT's version.
+    """
+    reader = _PairReader(config, file)
+    reader.read()
+    if reader.num_experts and not ours:
+        reader.check_packing_version()
+    reader.check_leftovers()
+    if reader.problems:
+        raise AdapterError(*reader.problems)
+    return Pairs(reader.pairs, reader.num_experts)
+
+
+class _PairReader:
+    """Turns tensor names and shapes into pairs; collects problems instead of stopping at the first."""
+
+    def __init__(self, config: StockConfig, file: TensorFile) -> None:
+        self.config, self.file = config, file
+        self.pairs: dict[str, Pair] = {}
+        self.num_experts: dict[str, int] = {}
+        self.consumed: set[str] = set()
+        self.problems: list[Problem] = []
+
+    def read(self) -> None:
+        modules: dict[str, dict[str, str]] = {}
+        for name in self.file.tensors:
+            if match := _KEY.fullmatch(name):
+                modules.setdefault(match["module"], {})[match["side"]] = name
+            else:
+                self._refuse(name, *_why_unknown(name))
+        for module, sides in modules.items():
+            if len(sides) == 2:
+                self._read_module(module, sides["A"], sides["B"], modules)
+            else:
+                present, absent = ("A", "B") if "A" in sides else ("B", "A")
+                self._refuse(sides[present], f"has no lora_{absent} beside it", "the file is incomplete: save it again")
+
+    def check_leftovers(self) -> None:
+        """After everything else: a tensor that changes nothing, and was not refused already, is a bug or a surprise."""
+        if not self.file.tensors:
+            self._refuse("no tensor", "the file holds no factors", "save the adapter again")
+        if not self.problems:
+            for name in sorted(set(self.file.tensors) - self.consumed):
+                self._refuse(name, "changes no weight", "remove it, or save the adapter again")
+
+    def check_packing_version(self) -> None:
+        """PEFT packed experts differently before 0.19: in and out swapped. Only the version tells."""
+        version = re.match(r"(\d+)\.(\d+)", self.config.peft_version or "")
+        if version is None or (int(version[1]), int(version[2])) < _FIRST_PACKING:
+            hint = "load it with the PEFT that made it and save it with PEFT 0.19 or later"
+            what = "the packing of the expert factors is not known to be that of PEFT 0.19 and later"
+            self.problems.append(Problem(f"{self.config.path}: peft_version", what, hint, self.config.peft_version))
+
+    def _read_module(self, module: str, a_name: str, b_name: str, modules: dict[str, Any]) -> None:
+        a, b = self.file.tensors[a_name], self.file.tensors[b_name]
+        if not self._check_factors(a_name, a, b_name, b):
+            return
+        bank = _BANK.fullmatch(module)
+        if bank is None:
+            self._read_linear(module, a_name, b_name)
+            return
+        parameter = self._fused_parameter(module, bank, modules)
+        if parameter is not None:
+            self._read_bank(bank["experts"], parameter, a_name, b_name)
+
+    def _check_factors(self, a_name: str, a: TensorInfo, b_name: str, b: TensorInfo) -> bool:
+        before = len(self.problems)
+        for name, info in ((a_name, a), (b_name, b)):
+            if info.dtype not in WEIGHT_DTYPES:
+                self._refuse(
+                    name, f"is {info.dtype}, which factors never are", "save the adapter as float32 or bfloat16"
+                )
+            if len(info.shape) != 2 or 0 in info.shape:
+                self._refuse(name, f"is not a matrix: {list(info.shape)}", "save the adapter again")
+        if len(self.problems) == before and a.shape[0] != b.shape[1]:
+            what = f"has {b.shape[1]} columns but its lora_A has {a.shape[0]} rows"
+            self._refuse(b_name, what, "the two come from different adapters: save it again")
+        return len(self.problems) == before
+
+    def _read_linear(self, module: str, a_name: str, b_name: str) -> None:
+        a, b = self.file.tensors[a_name], self.file.tensors[b_name]
+        rank = self.config.rank_of(module)
+        if module.endswith(".base_layer") or ".base_layer." in module:
+            self._refuse(a_name, "is a wrapped layer inside a wrapped layer", "only expert banks nest: save it again")
+        elif a.shape[0] != rank:
+            self._refuse(a_name, f"has rank {a.shape[0]} but adapter_config.json says {rank}", _RANK_HINT)
+        else:
+            shape = (b.shape[0], a.shape[1])
+            self._add(f"{module}.weight", Pair(a_name, b_name, shape, rank, self.config.scale_of(module)))
+            self.consumed |= {a_name, b_name}
+
+    def _fused_parameter(self, module: str, bank: re.Match[str], modules: dict[str, Any]) -> str | None:
+        """Which parameter the factors of `...mlp.experts[.base_layer]` belong to, by target_parameters alone."""
+        experts = bank["experts"]
+        levels = [level for level in (experts, f"{experts}.base_layer") if level in modules]
+        targets = [name for name in ("gate_up_proj", "down_proj") if self.config.targets_parameter(f"{experts}.{name}")]
+        if len(levels) == len(targets) == 2:
+            return targets[0] if bank["inner"] else targets[1]
+        if len(levels) == len(targets) == 1 and not bank["inner"]:
+            return targets[0]
+        found = ", ".join(level.rsplit(".", 1)[-1] for level in levels)
+        what = f"lies in {found} of its expert bank, but target_parameters names {' and '.join(targets) or 'neither'}"
+        self._refuse(f"base_model.model.{module}.lora_A.weight", what, "the file or its settings are incomplete")
+        return None
+
+    def _read_bank(self, experts: str, parameter: str, a_name: str, b_name: str) -> None:
+        a, b = self.file.tensors[a_name], self.file.tensors[b_name]
+        key = f"{experts}.{parameter}"
+        rank, scale = self.config.rank_of(key), self.config.scale_of(key)
+        num_experts, rest = divmod(a.shape[0], rank)
+        if rest:
+            self._refuse(a_name, f"has {a.shape[0]} rows, which is no multiple of rank {rank}", _RANK_HINT)
+            return
+        known = self.num_experts.setdefault(experts, num_experts)
+        if num_experts != known:
+            what = f"is for {num_experts} experts, but the other factors of the bank are for {known}"
+            self._refuse(a_name, what, _RANK_HINT)
+            return
+        parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("down_proj",)
+        height, odd = divmod(b.shape[0], len(parts))
+        if odd:
+            self._refuse(b_name, f"has {b.shape[0]} rows, which is not gate and up of one size", "save it again")
+            return
+        for expert in range(num_experts):
+            for index, part in enumerate(parts):
+                shape = (height, a.shape[1])
+                pair = Pair(a_name, b_name, shape, rank, scale, expert, (index, len(parts)))
+                self._add(f"{experts}.{expert}.{part}.weight", pair)
+        self.consumed |= {a_name, b_name}
+
+    def _add(self, name: str, pair: Pair) -> None:
+        if name in self.pairs:
+            self._refuse(
+                pair.a_name, f"changes {name}, which {self.pairs[name].a_name} changes too", "keep one of them"
+            )
+        self.pairs[name] = pair
+
+    def _refuse(self, name: str, what: str, hint: str) -> None:
+        self.problems.append(Problem(f"{self.file.path}: {name}", what, hint))
+
+
+_RANK_HINT = "adapter_config.json (r, rank_pattern) and the weights do not belong together, or the weights are cut"
+
+
+def _why_unknown(name: str) -> tuple[str, str]:
+    reasons = {
+        "lora_embedding_": "trains token embeddings",
+        "lora_magnitude_vector": "is a DoRA magnitude",
+        "modules_to_save": "is a whole module saved beside the factors",
+        ".bias": "is a bias",
+    }
+    for part, reason in reasons.items():
+        if part in name:
+            return f"{reason}, which cannot be read", "train or convert the adapter without it"
+    return "is not a tensor of a PEFT LoRA adapter", "remove it, or save the adapter with save_pretrained"

@@ -1,0 +1,221 @@
+"""The command line. Each command reads its arguments, takes one walk of `pipeline` and prints what came of it.
+
+Imports that take time are inside the commands, so that `--help` and `check` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="finetune",
+    help="Fine-tune Qwen3 and its mixture-of-experts models with LoRA: recipe -> train -> merge -> verify -> chat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe, see recipes/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=50")]
+AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="folder of an adapter, such as RUN/adapter")]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL_OR_ADAPTER", help="a model or adapter folder, or a hub name")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
+BasePath = Annotated[Path | None, typer.Option("--base", help="base model; where the adapter says it is, by default")]
+
+
+@app.callback(epilog="Any command takes --debug, which shows the traceback of an error.")
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
+    if version:
+        from finetune import __version__
+
+        typer.echo(f"finetune {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a recipe; loads no model."""
+    from finetune.config.load import load_recipe
+    from finetune.config.summary import summarize
+
+    summary = summarize(load_recipe(recipe, *(overrides or ())))
+    if as_json:
+        _print_json(summary)
+    else:
+        _print_facts(f"{recipe} is valid", summary)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes."""
+    from finetune.config.json_schema import recipe_json_schema
+
+    _print_json(recipe_json_schema())
+
+
+@app.command()
+def prepare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="rows to print, loss-carrying tokens marked")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as tokens, and which carry loss."""
+    from finetune import pipeline
+    from finetune.config.load import load_recipe
+    from finetune.data.show import render_rows
+
+    prepared, tokenizer = pipeline.prepare(load_recipe(recipe, *(overrides or ())))
+    if as_json:
+        _print_json(prepared.report.to_dict())
+        return
+    console = _console()
+    if show:
+        console.print(render_rows(prepared.train, tokenizer, show, color=console.is_terminal), soft_wrap=True)
+    console.print(prepared.report.render())
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest complete checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="remove the run that is in the folder")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter."""
+    from finetune.config.load import load_recipe
+
+    checked = load_recipe(recipe, *(overrides or ()))
+
+    from finetune import pipeline
+
+    console = _console(stderr=as_json)
+    try:
+        run = pipeline.train(checked, resume=resume, overwrite=overwrite, console=console)
+    except KeyboardInterrupt:
+        typer.echo(f"\ninterrupted; continue with: finetune train {recipe} --resume", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        _print_json(run.summary)
+    else:
+        _print_facts("trained", run.summary)
+        console.print(f"\nnext: finetune merge {run.adapter} --output {run.path / 'merged'}", soft_wrap=True)
+
+
+@app.command()
+def merge(
+    adapter: AdapterPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
+    base: BasePath = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; as the base by default")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base model."""
+    from finetune import pipeline
+    from finetune.export.show import render_merge
+
+    console = _console(stderr=as_json)
+    report = pipeline.merge(adapter, output, base=base, dtype=_merge_dtype(dtype), console=console)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        console.print(render_merge(report))
+        console.print(f"\nnext: finetune verify {adapter} {output}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    adapter: AdapterPath,
+    merged: Annotated[Path, typer.Argument(metavar="MERGED", help="the folder merge made")],
+    base: BasePath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that merged = base + adapter."""
+    from finetune import pipeline
+    from finetune.export.show import render_verify
+
+    report = pipeline.verify(adapter, merged, base=base)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _console().print(render_verify(report))
+
+
+@app.command()
+def chat(
+    path: ModelPath,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="answer this and exit")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
+    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="reason before answering")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="tokens of one reply at most")] = 512,
+    temperature: Annotated[float | None, typer.Option("--temperature", min=0.0, help="0 is greedy")] = None,
+) -> None:
+    """Talk to a model or an adapter."""
+    from finetune import pipeline
+    from finetune.models.generation import Generation
+
+    pipeline.chat(path, Generation(thinking, max_new_tokens, temperature), prompt, system, _console())
+
+
+@app.command(name="eval")
+def evaluate(
+    path: ModelPath,
+    data: Annotated[list[str], typer.Option("--data", help="file with rows; may be given several times")],
+    template: Annotated[str, typer.Option("--template", help="data template of the files")] = "chat",
+    by: Annotated[str | None, typer.Option("--by", help="also report per value of this field of the rows")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="rows of each file at most")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Exact match and loss on files of rows."""
+    from finetune import pipeline
+
+    result = pipeline.evaluate(path, data, template=template, by=by, limit=limit)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _console().print(result.render())
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_facts(title: str, facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _plain(value))
+    _console().print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _merge_dtype(text: str | None) -> str | None:
+    allowed = ("bf16", "fp16", "fp32")
+    if text is not None and text not in allowed:
+        raise typer.BadParameter(f"{text!r} is none of {', '.join(allowed)}", param_hint="--dtype")
+    return text

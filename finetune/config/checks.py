@@ -1,0 +1,155 @@
+"""What the schema alone cannot say: fields that contradict one another, and features that are not available yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os.path import normpath
+
+from finetune.config.fields import kind_at
+from finetune.config.files import find_in_files
+from finetune.config.findings import FieldPath, Finding, Places
+from finetune.config.schema import Recipe
+from finetune.errors import RecipeError
+
+NOT_BUILT_YET: dict[FieldPath, str] = {
+    ("quantize", "scheme"): "4-bit and 8-bit storage of the frozen weights",
+    ("experts", "score"): "scoring experts by anything but tokens",
+    ("experts", "select"): "training a part of the experts",
+    ("experts", "against"): "comparing with a profile of general data",
+    ("experts", "mode"): "training the experts' own weights",
+    ("router", "train"): "training the router",
+    ("router", "aux_loss"): "the load-balance loss",
+    ("router", "z_loss"): "the router z-loss",
+    ("router", "kl_to_base"): "the KL loss to the base model's routing",
+}
+"""Fields of which only the default is available, and what any other value would need."""
+
+
+def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
+    """Check what one recipe says as a whole, what is available, and the local files it names.
+
+    `load_recipe` does this already; recipes made in Python need it. Raises RecipeError with every problem.
+    """
+    findings = [*text_findings(recipe), *file_findings(recipe)]
+    if findings:
+        raise RecipeError(*Places(source, {}, {}).problems(findings))
+
+
+def text_findings(recipe: Recipe) -> list[Finding]:
+    """Contradictions between fields."""
+    checks = (_adapter, _experts, _precision, _quantize, _data)
+    return [finding for check in checks for finding in check(recipe)]
+
+
+def file_findings(recipe: Recipe) -> list[Finding]:
+    """What depends on this installation: features that are not available yet, and local files."""
+    return [*_not_built(recipe), *find_in_files(recipe)]
+
+
+def _not_built(recipe: Recipe) -> Iterator[Finding]:
+    for path, feature in NOT_BUILT_YET.items():
+        section, name = path
+        value, kind = getattr(getattr(recipe, str(section)), str(name)), kind_at(path)
+        assert kind is not None
+        assert kind.field is not None
+        default = kind.field.default
+        if value != default:
+            shown = "null" if default is None else default
+            got = value.model_dump(exclude_none=True) if hasattr(value, "model_dump") else value
+            hint = f"remove the line, or write {name}: {shown}, the only value this version can run"
+            yield Finding(path, f"is not available yet: {feature}", hint, got)
+
+
+def _clash(path: FieldPath | str, what: str, hint: str, *others: FieldPath | str) -> Finding:
+    """A contradiction, told at `path`, between it and `others`; paths are keys, or dotted."""
+    return Finding(_keys(path), what, hint, with_paths=tuple(_keys(other) for other in others))
+
+
+def _keys(path: FieldPath | str) -> FieldPath:
+    return tuple(path.split(".")) if isinstance(path, str) else path
+
+
+def _adapter(recipe: Recipe) -> Iterator[Finding]:
+    adapter = recipe.adapter
+    for name in ("expert_rank", "expert_alpha", "expert_dropout"):
+        if getattr(adapter, name) is not None and not adapter.experts:
+            yield _clash(
+                f"adapter.{name}",
+                "is given, but adapter.experts is empty",
+                "write experts: [gate_up_proj, down_proj] to train the experts, or remove the line",
+                "adapter.experts",
+            )
+
+
+def _experts(recipe: Recipe) -> Iterator[Finding]:
+    experts = recipe.experts
+    if experts.select is not None and experts.mode == "lora" and not recipe.adapter.experts:
+        hint = "write adapter.experts: [gate_up_proj, down_proj], or remove experts.select"
+        yield _clash("experts.select", "chooses experts, but adapter.experts is empty", hint, "adapter.experts")
+    if experts.score == "contrast" and experts.against is None:
+        hint = "name the routing profile to contrast with: against: general/routing.json"
+        yield _clash("experts.score", "is contrast, but experts.against is missing", hint, "experts.against")
+    if experts.against is not None and experts.score != "contrast":
+        yield _clash(
+            "experts.against", "is only read with score: contrast", "set the score, or remove the line", "experts.score"
+        )
+
+
+def _precision(recipe: Recipe) -> Iterator[Finding]:
+    dtype, precision = recipe.model.dtype, recipe.train.precision
+    if precision == "bf16" and dtype == "float16":
+        hint = "write dtype: bfloat16, or float32"
+        yield _clash("model.dtype", "is float16, but train.precision is bf16", hint, "train.precision")
+    if precision == "fp32" and dtype != "float32":
+        hint = "write model.dtype: float32, or train.precision: bf16"
+        yield _clash("train.precision", f"is fp32, but model.dtype is {dtype}", hint, "model.dtype")
+    if precision == "fp32" and recipe.model.attention_implementation == "flash_attention_2":
+        yield _clash(
+            "model.attention_implementation",
+            "needs 16 bits, but train.precision is fp32",
+            "write attention_implementation: sdpa, or train.precision: bf16",
+            "train.precision",
+        )
+
+
+def _quantize(recipe: Recipe) -> Iterator[Finding]:
+    quantize, compute = recipe.quantize, {"bf16": "bfloat16", "fp32": "float32"}[recipe.train.precision]
+    if quantize.scheme == "none":
+        return
+    if not (quantize.attention or quantize.experts):
+        yield _clash(
+            "quantize.scheme",
+            f"is {quantize.scheme}, but neither attention nor experts are quantized",
+            "set quantize.experts: true, or scheme: none",
+            "quantize.attention",
+        )
+    if quantize.compute_dtype != compute:
+        yield _clash(
+            "quantize.compute_dtype",
+            f"is {quantize.compute_dtype}, but train.precision is {recipe.train.precision}",
+            f"write compute_dtype: {compute}",
+            "train.precision",
+        )
+
+
+def _data(recipe: Recipe) -> Iterator[Finding]:
+    data, train = recipe.data, recipe.train
+    if data.eval and data.eval_fraction:
+        hint = "keep one: files to evaluate on, or a share of the training rows"
+        yield _clash("data.eval_fraction", "is given, and so is data.eval", hint, "data.eval")
+    if data.packing and train.batch_size > 1:
+        hint = (
+            f"write batch_size: 1 and gradient_accumulation: {train.gradient_accumulation * train.batch_size}; "
+            "blocks of one batch are joined, and attention memory grows with the square of their length"
+        )
+        yield _clash("train.batch_size", "must be 1 with data.packing", hint, "data.packing")
+    if train.eval_every is not None and not (data.eval or data.eval_fraction):
+        hint = "name held-out files in data.eval, or hold out a share: data.eval_fraction: 0.02"
+        yield _clash("train.eval_every", "is given, but there is nothing to evaluate on", hint, "data.eval")
+    trained = {(normpath(file.path), file.split): index for index, file in enumerate(data.train)}
+    for index, file in enumerate(data.eval):
+        twin = trained.get((normpath(file.path), file.split))
+        if twin is not None:
+            hint = "evaluate on rows that are not trained on; eval_fraction holds some out"
+            what = f"is data.train.{twin} as well"
+            yield _clash(("data", "eval", index, "path"), what, hint, ("data", "train", twin, "path"))

@@ -1,0 +1,191 @@
+"""Local files that a recipe names: whether they are there, and whether the model's config.json fits the targets."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from finetune.config.advice import close_to, sentence
+from finetune.config.findings import FieldPath, Finding
+from finetune.config.model_shape import ModelShape, read_model_shape
+from finetune.config.schema import DataFile, Recipe
+from finetune.errors import ModelError
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar")
+TEMPLATE_FOLDERS = (Path(__file__).parents[1] / "data_templates", Path(__file__).parents[2] / "data_templates")
+_HUB_NAME = re.compile(r"[A-Za-z0-9](?:[\w-]|\.(?!\.))*(?:/[A-Za-z0-9](?:[\w-]|\.(?!\.))*)?", re.ASCII)
+
+
+def find_in_files(recipe: Recipe) -> Iterator[Finding]:
+    """What is wrong with the files and folders that `recipe` names."""
+    yield from _model(recipe)
+    yield from _expert_files(recipe)
+    yield from _templates(recipe)
+    for name in ("train", "eval"):
+        for index, file in enumerate(getattr(recipe.data, name)):
+            yield from _data_file(("data", name, index), file)
+    yield from _output(recipe)
+
+
+def _expert_files(recipe: Recipe) -> Iterator[Finding]:
+    select, against = recipe.experts.select, recipe.experts.against
+    if select is not None and select.file is not None and kind_of(select.file) != "file":
+        yield _missing(("experts", "select", "file"), select.file)
+    if against is not None and kind_of(against) != "file":
+        yield _missing(("experts", "against"), against)
+
+
+def kind_of(path: str) -> str | None:
+    """`file`, `folder`, `other`, or None when nothing is there or the name cannot be a path."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except (OSError, ValueError):
+        return None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether `text` can be `owner/name` or `name` on the hub."""
+    return len(text) <= 200 and _HUB_NAME.fullmatch(text) is not None
+
+
+def looks_local(text: str) -> bool:
+    """Whether `text`, which does not exist here, was meant as a path: by its start, its depth or its first folder."""
+    parts = text.split("/")
+    explicit = text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or len(parts) > 2
+    return explicit or (len(parts) == 2 and kind_of(parts[0]) == "folder")
+
+
+def _model(recipe: Recipe) -> Iterator[Finding]:
+    path, where = recipe.model.path, ("model", "path")
+    kind = kind_of(path)
+    if kind is None:
+        if looks_local(path) or not is_hub_name(path):
+            yield _missing(where, path, "names on the hub look like Qwen/Qwen3-30B-A3B")
+        return
+    if kind != "folder":
+        yield Finding(where, "is not a folder", "name the folder that has config.json in it", path)
+        return
+    if recipe.model.revision is not None:
+        hint = "remove the line; revisions are for models on the hub"
+        yield Finding(("model", "revision"), "is given, but model.path is a folder", hint, recipe.model.revision)
+    try:
+        yield from _targets(recipe, read_model_shape(path))
+    except ModelError as error:
+        for problem in error.problems:
+            yield Finding(
+                where, f"names a model whose {_relative(problem.where, path)} {problem.what}", problem.hint, path
+            )
+
+
+def _relative(where: str, folder: str) -> str:
+    return where.removeprefix(str(Path(folder))).lstrip("/\\")
+
+
+def _targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
+    """Targets of which the model has none."""
+    adapter, model = recipe.adapter, ("model", "path")
+    if adapter.experts and not shape.moe_layers:
+        what = f"names expert projections, but {recipe.model.path} is dense"
+        hint = "write mlp: [gate_proj, up_proj, down_proj] instead of experts"
+        yield Finding(("adapter", "experts"), what, hint, list(adapter.experts), with_paths=(model,))
+    if adapter.mlp and not shape.dense_layers:
+        what = f"names projections of dense layers, but every layer of {recipe.model.path} has experts"
+        hint = "write experts: [gate_up_proj, down_proj] instead of mlp"
+        yield Finding(("adapter", "mlp"), what, hint, list(adapter.mlp), with_paths=(model,))
+
+
+def _templates(recipe: Recipe) -> Iterator[Finding]:
+    data = recipe.data
+    yield from _template(("data", "template"), data.template)
+    for name in ("train", "eval"):
+        for index, file in enumerate(getattr(data, name)):
+            if file.template is not None:
+                yield from _template(("data", name, index, "template"), file.template)
+
+
+def _template(where: FieldPath, name: str) -> Iterator[Finding]:
+    known = template_names()
+    if name in known:
+        return
+    if Path(name).suffix.lower() in (".yaml", ".yml"):
+        if kind_of(name) != "file":
+            yield _missing(where, name, f"templates known by name are {', '.join(known)}")
+        return
+    similar = close_to(name, known)
+    advice = f"did you mean {similar}?" if similar else ""
+    hint = sentence(advice, f"known by name are {', '.join(known)}; or give the path of a .yaml file")
+    yield Finding(where, "is no data template", hint, name)
+
+
+def template_names() -> tuple[str, ...]:
+    """Names of the data templates that come with the package."""
+    for folder in TEMPLATE_FOLDERS:
+        if folder.is_dir():
+            return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+    return ()
+
+
+def _data_file(where: FieldPath, file: DataFile) -> Iterator[Finding]:
+    path, kind, at = file.path, kind_of(file.path), (*where, "path")
+    suffix = Path(path).suffix.lower()
+    if kind is None:
+        if "://" in path:
+            yield Finding(at, "is an address", "download the file and name it, or name a data set of the hub", path)
+        elif suffix in DATA_SUFFIXES + PACKED_SUFFIXES or looks_local(path) or not is_hub_name(path):
+            yield _missing(at, path, "names of data sets on the hub look like owner/name", DATA_SUFFIXES)
+        return
+    if kind != "file":
+        yield Finding(at, "is not a file", f"name a file that ends in one of {', '.join(DATA_SUFFIXES)}", path)
+        return
+    if suffix not in DATA_SUFFIXES:
+        hint = f"name it by what it holds: {', '.join(DATA_SUFFIXES)}; unpack compressed files"
+        yield Finding(at, "is in an unknown format", hint, path)
+    elif Path(path).stat().st_size == 0:
+        yield Finding(at, "is an empty file", "give a file with at least one row", path)
+    if file.split != "train":
+        hint = "remove the line; splits are for data sets on the hub"
+        yield Finding((*where, "split"), "is given, but path is a file", hint, file.split)
+
+
+def _output(recipe: Recipe) -> Iterator[Finding]:
+    where, folder = ("output", "dir"), Path(recipe.output.dir)
+    if kind_of(str(folder)) in ("file", "other"):
+        yield Finding(where, "is a file that exists", "name a folder, such as runs/first", recipe.output.dir)
+        return
+    for parent in folder.parents:
+        if kind_of(str(parent)) in ("file", "other"):
+            what = f"lies below {parent}, which is a file"
+            yield Finding(where, what, "name a folder, such as runs/first", recipe.output.dir)
+            return
+    if kind_of(recipe.model.path) == "folder":
+        output, model = os.path.realpath(folder), os.path.realpath(recipe.model.path)
+        if output == model or output.startswith(model + os.sep):
+            hint = "name another folder, such as runs/first; the base model is never written to"
+            yield Finding(where, "lies in the base model's folder", hint, recipe.output.dir)
+
+
+def _missing(where: FieldPath, path: str, otherwise: str = "", suffixes: Iterable[str] = ()) -> Finding:
+    """Nothing is at `path`; the hint names what is beside it."""
+    folder = Path(path).parent
+    similar = None
+    if kind_of(str(folder)) == "folder":
+        similar = close_to(Path(path).name, _names_in(folder, tuple(suffixes)))
+        advice = f"did you mean {folder / similar}?" if similar else f"{folder} has no such name"
+    else:
+        advice = f"there is no folder {folder} in {Path.cwd()}"
+    return Finding(where, "does not exist", sentence(advice, otherwise), path)
+
+
+def _names_in(folder: Path, suffixes: tuple[str, ...], limit: int = 1000) -> list[str]:
+    """Names in `folder`, those with one of `suffixes` when some are given."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry, _ in zip(entries, range(limit), strict=False)]
+    except OSError:
+        return []
+    return sorted(name for name in names if not suffixes or name.lower().endswith(suffixes))

@@ -1,0 +1,248 @@
+"""The recipe: one frozen model per section, in the order of the walk.
+
+model -> quantize -> adapter -> experts -> router -> data -> train -> output
+
+Nothing here imports torch, so that a recipe is checked in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from finetune.config.values import (
+    Amount,
+    Count,
+    DropoutRate,
+    Name,
+    NonNegative,
+    OpenShare,
+    PathName,
+    Positive,
+    Share,
+    as_files,
+    as_tuple,
+    no_repeats,
+    refusal,
+)
+
+AttentionTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+MlpTarget = Literal["gate_proj", "up_proj", "down_proj"]
+ExpertTarget = Literal["gate_up_proj", "down_proj"]
+AttentionTargets = Annotated[tuple[AttentionTarget, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
+MlpTargets = Annotated[tuple[MlpTarget, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
+ExpertTargets = Annotated[tuple[ExpertTarget, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
+
+
+class Section(BaseModel):
+    """Frozen, no unknown keys, no NaN, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which frozen model to start from."""
+
+    path: PathName = Field(description="folder of a Qwen3 or Qwen3-MoE checkpoint, or its name on the hub")
+    revision: Name | None = Field(default=None, description="branch, tag or commit on the hub")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="type the frozen weights are held in"
+    )
+    attention_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        default="sdpa", description="attention kernel of transformers"
+    )
+    trust_remote_code: bool = Field(default=False, description="run Python code that ships with the checkpoint")
+
+
+class QuantizeSection(Section):
+    """How the frozen weights are stored."""
+
+    scheme: Literal["none", "nf4", "fp8"] = Field(default="none", description="storage of the frozen weights")
+    attention: bool = Field(default=True, description="quantize the attention projections")
+    experts: bool = Field(default=True, description="quantize the experts")
+    block: Literal[64, 128] = Field(default=64, description="weights that share one scale")
+    double: bool = Field(default=True, description="quantize the scales as well")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="type the weights are decoded to"
+    )
+    scratch_gib: Positive | None = Field(
+        default=None, description="GiB for decoded experts; chosen from free memory when null"
+    )
+    resident: Literal["all", "mmap"] = Field(
+        default="all", description="hold packed experts in memory or map them from disk"
+    )
+
+
+class AdapterSection(Section):
+    """The trainable part: LoRA on attention, experts and dense MLPs."""
+
+    attention: AttentionTargets = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj"), description="attention projections that get LoRA"
+    )
+    experts: ExpertTargets = Field(default=(), description="expert projections that get LoRA (MoE layers)")
+    mlp: MlpTargets = Field(default=(), description="MLP projections that get LoRA (dense layers)")
+    rank: Count = Field(default=16, description="LoRA rank of attention and dense MLP")
+    alpha: Positive = Field(default=32.0, description="LoRA scale numerator of attention and dense MLP")
+    dropout: DropoutRate = Field(default=0.0, description="dropout on the LoRA input of attention and dense MLP")
+    expert_rank: Count | None = Field(default=None, description="LoRA rank of each expert; `rank` when null")
+    expert_alpha: Positive | None = Field(
+        default=None, description="LoRA scale numerator of experts; keeps the scale of `alpha / rank` when null"
+    )
+    expert_dropout: DropoutRate | None = Field(
+        default=None, description="dropout on the LoRA input of experts; `dropout` when null"
+    )
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
+
+    @model_validator(mode="after")
+    def _some_target(self) -> AdapterSection:
+        if not (self.attention or self.experts or self.mlp):
+            raise refusal(
+                "attention, experts and mlp are all empty: nothing would train",
+                "name projections in at least one of them, such as attention: [q_proj, v_proj]",
+            )
+        return self
+
+    @property
+    def rank_of_experts(self) -> int:
+        """Rank of the expert factors."""
+        return self.expert_rank or self.rank
+
+    @property
+    def alpha_of_experts(self) -> float:
+        """Scale numerator of the expert factors."""
+        if self.expert_alpha is not None:
+            return self.expert_alpha
+        ratio = self.rank_of_experts / self.rank
+        return self.alpha * (ratio**0.5 if self.rslora else ratio)
+
+    @property
+    def dropout_of_experts(self) -> float:
+        """Dropout rate on the input of the expert factors."""
+        return self.dropout if self.expert_dropout is None else self.expert_dropout
+
+
+class SelectRule(Section):
+    """Which experts train: exactly one of the rules."""
+
+    top_fraction: OpenShare | None = Field(
+        default=None, description="share of the experts of each layer, hottest first"
+    )
+    top_p: OpenShare | None = Field(
+        default=None, description="smallest set of experts that carries this share of the score"
+    )
+    budget: Amount | Annotated[int, Field(ge=1, lt=2**63)] | None = Field(
+        default=None, description="trainable parameters in all, as a number or like 100M"
+    )
+    file: PathName | None = Field(default=None, description="an expert plan written before")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> SelectRule:
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise refusal(
+                "needs exactly one rule", "give one of top_fraction, top_p, budget, file and set the others to null"
+            )
+        return self
+
+
+class ExpertsSection(Section):
+    """Which experts of each layer get adapters; the others stay frozen."""
+
+    score: Literal["tokens", "gate", "mass", "gradient", "contrast", "random"] = Field(
+        default="tokens", description="what makes an expert matter"
+    )
+    select: SelectRule | None = Field(
+        default=None, description="rule that turns scores into a plan; every expert trains when null"
+    )
+    against: PathName | None = Field(default=None, description="routing profile of general data, for score: contrast")
+    mode: Literal["lora", "full"] = Field(
+        default="lora", description="train factors, or the chosen experts' weights themselves"
+    )
+
+
+class RouterSection(Section):
+    """What happens to the router; the default leaves it alone."""
+
+    train: Literal["frozen", "lora", "full"] = Field(default="frozen", description="whether the router's weights move")
+    aux_loss: NonNegative = Field(default=0.0, description="weight of the load-balance loss")
+    z_loss: NonNegative = Field(default=0.0, description="weight of the router z-loss")
+    kl_to_base: NonNegative = Field(default=0.0, description="weight of the KL divergence to the base model's routing")
+
+
+class DataFile(Section):
+    """One source of rows."""
+
+    path: PathName = Field(description="JSONL, JSON, CSV or Parquet file, or a data set's name on the hub")
+    template: PathName | None = Field(default=None, description="data template of this file; `data.template` when null")
+    weight: Positive = Field(default=1.0, description="share of the mix, relative to the other files")
+    split: Name = Field(default="train", description="split of a hub data set")
+
+
+class DataSection(Section):
+    """Rows, how to read them, and how they become token blocks."""
+
+    train: Annotated[tuple[DataFile, ...], BeforeValidator(as_files)] = Field(
+        min_length=1, description="a file, or several with weights"
+    )
+    eval: Annotated[tuple[DataFile, ...], BeforeValidator(as_files)] = Field(default=(), description="held-out files")
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="share of the training rows to hold out when `eval` is empty"
+    )
+    template: PathName = Field(default="chat", description="name in data_templates/, or path of a template file")
+    max_length: Annotated[int, Field(ge=8, lt=2**31)] = Field(
+        default=2048, description="tokens of a row and of a packed block"
+    )
+    over_long: Literal["error", "skip", "truncate"] = Field(default="error", description="what to do with a longer row")
+    packing: bool = Field(default=True, description="fill blocks with several rows, isolated from one another")
+    loss_on: Literal["assistant", "all"] = Field(default="assistant", description="which tokens carry loss")
+    train_empty_think: bool = Field(
+        default=False, description="also train the empty think block of answers without reasoning"
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="stop at a bad row, or leave it out and count it"
+    )
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    steps: Count | None = Field(default=None, description="optimizer steps; `epochs` decides when null")
+    epochs: Positive = Field(default=1.0, description="passes over the data when `steps` is null")
+    batch_size: Count = Field(default=1, description="blocks (packed) or rows per device and micro-step")
+    gradient_accumulation: Count = Field(default=8, description="micro-steps per optimizer step")
+    learning_rate: Positive = Field(default=2e-4, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="learning rate after warm-up"
+    )
+    warmup: Share = Field(default=0.03, description="share of the steps with rising learning rate")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(default="adamw", description="AdamW, or AdamW with 8-bit state")
+    weight_decay: NonNegative = Field(default=0.0, description="decoupled weight decay")
+    max_grad_norm: Positive = Field(default=1.0, description="gradient norm is clipped to this")
+    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="arithmetic of the frozen model")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="seed of initialization, order and dropout"
+    )
+    log_every: Count = Field(default=1, description="steps between rows of metrics.jsonl")
+    eval_every: Count | None = Field(default=None, description="steps between evaluations; only at the end when null")
+    save_every: Count | None = Field(default=None, description="steps between checkpoints; only at the end when null")
+    keep: Count = Field(default=2, description="checkpoints to keep")
+
+
+class OutputSection(Section):
+    """Where the run goes."""
+
+    dir: PathName = Field(description="run folder; made anew, or continued with --resume")
+
+
+class Recipe(Section):
+    """Everything one run needs, in walk order."""
+
+    model: ModelSection
+    quantize: QuantizeSection = QuantizeSection()
+    adapter: AdapterSection = AdapterSection()
+    experts: ExpertsSection = ExpertsSection()
+    router: RouterSection = RouterSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+    output: OutputSection

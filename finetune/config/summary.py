@@ -1,0 +1,106 @@
+"""What a recipe would do, in a few facts, without loading anything heavy: `finetune check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from finetune.config.files import kind_of
+from finetune.config.model_shape import ModelShape, read_model_shape
+from finetune.config.schema import DataFile, Recipe
+from finetune.errors import ModelError
+
+
+def summarize(recipe: Recipe) -> dict[str, Any]:
+    """Facts that `json.dumps` takes, in walk order.
+
+    steps is null when epochs decide; tokens_per_step counts one device; trainable_parameters, total_parameters and
+    trainable_share are there when the model's config.json is local and every expert trains. warnings are things that
+    are allowed but seldom meant.
+    """
+    train, data = recipe.train, recipe.data
+    shape = _shape(recipe)
+    facts: dict[str, Any] = {"model": recipe.model.path}
+    if shape is not None:
+        facts |= _counts(recipe, shape)
+    facts |= {
+        "adapter": _adapter(recipe),
+        "data": {"train": _files(data.train), "eval": _files(data.eval), "eval_fraction": data.eval_fraction},
+        "steps": train.steps,
+        "epochs": None if train.steps is not None else train.epochs,
+        "tokens_per_step": data.max_length * train.batch_size * train.gradient_accumulation if data.packing else None,
+        "learning_rate": train.learning_rate,
+        "output": recipe.output.dir,
+        "warnings": _warnings(recipe, shape),
+    }
+    return facts
+
+
+def _shape(recipe: Recipe) -> ModelShape | None:
+    if kind_of(str(Path(recipe.model.path) / "config.json")) != "file":
+        return None
+    try:
+        return read_model_shape(recipe.model.path)
+    except ModelError:
+        return None
+
+
+def _counts(recipe: Recipe, shape: ModelShape) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "model_type": shape.model_type,
+        "layers": shape.layers,
+        "experts": shape.experts,
+        "experts_per_token": shape.experts_per_token,
+        "total_parameters": shape.parameters(),
+    }
+    if recipe.experts.select is None:
+        trainable = shape.trainable(recipe.adapter)
+        facts |= {"trainable_parameters": trainable, "trainable_share": trainable / shape.parameters()}
+    return facts
+
+
+def _adapter(recipe: Recipe) -> dict[str, Any]:
+    adapter = recipe.adapter
+    facts: dict[str, Any] = {}
+    for name in ("attention", "mlp"):
+        if getattr(adapter, name):
+            facts[name] = list(getattr(adapter, name))
+    if adapter.attention or adapter.mlp:
+        facts |= {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout}
+    if adapter.experts:
+        facts |= {
+            "experts": list(adapter.experts),
+            "expert_rank": adapter.rank_of_experts,
+            "expert_alpha": adapter.alpha_of_experts,
+            "expert_dropout": adapter.dropout_of_experts,
+        }
+    return facts
+
+
+def _files(files: tuple[DataFile, ...]) -> list[dict[str, Any]]:
+    """Each file with its share of the mix."""
+    total = sum(file.weight for file in files)
+    return [{"path": file.path, "share": file.weight / total} for file in files]
+
+
+def _warnings(recipe: Recipe, shape: ModelShape | None) -> list[str]:
+    adapter, warnings = recipe.adapter, []
+    if recipe.model.trust_remote_code:
+        warnings.append("model.trust_remote_code runs Python code that ships with the checkpoint")
+    if kind_of(recipe.output.dir) == "folder":
+        warnings.append(f"{recipe.output.dir} exists: train needs --resume or --overwrite, or another output.dir")
+    if kind_of(recipe.model.path) is None:
+        warnings.append(f"{recipe.model.path} is not a folder here: train fetches it from the hub")
+    if recipe.data.train_empty_think and recipe.data.loss_on == "all":
+        warnings.append("data.train_empty_think changes nothing with loss_on: all")
+    for name in ("save_every", "eval_every"):
+        every = getattr(recipe.train, name)
+        if every is not None and recipe.train.steps is not None and every > recipe.train.steps:
+            warnings.append(
+                f"train.{name} {every} is above train.steps {recipe.train.steps}: it happens at the end only"
+            )
+    if shape is not None and (adapter.attention or adapter.mlp) and adapter.rank > shape.smallest_side(experts=False):
+        warnings.append(f"adapter.rank {adapter.rank} is above the width of the smallest matrix it adapts")
+    if shape is not None and adapter.experts and adapter.rank_of_experts > shape.smallest_side(experts=True):
+        warnings.append(f"adapter.expert_rank {adapter.rank_of_experts} is above the width of an expert")
+    return warnings

@@ -1,0 +1,1 @@
+"""Rows -> messages -> tokens + loss mask -> a mix to train on."""

@@ -1,0 +1,79 @@
+"""Tokens that steer the model: texts must not hold them, and the tokenizer must have those of a chat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.data.bad_rows import BadRow
+from finetune.data.conversation import Conversation, Passage
+from finetune.data.mask import END, START
+from finetune.errors import DataError, Problem
+
+HINT = "such a token would steer the model: remove it, or write it differently"
+RAW_HINT = HINT + "; a data template of your own may say control_tokens: allow"
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """DataError when the tokenizer cannot encode a chat and say where its turns are."""
+    problems = []
+    if not tokenizer.is_fast:
+        problems.append(Problem("tokenizer", "is not a fast one", "the model folder needs a tokenizer.json"))
+    if missing := [token for token in (START, END) if token not in tokenizer.get_added_vocab()]:
+        problems.append(
+            Problem("tokenizer", f"does not know {' and '.join(missing)}", "use the tokenizer of a Qwen3 model")
+        )
+    if tokenizer.eos_token_id is None:
+        problems.append(Problem("tokenizer", "has no end-of-text token", "set eos_token in tokenizer_config.json"))
+    if problems:
+        raise DataError(*problems)
+
+
+class ControlTokens:
+    """The tokenizer's special tokens, such as <|im_start|>. Markers like <think> and <tool_call> are ordinary text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = tokenizer.added_tokens_decoder.values()
+        texts = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self._pattern = re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+
+    def refuse_in_chat(self, chat: Conversation) -> None:
+        """BadRow when a message or a tool holds a control token, or think tags that the chat template would misread."""
+        for message, place in zip(chat.messages, chat.places, strict=True):
+            for key, value in message.items():
+                self._refuse(value, place if key == "content" else f"{place}.{key}", HINT)
+            if message["role"] == "assistant":
+                _check_think_tags(message["content"], message.get("reasoning_content"), place)
+        self._refuse(chat.tools, "tools", HINT)
+
+    def refuse_in_passage(self, passage: Passage, fields: Sequence[str]) -> None:
+        """BadRow when prompt or completion, made from `fields`, hold a control token."""
+        self._refuse(passage.prompt, fields[0], RAW_HINT)
+        self._refuse(passage.completion, fields[-1], RAW_HINT)
+
+    def _refuse(self, value: Any, place: str, hint: str) -> None:
+        if isinstance(value, str):
+            if match := self._pattern.search(value):
+                raise BadRow(place, "holds a control token", hint, match.group())
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                self._refuse(str(key), place, hint)
+                self._refuse(item, f"{place}.{key}", hint)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                self._refuse(item, f"{place}[{index}]", hint)
+
+
+def _check_think_tags(content: str, reasoning: str | None, place: str) -> None:
+    hint = "an answer has one think block; put reasoning into reasoning_content alone"
+    opens = content.lstrip().startswith("<think>")
+    if reasoning is not None:
+        if "</think>" in reasoning:
+            raise BadRow(place, "has </think> inside its reasoning", hint, reasoning)
+        if reasoning.strip() and opens:
+            raise BadRow(place, "has its reasoning twice, apart and in the text", hint, content)
+    elif content.count("</think>") > 1:
+        raise BadRow(place, "has more than one </think>", hint, content)
+    elif opens and "</think>" not in content:
+        raise BadRow(place, "opens <think> and never closes it", "the answer may be cut off: remove the row", content)

@@ -1,0 +1,214 @@
+"""The walk of the data: files -> rows -> tokens -> a mix to train on and rows held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.config.schema import DataFile, DataSection
+from finetune.data.bad_rows import BadRow, BadRows
+from finetune.data.encode import Encoder, Encoding, OverLong
+from finetune.data.mix import choose, count_blocks, draw_counts, hold_out
+from finetune.data.prepare_report import FileReport, PrepareReport, SplitReport
+from finetune.data.rows import Row, place, read_rows
+from finetune.data.templates import load_template
+from finetune.data.token_store import TokenStore, join
+from finetune.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    import datasets
+
+ROWS_AT_ONCE = 256
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows ready for a trainer.
+
+    train, eval: `datasets.Dataset`s with columns input_ids and labels (list<int32>, -100 where there is no loss), in
+        memory. Training rows are mixed and shuffled; held-out rows keep the order of their files.
+    report: what became of the rows.
+    train_places, eval_places: (rows, 2) file index and line of each row.
+    """
+
+    train: datasets.Dataset
+    eval: datasets.Dataset | None
+    report: PrepareReport
+    train_places: NDArray[np.int64]
+    eval_places: NDArray[np.int64]
+
+    def where(self, index: int, split: str = "train") -> str:
+        """`file:line` that row `index` of a split came from."""
+        file, number = (self.train_places if split == "train" else self.eval_places)[index]
+        return place(self.report.files[file].path, int(number))
+
+
+def prepare(section: DataSection, tokenizer: Any, *, seed: int, progress: Progress | None = None) -> Prepared:
+    """Read, encode, mix, shuffle and split the rows of a recipe's `data` section.
+
+    Without weights every row of every file is drawn. With `weight`s of 2 and 1, two of three rows come from the first
+    file, and the mix is the largest in which no row is drawn twice (to repeat a file, list it twice).
+    `eval_fraction` is the share of the drawn rows that is held out; a held-out row has no copy among the others.
+
+    progress: called with a file's name and its rows so far.
+    The same seed gives the same rows in the same order. Nothing is written and nothing is cached.
+    Raises DataError with every bad row of every file (the first ones in full) unless data.on_bad_row is skip; a file
+    that is missing, cannot be read on or has no good row is an error in any case.
+    """
+    _check_weights(section)
+    train = [_EncodedFile(file, "train", seed) for file in section.train]
+    evaluated = [_EncodedFile(file, "eval", seed) for file in section.eval]
+    problems = [problem for file in (*train, *evaluated) for problem in file.encode(section, tokenizer, progress)]
+    if problems:
+        raise DataError(*problems)
+    return _Mix(section, train, evaluated, seed).prepared()
+
+
+def _check_weights(section: DataSection) -> None:
+    """Weights are for every training file or for none, and for no held-out file."""
+    weighted = [file.weight is not None for file in section.train]
+    problems = [
+        Problem(
+            f"data.train.{index}.weight", "is missing, but other files have one", "give every file a weight, or none"
+        )
+        for index, has_weight in enumerate(weighted)
+        if any(weighted) and not has_weight
+    ]
+    hint = "remove the weight: every held-out row is looked at once"
+    problems += [
+        Problem(f"data.eval.{index}.weight", "means nothing for held-out rows", hint, file.weight)
+        for index, file in enumerate(section.eval)
+        if file.weight not in (None, 1)
+    ]
+    if problems:
+        raise DataError(*problems)
+
+
+class _EncodedFile:
+    """One file on its way to tokens."""
+
+    def __init__(self, file: DataFile, use: str, seed: int) -> None:
+        self.file = file
+        self.report = FileReport(file.path, "", use, file.weight)
+        self.store = TokenStore(seed)
+
+    def encode(self, section: DataSection, tokenizer: Any, progress: Progress | None) -> Sequence[Problem]:
+        """Fill store and report; the problems that must stop the run."""
+        bad = BadRows(skip=section.on_bad_row == "skip")
+        try:
+            template = load_template(self.file.template or section.template)
+            self.report.template = template.name
+            encoding = Encoding(section.max_length, section.over_long, section.loss_on, section.train_empty_think)
+            encoder = Encoder(tokenizer, template, encoding)
+            for rows in _batches(read_rows(self.file, bad), ROWS_AT_ONCE):
+                for row, answer in zip(rows, encoder.encode(rows), strict=True):
+                    self._take(row, answer, bad)
+                if progress is not None:
+                    progress(self.file.path, self.report.kept + len(bad))
+        except DataError as error:
+            return [*bad.listing(self.file.path), *error.problems]
+        self.report.read = self.report.kept + len(bad)
+        self.report.skipped = dict(bad.reasons)
+        if bad.stop:
+            return bad.listing(self.file.path)
+        if not self.report.kept:
+            total = Problem(self.file.path, f"has no good row: all {len(bad):,} are bad", "the first ones follow")
+            return [total, *bad.listing(self.file.path, skipped_too=True)[:3]]
+        return []
+
+    def _take(self, row: Row, answer: Any, bad: BadRows) -> None:
+        if isinstance(answer, BadRow):
+            self.report.over_long += isinstance(answer, OverLong)
+            bad.add(row.where, answer)
+        else:
+            self.report.add(row.where, answer)
+            self.store.add(row, answer)
+
+
+def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+class _Mix:
+    """Chooses rows of encoded files; a row is its index in all files joined, those to train on first."""
+
+    def __init__(
+        self, section: DataSection, train: list[_EncodedFile], evaluated: list[_EncodedFile], seed: int
+    ) -> None:
+        self.section, self.seed = section, seed
+        self.num_train_files = len(train)
+        self.files = [*train, *evaluated]
+        stores = [file.store for file in self.files]
+        self.starts = np.cumsum([0, *map(len, stores)])
+        self.table = join(stores)
+        self.hashes = np.concatenate([store.hashes for store in stores])
+        self.lengths = np.concatenate([store.lengths for store in stores])
+        self.loss_tokens = np.concatenate([store.loss_tokens for store in stores])
+        numbers = np.concatenate([store.numbers for store in stores])
+        self.places = np.stack([np.repeat(np.arange(len(stores)), np.diff(self.starts)), numbers], axis=1)
+
+    def prepared(self) -> Prepared:
+        pool = self._pool()
+        if self.section.eval:
+            kept, evaluated = pool, np.arange(self.starts[self.num_train_files], self.starts[-1])
+        else:
+            left, out = hold_out(self.hashes[pool], self.section.eval_fraction)
+            kept, evaluated = pool[left], pool[out]
+        if not len(kept):
+            hint = "lower data.eval_fraction, or add rows that differ"
+            raise DataError(
+                Problem("data.eval_fraction", "leaves no row to train on", hint, self.section.eval_fraction)
+            )
+        drawn = self._shuffled(kept)
+        also_trained = int(np.isin(self.hashes[evaluated], self.hashes[drawn]).sum())
+        report = PrepareReport(
+            [file.report for file in self.files],
+            self.section.max_length,
+            self.section.packing,
+            self._split_report(drawn),
+            self._split_report(evaluated) if len(evaluated) else None,
+            also_trained,
+        )
+        eval_rows = self._select(evaluated) if len(evaluated) else None
+        return Prepared(self._select(drawn), eval_rows, report, self.places[drawn], self.places[evaluated])
+
+    def _pool(self) -> NDArray[np.int64]:
+        """The rows that are drawn, in the order of the files."""
+        files = self.files[: self.num_train_files]
+        counts = draw_counts([len(file.store) for file in files], [file.file.weight for file in files])
+        parts = []
+        for index, (file, count) in enumerate(zip(files, counts, strict=True)):
+            rng = np.random.default_rng([self.seed, 1, index])
+            parts.append(self.starts[index] + choose(len(file.store), count, rng))
+            file.report.unused = len(file.store) - count
+        return np.concatenate(parts)
+
+    def _shuffled(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        for index, file in enumerate(self.files[: self.num_train_files]):
+            file.report.drawn = int(np.count_nonzero(self.places[rows, 0] == index))
+        return np.random.default_rng([self.seed, 2]).permutation(rows)
+
+    def _split_report(self, rows: NDArray[np.int64]) -> SplitReport:
+        lengths = self.lengths[rows]
+        tokens, loss_tokens = int(lengths.sum()), int(self.loss_tokens[rows].sum())
+        if not self.section.packing:
+            return SplitReport(len(rows), tokens, loss_tokens, len(rows), 1.0)
+        blocks = count_blocks(lengths, self.section.max_length)
+        return SplitReport(len(rows), tokens, loss_tokens, blocks, tokens / (blocks * self.section.max_length))
+
+    def _select(self, rows: NDArray[np.int64]) -> datasets.Dataset:
+        """The rows as a data set in memory, whose fingerprint is its content: nothing stale is ever found by it."""
+        import datasets
+
+        digest = blake2b(self.hashes[rows].tobytes(), digest_size=8)
+        digest.update(self.loss_tokens[rows].tobytes())
+        whole = datasets.Dataset(self.table, fingerprint=digest.hexdigest())
+        return whole.select(rows, keep_in_memory=True, new_fingerprint=digest.hexdigest())

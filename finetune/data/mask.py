@@ -1,0 +1,137 @@
+r"""Which characters of a rendered chat, and then which tokens, carry loss.
+
+A chat in ChatML is a row of turns `<|im_start|>role\n ... <|im_end|>\n`. Messages that hold such tokens themselves
+are refused before, so every one of them in the rendered text is a boundary the chat template wrote. Of a trained turn
+the loss falls on reasoning, content, tool calls and the closing <|im_end|>; not on the header, not on an empty think
+block (unless asked), not on the newline behind.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from finetune.data.bad_rows import BadRow
+from finetune.data.conversation import Conversation
+
+START, END = "<|im_start|>", "<|im_end|>"
+TURN = re.compile(re.escape(START) + r"([^\n]*)\n(.*?)" + re.escape(END), re.DOTALL)
+EMPTY_THINK = re.compile(r"<think>\s*</think>\n*")
+TEMPLATE_HINT = "the model's chat template is not one of Qwen3's, or leaves out what it cannot show"
+
+Span = tuple[int, int]
+
+
+class Alignment(Protocol):
+    """Characters of one tokenized text and its tokens, as `tokenizers.Encoding` has them."""
+
+    ids: list[int]
+
+    def char_to_token(self, char_pos: int) -> int | None:
+        """Index of the first token that holds the character."""
+
+    def token_to_chars(self, token_index: int) -> Span | None:
+        """Characters that the token stands for."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Characters of one assistant turn in a rendered chat.
+
+    begin, end: from behind the header to behind the closing <|im_end|>.
+    said: where the turn says something: `begin`, or the end of an empty think block.
+    trained: whether it carries loss.
+    reasoning_dropped: whether the chat template left its reasoning out.
+    """
+
+    begin: int
+    said: int
+    end: int
+    trained: bool
+    reasoning_dropped: bool
+
+
+def find_answers(text: str, chat: Conversation) -> list[Answer]:
+    """The assistant turns of `text`, the rendered `chat`.
+
+    Each assistant message must stand in the assistant turn of its order, and every message in the order of the
+    chat; BadRow names the one that does not.
+    """
+    turns = list(TURN.finditer(text))
+    if any(between.strip() for between in TURN.split(text)[:: TURN.groups + 1]):
+        raise BadRow("", "is rendered with text outside its turns", TEMPLATE_HINT)
+    rendered = [turn for turn in turns if turn[1] == "assistant"]
+    count = sum(message["role"] == "assistant" for message in chat.messages)
+    if len(rendered) != count:
+        raise BadRow("", f"is rendered with {len(rendered)} assistant turns instead of {count}", TEMPLATE_HINT)
+    answers: list[Answer] = []
+    position = 0
+    for message, place, trained in zip(chat.messages, chat.places, chat.trained, strict=True):
+        if message["role"] != "assistant":
+            position = _end_of(message["content"], turns, position)
+            if position < 0:
+                raise BadRow(place, "is not shown by the chat template", TEMPLATE_HINT, message["content"])
+            continue
+        turn = rendered[len(answers)]
+        content, reasoning = split_reasoning(message)
+        if turn.start() < position or content not in turn[2]:
+            raise BadRow(place, "is not shown by the chat template", TEMPLATE_HINT, content)
+        position = turn.end()
+        empty = EMPTY_THINK.match(text, turn.start(2), turn.end(2))
+        said = empty.end() if empty else turn.start(2)
+        shown = turn[2].startswith("<think>") and reasoning in turn[2].partition("</think>")[0]
+        answers.append(Answer(turn.start(2), said, turn.end(), trained, bool(reasoning) and not shown))
+    return answers
+
+
+def _end_of(content: str, turns: list[re.Match[str]], position: int) -> int:
+    """Where `content` ends in the first turn but the assistant's that has it at or after `position`; -1 for nowhere."""
+    content = content.strip()
+    for turn in turns:
+        if turn.end() > position and turn[1] != "assistant":
+            found = turn.string.find(content, max(position, turn.start(2)), turn.end(2))
+            if found >= 0:
+                return found + len(content)
+    return -1
+
+
+def split_reasoning(message: dict[str, Any]) -> tuple[str, str]:
+    """Content and reasoning of an assistant message, both stripped; reasoning may stand in the content as <think>."""
+    content, reasoning = message["content"], message.get("reasoning_content")
+    if reasoning is None and "</think>" in content:
+        reasoning, _, content = content.partition("</think>")
+        reasoning = reasoning.split("<think>")[-1]
+    return content.strip(), (reasoning or "").strip()
+
+
+def tokens_of(span: Span, alignment: Alignment) -> Span:
+    """First token and end of the tokens that begin inside `span`.
+
+    A token that begins before the span, in the header, does not count: where an answer starts with a newline, the
+    header's newline and the answer's are one token.
+    """
+    first, end = (_token_from(edge, alignment) for edge in span)
+    return first, max(first, end)
+
+
+def _token_from(position: int, alignment: Alignment) -> int:
+    """The first token that begins at or after the character at `position`."""
+    token = None
+    chars = alignment.token_to_chars(len(alignment.ids) - 1)
+    last = chars[1] if chars else 0
+    while token is None and position < last:
+        token = alignment.char_to_token(position)
+        position += 1
+    if token is None:
+        return len(alignment.ids)
+    begin = alignment.token_to_chars(token)
+    assert begin is not None
+    return token if begin[0] >= position - 1 else _after(token, begin, alignment)
+
+
+def _after(token: int, chars: Span, alignment: Alignment) -> int:
+    """The first token past `token` that begins elsewhere."""
+    while token < len(alignment.ids) and alignment.token_to_chars(token) == chars:
+        token += 1
+    return token

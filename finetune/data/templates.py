@@ -1,0 +1,257 @@
+"""Data templates: YAML files that say which fields of a row are read and what they become.
+
+Four kinds. `messages`: the row holds a list of chat messages. `turns`: a chat is made from fields of the row.
+`completion`: a prompt and what follows it. `text`: plain text. The files in data_templates/ are the ones known by
+name; any other is named by its path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+
+from finetune.config.document import read_document
+from finetune.config.findings import Finding, Places
+from finetune.config.schema import Section
+from finetune.config.values import Name
+from finetune.errors import DataError, Problem
+
+FOLDERS = (Path(__file__).parents[1] / "data_templates", Path(__file__).parents[2] / "data_templates")
+JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+
+KINDS = ("messages", "turns", "completion", "text")
+HINT = "compare with the files in data_templates/"
+
+Names = tuple[Name, ...]
+Strings = dict[str, Any]
+RowRole = Literal["system", "user", "assistant", "tool", "tool_call"]
+
+
+class Template(Section):
+    """What all kinds share."""
+
+    example: Strings = Field(description="a row that fits")
+    control_tokens: Literal["refuse", "allow"] = Field(
+        "refuse", description="whether texts may hold tokens that steer the model, such as <|im_start|>"
+    )
+    _name: str = PrivateAttr("")
+
+    @property
+    def name(self) -> str:
+        """How recipes name it."""
+        return self._name
+
+    @property
+    def needs(self) -> Names:
+        """Fields a row must have."""
+        raise NotImplementedError
+
+    @property
+    def knows(self) -> Names:
+        """Fields that are read when a row has them."""
+        return ()
+
+    def fits(self, fields: Strings) -> bool:
+        """Whether a row has the fields that this template needs."""
+        return all(fields.get(name) is not None for name in self.needs)
+
+
+class MessagesTemplate(Template):
+    """A row that holds a list of chat messages."""
+
+    kind: Literal["messages"]
+    messages: Name = Field(description="field with the list of messages")
+    role: Name = Field(description="key of a message with its role")
+    content: Name = Field(description="key of a message with its text")
+    roles: dict[str, RowRole] = Field(min_length=1, description="role names in the rows -> roles of a chat")
+    reasoning: Names = Field((), description="keys that may hold the reasoning before an answer; the first one found")
+    tool_calls: Name | None = Field(None, description="key with the tools an answer calls")
+    weight: Name | None = Field(None, description="key that is 0 where an answer carries no loss")
+    system: Name | None = Field(None, description="field with the system prompt")
+    tools: Name | None = Field(None, description="field with the tools on offer, as JSON schemas")
+
+    @property
+    def needs(self) -> Names:
+        """The list of messages."""
+        return (self.messages,)
+
+    @property
+    def knows(self) -> Names:
+        """System prompt and tools."""
+        return tuple(name for name in (self.system, self.tools) if name)
+
+
+class Turn(Section):
+    """One turn of a chat that is made from fields."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(description="Jinja over the row's fields")
+    reasoning: str | None = Field(None, description="Jinja over the row's fields; left out when it comes out empty")
+    when: Name | None = Field(None, description="field without which the turn is left out")
+
+
+class FieldsTemplate(Template):
+    """A row whose text fields are put into Jinja strings."""
+
+    required: Names = Field(min_length=1, description="fields a row must have")
+    optional: Names = Field((), description="fields that are empty when a row lacks them")
+
+    @property
+    def needs(self) -> Names:
+        """As the file says."""
+        return self.required
+
+    @property
+    def knows(self) -> Names:
+        """As the file says."""
+        return self.optional
+
+    def strings(self) -> dict[str, str]:
+        """Every Jinja string, by its place in the file."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _strings_compile(self) -> FieldsTemplate:
+        for place, text in self.strings().items():
+            try:
+                unknown = meta.find_undeclared_variables(JINJA.parse(text)) - {*self.required, *self.optional}
+            except TemplateError as error:
+                raise ValueError(f"{place} is not valid Jinja: {error}") from None
+            if unknown:
+                raise ValueError(f"{place} uses {', '.join(sorted(unknown))}, in neither `required` nor `optional`")
+        return self
+
+
+class TurnsTemplate(FieldsTemplate):
+    """A chat made from fields."""
+
+    kind: Literal["turns"]
+    turns: tuple[Turn, ...] = Field(min_length=1, description="the chat, in its order")
+
+    def strings(self) -> dict[str, str]:
+        """Content and reasoning of each turn."""
+        found = {f"turns[{i}].content": turn.content for i, turn in enumerate(self.turns)}
+        return found | {f"turns[{i}].reasoning": turn.reasoning for i, turn in enumerate(self.turns) if turn.reasoning}
+
+    @model_validator(mode="after")
+    def _ends_with_an_answer(self) -> TurnsTemplate:
+        if self.turns[-1].role != "assistant" or self.turns[-1].when:
+            raise ValueError("turns: the last turn must be the assistant's, without `when`")
+        if unknown := {turn.when for turn in self.turns if turn.when} - {*self.required, *self.optional}:
+            raise ValueError(f"turns: `when` names {sorted(map(str, unknown))}, in neither `required` nor `optional`")
+        return self
+
+
+class CompletionTemplate(FieldsTemplate):
+    """A prompt without loss and a completion with it."""
+
+    kind: Literal["completion"]
+    prompt: str = Field(description="Jinja over the row's fields")
+    completion: str = Field(description="Jinja over the row's fields")
+
+    def strings(self) -> dict[str, str]:
+        """Prompt and completion."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
+
+class TextTemplate(FieldsTemplate):
+    """Plain text."""
+
+    kind: Literal["text"]
+    text: str = Field(description="Jinja over the row's fields")
+
+    def strings(self) -> dict[str, str]:
+        """The text."""
+        return {"text": self.text}
+
+
+DataTemplate = MessagesTemplate | TurnsTemplate | CompletionTemplate | TextTemplate
+_ANY_TEMPLATE: TypeAdapter[DataTemplate] = TypeAdapter(Annotated[DataTemplate, Field(discriminator="kind")])
+
+
+@cache
+def template_folder() -> Path:
+    """Where the templates known by name lie: in the installed package, or beside it in a source checkout."""
+    for folder in FOLDERS:
+        if (folder / "chat.yaml").is_file():
+            return folder
+    raise DataError(
+        Problem("data_templates", "is missing", f"install the package again; looked in {FOLDERS[0].parent}")
+    )
+
+
+@cache
+def template_names() -> Names:
+    """Names of the templates that come with the package."""
+    return tuple(sorted(path.stem for path in template_folder().glob("*.yaml")))
+
+
+def load_template(name: str) -> DataTemplate:
+    """The template of that name, or in the file at that path. DataError says what is wrong with it."""
+    if name in template_names():
+        return _named_template(name)
+    path = Path(name)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        known = ", ".join(template_names())
+        close = difflib.get_close_matches(name, template_names(), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {known}; or give the path of a .yaml file"
+        raise DataError(Problem("data.template", "is no data template", hint, name))
+    if not path.is_file():
+        known = ", ".join(template_names())
+        raise DataError(Problem(name, "does not exist", f"check the path; known by name are {known}"))
+    return parse_template(_read(path), name)
+
+
+@cache
+def _named_template(name: str) -> DataTemplate:
+    path = template_folder() / f"{name}.yaml"
+    return parse_template(_read(path), name)
+
+
+def suggest_template(fields: Strings) -> str | None:
+    """Name of a template that a row with these fields fits, the one that uses most of them."""
+    fitting = [template for template in map(_named_template, template_names()) if template.fits(fields)]
+    if not fitting:
+        return None
+    return max(fitting, key=lambda each: (len(each.needs), sum(name in fields for name in each.knows))).name
+
+
+def parse_template(text: str, name: str) -> DataTemplate:
+    """A template from its YAML; `name` names it in messages."""
+    document = read_document(text)
+    if isinstance(document, Finding):
+        raise DataError(*Places(name, {}, {}).problems([document]))
+    places = Places(name, document.key_lines, document.value_lines)
+    findings = list(document.findings)
+    template = None
+    try:
+        template = _ANY_TEMPLATE.validate_json(json.dumps(document.value))
+    except ValidationError as error:
+        findings += [_finding(detail) for detail in error.errors()]
+    if template is None or findings:
+        raise DataError(*places.problems(findings))
+    template._name = name
+    return template
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(Problem(str(path), f"cannot be read: {error}", "save it as UTF-8")) from None
+
+
+def _finding(detail: Any) -> Finding:
+    """What pydantic says about a key, without the kind that it puts before the path."""
+    path = detail["loc"][1:] if detail["loc"][:1] and detail["loc"][0] in KINDS else detail["loc"]
+    if detail["type"].startswith("union_tag"):
+        return Finding(("kind",), f"must be one of {', '.join(KINDS)}", HINT)
+    what = detail["msg"].removeprefix("Value error, ")
+    return Finding(tuple(path), what[:1].lower() + what[1:], HINT)

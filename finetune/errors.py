@@ -1,0 +1,91 @@
+"""What can go wrong, each with the place and the remedy.
+
+Every error carries one or more `Problem`s and prints as
+
+    error: <where>: <what>, got <value>
+    hint: <what to do>
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+_MISSING: Any = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    where: file and line, recipe field, tensor name or step.
+    what: what is wrong, in one sentence without a full stop.
+    hint: what the reader can do about it.
+    got: the offending value, left out when there is none to show.
+    """
+
+    where: str
+    what: str
+    hint: str
+    got: Any = _MISSING
+
+    def __str__(self) -> str:
+        got = "" if self.got is _MISSING else f", got {shorten(self.got)}"
+        return f"error: {self.where}: {self.what}{got}\nhint: {self.hint}"
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """`repr(value)`, cut in the middle to at most `limit` characters."""
+    text = repr(value)
+    if len(text) <= limit:
+        return text
+    half = (limit - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
+class FinetuneError(Exception):
+    """Root of the tree. `exit_code` is what the command line returns."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, *problems: Problem) -> None:
+        assert problems, "an error needs at least one Problem"
+        self.problems = problems
+        super().__init__(*problems)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class UserError(FinetuneError, ValueError):
+    """Something the user wrote or pointed at is wrong; nothing was started. Exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """The recipe or an override does not say something we can do."""
+
+
+class DataError(UserError):
+    """A data file, a row of it or a data template is wrong."""
+
+
+class ModelError(UserError):
+    """A model folder or checkpoint is missing, truncated or not a Qwen3."""
+
+
+class AdapterError(UserError):
+    """An adapter, its targets or its files do not fit the model."""
+
+
+class RunError(FinetuneError, RuntimeError):
+    """Something failed while running. Exit code 1."""
+
+
+class TrainingError(RunError):
+    """Training cannot go on, or would go on wrongly."""
+
+
+class VerifyError(RunError):
+    """The merged weights do not reproduce base + adapter."""

@@ -1,0 +1,1 @@
+"""From an adapter to weights other programs load: merge and verify."""

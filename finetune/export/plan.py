@@ -1,0 +1,159 @@
+"""Merge, part one: base x adapter on names and shapes, before a byte of weights is read or written (D10)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune.adapters.files import AdapterFiles
+from finetune.errors import AdapterError, ModelError, Problem
+from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
+from finetune.models.tensor_file import WEIGHT_DTYPES
+
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+_EXPERT = re.compile(r"(?P<bank>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What merging will do: every pair of factors has its tensor in the base, and they fit.
+
+    families: tensor name -> "attention", "expert gate", "expert up", "expert down", "mlp", "router" or "other".
+    warnings: what does not stop a merge but should be read.
+    """
+
+    base: Checkpoint
+    adapter: AdapterFiles
+    families: dict[str, str]
+    warnings: tuple[str, ...]
+
+
+def plan_merge(adapter: str | Path, base: str | Path | None = None) -> MergePlan:
+    """Opens both, checks that they belong together, and says what will change.
+
+    base: folder or cached hub name; what the adapter's settings name when None.
+    Raises AdapterError (the adapter does not fit) or ModelError (the base is damaged or of no use).
+    """
+    files = AdapterFiles.open(adapter)
+    checkpoint = Checkpoint.open(_find_base(files, base))
+    _check_model(checkpoint)
+    problems = _check_fit(checkpoint, files) + _check_experts(checkpoint, files) + _check_missing(checkpoint, files)
+    if problems:
+        raise AdapterError(*problems)
+    warnings = _check_identity(checkpoint, files, chosen=base is not None)
+    return MergePlan(checkpoint, files, {name: family_of(name) for name in files.pairs}, warnings)
+
+
+def family_of(name: str) -> str:
+    """The group a weight is reported under."""
+    if match := _EXPERT.fullmatch(name):
+        return f"expert {match['part']}"
+    if ".self_attn." in name:
+        return "attention"
+    if name.endswith(".mlp.gate.weight"):
+        return "router"
+    return "mlp" if ".mlp." in name else "other"
+
+
+def _find_base(files: AdapterFiles, base: str | Path | None) -> Path:
+    if base is not None:
+        return find_checkpoint(base)
+    if not files.base_model:
+        where = f"{files.config.path}: base_model_name_or_path"
+        raise AdapterError(Problem(where, "does not say which base model it is for", "name the base with --base"))
+    return find_checkpoint(files.base_model, files.config.revision)
+
+
+def _check_model(base: Checkpoint) -> None:
+    where = str(base.path / "config.json")
+    problems = []
+    if base.config.get("model_type") not in MODEL_TYPES:
+        hint = f"the base must be one of {', '.join(MODEL_TYPES)}"
+        problems.append(Problem(f"{where}: model_type", "is not a Qwen3", hint, base.config.get("model_type")))
+    if base.config.get("quantization_config"):
+        method = base.config["quantization_config"]
+        hint = "merge into the original 16-bit checkpoint with --base, then quantize the result"
+        problems.append(Problem(f"{where}: quantization_config", "the base is quantized", hint, method))
+    if problems:
+        raise ModelError(*problems)
+
+
+def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
+    problems: list[Problem] = []
+    tied = bool(base.config.get("tie_word_embeddings"))
+    hint = f"the adapter is for another base than {base.path}; name the right one with --base"
+    for name, pair in files.pairs.items():
+        info = base.tensors.get(name)
+        where = f"{files.file.path}: {pair.a_name}"
+        if problems and problems[-1].where == where:
+            continue  # one problem per bank of experts says it
+        if info is None:
+            problems.append(Problem(where, f"changes {name}, which the base does not have", hint))
+        elif info.shape != pair.shape:
+            what = f"is for {name} of shape {list(pair.shape)}, which has another shape in the base"
+            problems.append(Problem(where, what, hint, list(info.shape)))
+        elif info.dtype not in WEIGHT_DTYPES:
+            what = f"changes {name}, which is stored quantized"
+            problems.append(Problem(where, what, "merge into the original 16-bit checkpoint with --base", info.dtype))
+        elif name == "lm_head.weight" and tied:
+            what = "changes lm_head, which is the embedding as well in this model"
+            problems.append(Problem(where, what, "untie the two in a copy of the base first"))
+    return _shorten(problems)
+
+
+def _check_experts(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
+    """The adapter's number of experts is the base's, so that no expert is left without its factors."""
+    counts = Counter(match["bank"] for name in base.tensors if (match := _EXPERT.fullmatch(name)))
+    problems = []
+    for bank, num_experts in files.num_experts.items():
+        held, rest = divmod(counts[bank], 3)
+        if held and (rest or held != num_experts):
+            what = f"is for {num_experts} experts in {bank}, which has another number in the base"
+            hint = f"the adapter is for another base than {base.path}; name the right one with --base"
+            problems.append(Problem(str(files.file.path), what, hint, held))
+    return problems
+
+
+def _check_missing(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
+    hint = "the adapter is incomplete (or for a smaller model): save it again, or name the right base with --base"
+    problems = [
+        Problem(str(files.file.path), f"has no factors for {name}, which its settings target", hint)
+        for name in files.missing(base.tensors)
+    ]
+    return _shorten(problems)
+
+
+def _check_identity(base: Checkpoint, files: AdapterFiles, *, chosen: bool) -> tuple[str, ...]:
+    """Names and shapes fit; is it the base the adapter was trained on? An error only if nobody chose it."""
+    recorded = files.base_fingerprint
+    if recorded is not None:
+        if recorded == base_fingerprint(base):
+            return ()
+        what = "its weights or settings are not those the adapter was trained on (fingerprint differs)"
+        if not chosen:
+            hint = "restore the base, or say that this one is meant with --base"
+            raise ModelError(Problem(str(base.path), what, hint))
+        return (f"{base.path}: {what}; names and shapes fit, so it was merged as asked",)
+    if chosen and files.base_model and not _same_model(files.base_model, base.path):
+        return (
+            f"the adapter names {files.base_model} as its base, and {base.path} was given: names and shapes fit, "
+            "the weights themselves could not be compared",
+        )
+    return ()
+
+
+def _same_model(recorded: str, path: Path) -> bool:
+    if Path(recorded).exists():
+        return Path(recorded).resolve() == path.resolve()
+    return Path(recorded).name == path.name or f"models--{recorded.replace('/', '--')}" in path.resolve().parts
+
+
+def _shorten(problems: list[Problem]) -> list[Problem]:
+    if len(problems) <= _SHOWN:
+        return problems
+    last = problems[_SHOWN - 1]
+    hint = f"{last.hint} ({len(problems) - _SHOWN} more like this are not shown)"
+    return [*problems[: _SHOWN - 1], replace(last, hint=hint)]

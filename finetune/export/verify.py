@@ -1,0 +1,131 @@
+"""Verify: prove that a merged checkpoint is base + adapter, on the weights themselves and on real prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import Problem, VerifyError
+from finetune.export.logits_check import LogitAgreement, check_logits
+from finetune.export.plan import MergePlan, plan_merge
+from finetune.export.weights_check import WeightAgreement, WeightCheck, check_weights
+from finetune.models.checkpoint import CONFIG, Checkpoint
+from finetune.models.tensor_file import TORCH_DTYPES, WEIGHT_DTYPES
+
+_SHOWN = 5
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_HINT = "merge again into a new folder, and do not use this one"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was compared and how well it agrees.
+
+    weights: per family of weights, and for all tensors without a delta.  logits: None when only weights were compared.
+    notes: differences that are no error, such as a side file edited after the merge.
+    """
+
+    adapter: Path
+    merged: Path
+    base: Path
+    dtypes: tuple[str, ...]
+    tensors: int
+    weights: dict[str, WeightAgreement]
+    logits: LogitAgreement | None
+    notes: tuple[str, ...]
+    elapsed_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON types."""
+        paths = {name: str(getattr(self, name)) for name in ("adapter", "merged", "base")}
+        return {**asdict(self), **paths, "dtypes": list(self.dtypes), "notes": list(self.notes)}
+
+
+def verify(
+    adapter: str | Path,
+    merged: str | Path,
+    *,
+    base: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    weights_only: bool = False,
+) -> VerifyReport:
+    """Compares base + adapter with `merged`, tensor by tensor and on the logits of prompts.
+
+    base: as for `merge`.  prompts: texts to compare on, a varied handful when None.
+    weights_only: do not load the models (the logits check needs one of them in float32 in memory).
+    Raises VerifyError with the numbers when they differ by more than the rounding of the storage dtype, and
+    AdapterError or ModelError when one of the three cannot be read.
+    """
+    started = time.perf_counter()
+    plan = plan_merge(adapter, base)
+    checkpoint = Checkpoint.open(merged)
+    settings = _different_settings(plan.base, checkpoint)
+    check = check_weights(plan, checkpoint)
+    problems = settings + _wrong_weights(check, checkpoint)
+    if problems:
+        raise VerifyError(*problems)
+    logits = None if weights_only else check_logits(plan.adapter.path, plan.base, checkpoint, prompts)
+    if logits is not None and not logits.agrees:
+        raise VerifyError(_wrong_logits(logits, checkpoint))
+    return VerifyReport(
+        adapter=plan.adapter.path,
+        merged=checkpoint.path,
+        base=plan.base.path,
+        dtypes=tuple(sorted({info.dtype for info in checkpoint.tensors.values()})),
+        tensors=len(checkpoint.tensors),
+        weights=check.agreement,
+        logits=logits,
+        notes=(*plan.warnings, *_notes(plan, checkpoint)),
+        elapsed_s=time.perf_counter() - started,
+    )
+
+
+def _different_settings(base: Checkpoint, merged: Checkpoint) -> list[Problem]:
+    where = str(merged.path / CONFIG)
+    keys = (base.config.keys() | merged.config.keys()) - set(_DTYPE_KEYS)
+    different = sorted(key for key in keys if base.config.get(key) != merged.config.get(key))
+    problems = [Problem(where, f"differs from the base's in {', '.join(different)}", _HINT)] if different else []
+    stored = {info.dtype for info in merged.tensors.values()} & set(WEIGHT_DTYPES)
+    if stored != {info.dtype for info in base.tensors.values()} & set(WEIGHT_DTYPES):
+        named = {str(merged.config[key]) for key in _DTYPE_KEYS if merged.config.get(key)}
+        held = {str(TORCH_DTYPES[dtype]).removeprefix("torch.") for dtype in stored}
+        if named and named != held:
+            what = f"names the dtype {', '.join(sorted(named))}, but the weights are {', '.join(sorted(held))}"
+            problems.append(Problem(where, what, "loaders would round the weights to it: merge again"))
+    return problems
+
+
+def _wrong_weights(check: WeightCheck, merged: Checkpoint) -> list[Problem]:
+    problems = [Problem(f"{merged.path}: {name}", what, _HINT) for name, what in sorted(check.wrong.items())]
+    if len(problems) <= _SHOWN:
+        return problems
+    rest = Problem(str(merged.path), f"{len(problems) - _SHOWN} more tensors are wrong", _HINT)
+    return [*problems[:_SHOWN], rest]
+
+
+def _wrong_logits(logits: LogitAgreement, merged: Checkpoint) -> Problem:
+    what = (
+        f"the logits differ from base + adapter by up to {logits.max_difference:.3g} (mean "
+        f"{logits.mean_difference:.3g}, top-1 agreement {logits.top1_agreement:.1%}); {logits.unexplained:.3g} of it "
+        f"are not rounding, {logits.tolerance:.3g} are allowed and {1 - logits.within_share:.1%} of {logits.positions} "
+        "positions are beyond that"
+    )
+    return Problem(str(merged.path), what, _HINT)
+
+
+def _notes(plan: MergePlan, merged: Checkpoint) -> list[str]:
+    notes = []
+    for name in plan.base.side_files:
+        ours, theirs = merged.path / name, plan.base.path / name
+        if not ours.is_file():
+            notes.append(f"{name} of the base is not in {merged.path}")
+        elif name != CONFIG and ours.read_bytes() != theirs.read_bytes():
+            notes.append(f"{name} differs from the base's")
+    if {name: info.shard for name, info in merged.tensors.items()} != {
+        name: info.shard for name, info in plan.base.tensors.items()
+    }:
+        notes.append("tensors are spread over shards in another way than in the base")
+    return notes

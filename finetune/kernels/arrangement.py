@@ -1,0 +1,127 @@
+"""How one call of an expert MLP is laid out, and what each of its two passes needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from finetune.kernels.layer import ExpertLayer, Factors
+from finetune.kernels.padded import PaddedProjection
+from finetune.kernels.pairs import Block, PairRows, dense_rows, padded_rows, sort_pairs
+from finetune.kernels.sliced import FactorGrads, Sides, SlicedProjection
+
+BLOCK_ROWS = 2048
+"""Rows computed together, which bounds the memory of what lies between saved tensors."""
+
+SMALL_EXPERT = {2: 2**18, 4: 2**14}
+"""Elements of one expert's gate_up up to which padded batches were measured faster on CPU, by bytes per element."""
+
+
+class Projection(Protocol):
+    """Products of one projection of all experts; SlicedProjection documents the equations."""
+
+    def through_a(self, block: Block, x_lora_NI: Tensor) -> Tensor | None: ...  # noqa: D102
+    def through_b(self, block: Block, dy_NO: Tensor) -> Tensor | None: ...  # noqa: D102
+    def weighted(self, block: Block, z: Tensor, weight_N1: Tensor) -> Tensor: ...  # noqa: D102
+    def project_(self, block: Block, y_NO: Tensor, x_NI: Tensor, z: Tensor | None) -> None: ...  # noqa: D102
+    def project_back_(  # noqa: D102
+        self, block: Block, dx_NI: Tensor, dy_NO: Tensor, dz: Tensor | None, keep_NI: Tensor | None
+    ) -> None: ...
+    def factor_grads_(self, block: Block, grads: FactorGrads, a_side: Sides, b_side: Sides) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """One call, laid out; forward hands it to backward.
+
+    layer: the experts, factors detached from autograd.
+    rows: where the token-expert pairs lie.
+    num_tokens, num_k: T and K.
+    padded: whether experts are batched with padding, or computed slice by slice.
+    dtype: of all products.
+    """
+
+    layer: ExpertLayer
+    rows: PairRows
+    num_tokens: int
+    num_k: int
+    padded: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, top_k_index_TK: Tensor, layer: ExpertLayer) -> Arrangement:
+        """Sorts the pairs; chooses between slices and padded batches by the size of an expert."""
+        order_P, counts = sort_pairs(top_k_index_TK, layer.num_experts)
+        dtype, elements = layer.compute_dtype(), layer.gate_up_EGH.shape[1:].numel()
+        padded = elements <= SMALL_EXPERT.get(dtype.itemsize, 0) and len(order_P) > 0
+        rows = padded_rows(order_P, counts) if padded else dense_rows(order_P, counts, BLOCK_ROWS)
+        layer = replace(layer, gate_up_lora=_detached(layer.gate_up_lora), down_lora=_detached(layer.down_lora))
+        num_tokens, num_k = top_k_index_TK.shape
+        return cls(layer, rows, num_tokens, num_k, padded, dtype)
+
+    @property
+    def gain(self) -> float:
+        """What dropout multiplies the low-rank path by."""
+        return 1.0 if self.layer.dropout is None else self.layer.dropout.gain
+
+    def weights_of_rows(self, top_k_weights_TK: Tensor) -> Tensor:
+        """Routing weight of each row in the compute dtype, (N, 1)."""
+        weights_P1 = self.with_padding(top_k_weights_TK.to(self.dtype).reshape(-1, 1))
+        return weights_P1.index_select(0, self.rows.pair_N)
+
+    def with_padding(self, rows: Tensor) -> Tensor:
+        """Tokens or pairs with the row of zeros that padding rows read."""
+        return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))) if self.padded else rows
+
+    def tokens_of(self, block: Block) -> Tensor:
+        """Token of each row of a block; T for a padding row."""
+        return self.pairs_of(block) // self.num_k
+
+    def pairs_of(self, block: Block) -> Tensor:
+        """Pair of each row of a block; P for a padding row."""
+        return self.rows.pair_N[block.start : block.stop]
+
+
+class Pass:
+    """The products and dropout masks of one forward or one backward.
+
+    gate_up, down: their factors cast to the compute dtype, dropout's gain in their scale.
+    """
+
+    def __init__(self, arrangement: Arrangement) -> None:
+        layer, self._arrangement = arrangement.layer, arrangement
+        make = PaddedProjection if arrangement.padded else SlicedProjection
+        blocks, dtype, dropout = arrangement.rows.blocks, arrangement.dtype, layer.dropout
+        gain = arrangement.gain
+        self.gate_up: Projection = make(layer.gate_up_EGH, _scaled(layer.gate_up_lora, gain), blocks, dtype)
+        self.down: Projection = make(layer.down_EHI, _scaled(layer.down_lora, gain), blocks, dtype)
+        self.width_of_gate_up: int = layer.gate_up_EGH.shape[1]
+        self._keep_TH: Tensor | None = None
+        self._keep_PI: Tensor | None = None
+        if dropout is not None:
+            device, (hidden, intermediate) = layer.down_EHI.device, layer.down_EHI.shape[1:]
+            num_tokens, num_pairs = arrangement.num_tokens, arrangement.num_tokens * arrangement.num_k
+            self._keep_TH = arrangement.with_padding(dropout.token_mask(num_tokens, hidden, device))
+            self._keep_PI = arrangement.with_padding(dropout.pair_mask(num_pairs, intermediate, device))
+
+    def keep_x(self, block: Block) -> Tensor | None:
+        """What dropout keeps of the inputs of gate_up's factors, (N, H) of 0 and 1; None without dropout."""
+        return self._rows(self._keep_TH, self._arrangement.tokens_of(block))
+
+    def keep_h(self, block: Block) -> Tensor | None:
+        """What dropout keeps of the inputs of down's factors, (N, I) of 0 and 1; None without dropout."""
+        return self._rows(self._keep_PI, self._arrangement.pairs_of(block))
+
+    def _rows(self, mask: Tensor | None, index_N: Tensor) -> Tensor | None:
+        return None if mask is None else mask.index_select(0, index_N).to(self._arrangement.dtype)
+
+
+def _scaled(lora: Factors | None, gain: float) -> Factors | None:
+    return None if lora is None else replace(lora, scale=lora.scale * gain)
+
+
+def _detached(lora: Factors | None) -> Factors | None:
+    return None if lora is None else replace(lora, a_XRI=lora.a_XRI.detach(), b_XOR=lora.b_XOR.detach())

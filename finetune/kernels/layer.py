@@ -1,0 +1,96 @@
+"""What the backends compute with: frozen experts, their low-rank factors, and how LoRA inputs are dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Low-rank factors of one projection, in compact slots: W_e + scale * B_slot A_slot for each trained expert e.
+
+    a_XRI: A, (X, R, in).
+    b_XOR: B, (X, out, R).
+    scale: alpha / rank, or alpha / sqrt(rank).
+    slot_of_expert: (E,) int64, the slot of each expert, -1 for a frozen one.
+    """
+
+    a_XRI: Tensor
+    b_XOR: Tensor
+    scale: float
+    slot_of_expert: Tensor
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout on what the factors read; the frozen path never sees it.
+
+    rate: probability of a zero.
+    seed: where the masks come from. A mask is drawn again whenever it is needed, so it costs no memory, and a
+        recomputed forward (gradient checkpointing) or a resumed run that restores torch's CPU generator before
+        `draw` gets the same masks.
+
+    Gate and up read one mask per token (T, H), shared by the token's experts; down reads one per token-expert pair.
+    """
+
+    rate: float
+    seed: int
+
+    @classmethod
+    def draw(cls, rate: float) -> Dropout:
+        """Dropout with a seed taken from torch's CPU generator."""
+        return cls(rate, int(torch.randint(2**62, ()).item()))
+
+    @property
+    def gain(self) -> float:
+        """What kept values are multiplied by."""
+        return 1.0 / (1.0 - self.rate)
+
+    def token_mask(self, num_tokens: int, width: int, device: torch.device) -> Tensor:
+        """True where the input of gate_up is kept, (T, width) bool."""
+        return self._mask(self.seed, num_tokens, width, device)
+
+    def pair_mask(self, num_pairs: int, width: int, device: torch.device) -> Tensor:
+        """True where the input of down is kept, (P, width) bool, pairs in the order t * K + k."""
+        return self._mask(self.seed + 1, num_pairs, width, device)
+
+    def _mask(self, seed: int, rows: int, width: int, device: torch.device) -> Tensor:
+        generator = torch.Generator(device).manual_seed(seed)
+        keep = torch.empty(rows, width, dtype=torch.bool, device=device)
+        return keep.bernoulli_(1.0 - self.rate, generator=generator)
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """Everything of an expert MLP but the tokens.
+
+    gate_up_EGH: frozen [gate; up], (E, 2I, H).
+    down_EHI: frozen down projection, (E, H, I).
+    gate_up_lora, down_lora: factors, None for none.
+    dropout: of the factors' inputs, None for none.
+    """
+
+    gate_up_EGH: Tensor
+    down_EHI: Tensor
+    gate_up_lora: Factors | None = None
+    down_lora: Factors | None = None
+    dropout: Dropout | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.gate_up_EGH.shape[0]
+
+    def compute_dtype(self) -> torch.dtype:
+        """What the matrix products run in: autocast's type inside autocast, as F.linear would, else the weights'.
+
+        float64 is left alone by autocast.
+        """
+        weight = self.gate_up_EGH
+        device = weight.device.type
+        if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return weight.dtype

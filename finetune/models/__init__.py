@@ -1,0 +1,1 @@
+"""Where things are in a Qwen3: names, checkpoints on disk, loading."""

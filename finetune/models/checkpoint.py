@@ -1,0 +1,198 @@
+"""Hub checkpoints on disk: config, shards, side files. Loads no model and holds one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finetune.errors import ModelError, Problem
+from finetune.models.files import safe_child
+from finetune.models.tensor_file import TensorFile, TensorInfo
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_COMPLETE = "download or copy the checkpoint again, all of it"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in the hub's layout.
+
+    config: config.json.  tensors: every tensor by name, shard by shard in header order.  shards: file names in
+    order of first use.  side_files: what belongs to the model besides weights and index (tokenizer, template,
+    licence ...); pickles and subfolders are not among them.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    shards: tuple[str, ...]
+    side_files: tuple[str, ...]
+    index: dict[str, Any] | None
+    files: dict[str, TensorFile]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Reads config, index and all headers, and checks that they agree. Raises ModelError with every problem."""
+        path = Path(path)
+        if not path.is_dir():
+            raise ModelError(Problem(str(path), "is not a folder", "give the folder of a checkpoint"))
+        config = _read_object(safe_child(path, CONFIG, hub_links=True))
+        index = _read_index(path)
+        names = list(dict.fromkeys(index["weight_map"].values())) if index else [SINGLE]
+        files = _open_shards(path, names)
+        if index:
+            _check_index(path, index["weight_map"], files)
+        tensors = {name: info for shard in names for name, info in files[shard].tensors.items()}
+        return cls(path, config, tensors, tuple(names), _side_files(path), index, files)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or rows [start, stop) of it, in its stored dtype."""
+        return self.files[self.tensors[name].shard].read(name, rows)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(file.path.stat().st_size for file in self.files.values())
+
+
+def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """Folder of a checkpoint: the path itself, or the snapshot of a hub name in the local hub cache.
+
+    Downloads nothing. Raises ModelError when it is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except (OSError, ValueError):
+            hint = f"fetch it once with `hf download {name}`, or say where it lies with --base"
+            raise ModelError(Problem(name, "is neither a folder nor in the local hub cache", hint)) from None
+    raise ModelError(Problem(name, "is not a folder", "give the folder of the base model with --base"))
+
+
+def base_fingerprint(checkpoint: Checkpoint) -> str:
+    """A sha256 that tells one base model from another of the same shape, at the price of a few small reads.
+
+    Covers the fields of config.json that change the arithmetic, every tensor's name, dtype and shape, and 64 bytes
+    from the middle of up to 64 tensors spread over the model.
+    """
+    digest = hashlib.sha256()
+    essential = {key: checkpoint.config.get(key) for key in _ESSENTIAL}
+    digest.update(json.dumps(essential, sort_keys=True).encode())
+    names = sorted(checkpoint.tensors)
+    for name in names:
+        info = checkpoint.tensors[name]
+        digest.update(f"\n{name} {info.dtype} {info.shape}".encode())
+    for name in names[:: max(1, len(names) // 64)]:
+        info = checkpoint.tensors[name]
+        sample = bytearray(min(64, info.num_bytes))
+        middle = info.offsets[0] + (info.num_bytes - len(sample)) // 2
+        checkpoint.files[info.shard].read_into(memoryview(sample), middle)
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+_ESSENTIAL = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok",
+    "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step", "vocab_size", "tie_word_embeddings", "rms_norm_eps",
+)  # fmt: skip
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(Problem(str(path), "is missing", "give the folder of a checkpoint")) from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ModelError(Problem(str(path), "is not JSON", _COMPLETE, str(problem))) from None
+    if not isinstance(content, dict):
+        raise ModelError(Problem(str(path), "is not a JSON object", _COMPLETE, content))
+    return content
+
+
+def _read_index(path: Path) -> dict[str, Any] | None:
+    has_single, has_index = (path / SINGLE).is_file(), (path / INDEX).is_file()
+    if has_single and has_index:
+        hint = f"keep the one that holds the weights, {SINGLE} or {INDEX}"
+        raise ModelError(Problem(str(path), "has both a single weights file and an index", hint))
+    if has_single:
+        return None
+    if not has_index:
+        if any(child.suffix in PICKLES for child in path.iterdir()):
+            what, hint = "has its weights as pickles only", "convert them to safetensors first; pickles can run code"
+        else:
+            what, hint = f"has neither {SINGLE} nor {INDEX}", "give the folder of a checkpoint in safetensors"
+        raise ModelError(Problem(str(path), what, hint))
+    index = _read_object(safe_child(path, INDEX, hub_links=True))
+    weights = index.get("weight_map")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
+        raise ModelError(Problem(f"{path / INDEX}: weight_map", "is not tensor names to shards", _COMPLETE, weights))
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise ModelError(Problem(f"{path / INDEX}: metadata", "is not a JSON object", _COMPLETE, index["metadata"]))
+    return index
+
+
+def _open_shards(path: Path, names: list[str]) -> dict[str, TensorFile]:
+    files: dict[str, TensorFile] = {}
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            if "/" in name or not name.endswith(".safetensors"):
+                raise ModelError(Problem(f"{path / INDEX}", "names a shard that is no file beside it", _COMPLETE, name))
+            shard = safe_child(path, name, hub_links=True)
+            if not shard.is_file():
+                raise ModelError(Problem(str(shard), "is missing", _COMPLETE))
+            files[name] = TensorFile.open(shard)
+        except ModelError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ModelError(*problems)
+    return files
+
+
+def _check_index(path: Path, weight_map: dict[str, str], files: dict[str, TensorFile]) -> None:
+    found: dict[str, str] = {}
+    problems = []
+    for shard, file in files.items():
+        for name in file.tensors:
+            if name in found:
+                what = f"is in two shards, {found[name]} and"
+                problems.append(Problem(f"{path}: {name}", what, _COMPLETE, shard))
+            elif name not in weight_map:
+                problems.append(Problem(f"{path / shard}: {name}", "is not in the index", _COMPLETE))
+            found[name] = shard
+    for name, shard in weight_map.items():
+        if found.get(name) != shard:
+            problems.append(Problem(f"{path / INDEX}: {name}", "is not in the shard the index names", _COMPLETE, shard))
+    if problems:
+        raise ModelError(*problems)
+
+
+def _side_files(path: Path) -> tuple[str, ...]:
+    names = []
+    for child in sorted(path.iterdir()):
+        if child.is_dir() or child.name.endswith(_NOT_SIDE_FILES):
+            continue
+        if not safe_child(path, child.name, hub_links=True).is_file():
+            raise ModelError(Problem(str(child), "is a link to nothing, or no regular file", _COMPLETE))
+        names.append(child.name)
+    return tuple(names)
+
+
+_NOT_SIDE_FILES = (
+    ".safetensors", ".safetensors.index.json", ".bin.index.json", ".tmp", ".lock", ".incomplete", *PICKLES,
+)  # fmt: skip

@@ -1,0 +1,187 @@
+"""Models and tokenizers from a folder or the hub: Qwen3 only, complete, and quiet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.errors import ModelError, Problem
+from finetune.models.checkpoint import Checkpoint
+from finetune.models.qwen3 import is_moe, is_qwen3, model_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attention_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """A Qwen3 or Qwen3-MoE causal language model in eval mode, weights in `dtype`, router auxiliary loss off.
+
+    path: a checkpoint folder, or a name on the hub. device: CPU when None.
+
+    Raises ModelError when it is not there, not a Qwen3, stored quantized, truncated, or lacks a weight.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    _check_config(path, _config(path, **options), trust_remote_code)
+    where = {} if device is None else {"device_map": {"": device}}
+    with _quiet(), _as_model_error(path):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _check_complete names them
+            **options,
+            **where,
+        )
+    _check_complete(path, info)
+    if is_moe(model.config):
+        model.config.output_router_logits = False
+    return model.eval()
+
+
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub name.
+
+    Raises ModelError when there is none, or it lacks a padding token, an end-of-sequence token or a chat template.
+    """
+    from transformers import AutoTokenizer
+
+    _check_exists(path)
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ModelError(Problem(str(path), "holds no tokenizer", _TOKENIZER_HINT))  # transformers makes an empty one
+    with _quiet(), _as_model_error(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    needed = {
+        "padding token": tokenizer.pad_token_id,
+        "end-of-sequence token": tokenizer.eos_token_id,
+        "chat template": tokenizer.chat_template,
+    }
+    lacking = [what for what, value in needed.items() if value is None]
+    if lacking:
+        raise ModelError(*(Problem(str(path), f"the tokenizer has no {what}", _TOKENIZER_HINT) for what in lacking))
+    return tokenizer
+
+
+_TOKENIZER_HINT = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja of the instruct model beside it"
+
+
+def stored_dtype(path: str | Path, *, revision: str | None = None) -> torch.dtype:
+    """The type a checkpoint says its weights are stored in; float32 when it does not say."""
+    config = _config(path, revision=revision, trust_remote_code=False)
+    name = config.get("dtype") or config.get("torch_dtype")
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def transformers_version() -> str:
+    """Version of transformers that builds the models."""
+    import transformers
+
+    version: str = transformers.__version__
+    return version
+
+
+def _config(path: str | Path, **options: Any) -> dict[str, Any]:
+    """Content of config.json; a local checkpoint is checked for completeness on the way."""
+    _check_exists(path)
+    if Path(path).is_dir():
+        if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+            hint = "use finetune.load, which loads the base it names as well"
+            raise ModelError(Problem(str(path), "is an adapter, not a model", hint))
+        return Checkpoint.open(path).config
+    from transformers import PreTrainedConfig
+
+    with _quiet(), _as_model_error(path):
+        content: dict[str, Any] = PreTrainedConfig.get_config_dict(path, revision=options["revision"])[0]
+    return content
+
+
+def _check_exists(path: str | Path) -> None:
+    """Tell a missing folder from a hub name: a hub name is `owner/name` and nothing more."""
+    text = str(path)
+    looks_local = isinstance(path, Path) or text.startswith((".", "~", os.sep)) or text.count("/") != 1
+    if looks_local and not Path(text).is_dir():
+        hint = "give the folder of a checkpoint, or a hub name like Qwen/Qwen3-0.6B"
+        raise ModelError(Problem(text, "is no folder", hint))
+
+
+def _check_config(path: str | Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    problems = []
+    if not is_qwen3(config):
+        hint = "give a Qwen3 or Qwen3-MoE text model; others are not supported"
+        problems.append(Problem(str(path), "is not a Qwen3", hint, model_type(config)))
+    if config.get("auto_map") and not trust_remote_code:
+        hint = "set model.trust_remote_code: true if you trust that code, or remove auto_map from config.json"
+        problems.append(Problem(str(path), "wants to run Python code that ships with it", hint, config["auto_map"]))
+    if config.get("quantization_config"):
+        hint = "give the bfloat16 checkpoint; it can be quantized on loading"
+        method = config["quantization_config"].get("quant_method")
+        problems.append(Problem(str(path), "is stored quantized", hint, method))
+    if problems:
+        raise ModelError(*problems)
+
+
+def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
+    """No weight may be left at its random start, and none of a layer may be left out."""
+    hint = "config.json and weights do not belong together; download the checkpoint again"
+    kinds = {
+        "missing_keys": "is missing",
+        "mismatched_keys": "has another shape than config.json says",
+        "unexpected_keys": "has no place in the model that config.json describes",
+    }
+    problems = []
+    for kind, what in kinds.items():
+        names = sorted(key if isinstance(key, str) else key[0] for key in info.get(kind) or ())
+        names = [name for name in names if kind != "unexpected_keys" or ".layers." in name]
+        problems += [Problem(f"{path}: {name}", what, hint) for name in names[:_MOST_NAMES]]
+        if len(names) > _MOST_NAMES:
+            problems.append(Problem(str(path), f"{len(names) - _MOST_NAMES} more weights like these", hint))
+    if problems:
+        raise ModelError(*problems)
+
+
+_MOST_NAMES = 4
+
+
+@contextmanager
+def _as_model_error(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = "check the name or folder; a hub name needs the network or HF_HOME with the model in it"
+        raise ModelError(Problem(str(path), f"cannot be loaded ({text})", hint)) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, reports or advice from transformers while a model loads."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,68 @@
+"""Where things are in a live Qwen3 or Qwen3-MoE of transformers: the only place that spells its module names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from finetune.errors import ModelError, Problem
+
+DENSE, MOE = "qwen3", "qwen3_moe"
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
+MLP = "mlp"
+EXPERTS = "mlp.experts"
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def model_type(config: Any) -> str | None:
+    """`model_type` of a config, be it an object or the content of config.json."""
+    value = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return value if isinstance(value, str) else None
+
+
+def is_qwen3(config: Any) -> bool:
+    """Whether the config is of a Qwen3, dense or mixture-of-experts."""
+    return model_type(config) in (DENSE, MOE)
+
+
+def is_moe(config: Any) -> bool:
+    """Whether the config is of a Qwen3-MoE."""
+    return model_type(config) == MOE
+
+
+def expert_bank_class() -> type[nn.Module]:
+    """The module that holds all experts of a layer: gate_up_proj (E, 2I, H), down_proj (E, H, I)."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    return Qwen3MoeExperts
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer's expert bank by module name, in layer order; empty for a dense model."""
+    bank = expert_bank_class()
+    return {name: module for name, module in model.named_modules() if isinstance(module, bank)}
+
+
+def layer_index(name: str) -> int:
+    """Index of the decoder layer a module or tensor name lies in. Raises ModelError when it lies in none."""
+    match = _LAYER.search(name)
+    if match is None:
+        raise ModelError(Problem(name, "lies in no decoder layer", "give a name like model.layers.0.self_attn.q_proj"))
+    return int(match[1])
+
+
+def projection_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers called `targets` in attention and dense MLPs, in model order; never experts."""
+    suffixes = tuple(
+        f".{room}.{target}"
+        for room, known in (("self_attn", ATTENTION_PROJECTIONS), ("mlp", MLP_PROJECTIONS))
+        for target in targets
+        if target in known
+    )
+    return [name for name, _ in model.named_modules() if name.endswith(suffixes)] if suffixes else []

@@ -1,0 +1,82 @@
+"""Which experts of which layers train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import AdapterError, Problem
+
+_HINT = "write the plan with `finetune profile` for this model, or leave it out to train every expert"
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """The experts that train, by layer; all others stay frozen.
+
+    experts_by_layer: ascending expert ids of each layer that trains any.
+    num_experts: experts of a layer, trained or not.
+
+    Raises AdapterError for a layer or id that cannot be, an id twice, or a plan in which nothing trains.
+    """
+
+    experts_by_layer: dict[int, tuple[int, ...]]
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        if type(self.num_experts) is not int or self.num_experts < 1:
+            raise AdapterError(_problem("num_experts", "must be 1 or more", self.num_experts))
+        problems = []
+        chosen: dict[int, tuple[int, ...]] = {}
+        for layer, experts in self.experts_by_layer.items():
+            where, ids = f"layer {layer}", tuple(experts)
+            if type(layer) is not int or layer < 0:
+                problems.append(_problem(where, "is no layer", layer))
+            elif not all(type(e) is int and 0 <= e < self.num_experts for e in ids):
+                problems.append(_problem(where, f"expert ids must lie between 0 and {self.num_experts - 1}", ids))
+            elif len(set(ids)) != len(ids):
+                problems.append(_problem(where, "names an expert twice", ids))
+            elif ids:
+                chosen[layer] = tuple(sorted(ids))
+        if not problems and not chosen:
+            problems.append(_problem("experts_by_layer", "no expert would train", self.experts_by_layer))
+        if problems:
+            raise AdapterError(*problems)
+        object.__setattr__(self, "experts_by_layer", dict(sorted(chosen.items())))
+
+    @classmethod
+    def all(cls, layers: Iterable[int] | int, num_experts: int) -> ExpertPlan:
+        """Every expert of `layers` (indices, or how many from 0 on)."""
+        indices = range(layers) if isinstance(layers, int) else layers
+        return cls({layer: tuple(range(num_experts)) for layer in indices}, num_experts)
+
+    @property
+    def num_trained(self) -> int:
+        """Experts that train, over all layers."""
+        return sum(len(experts) for experts in self.experts_by_layer.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: layer indices are strings."""
+        layers = {str(layer): list(experts) for layer, experts in self.experts_by_layer.items()}
+        return {"num_experts": self.num_experts, "experts_by_layer": layers}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> ExpertPlan:
+        """The plan `to_dict` wrote. Raises AdapterError for anything else."""
+        if not isinstance(content, dict) or set(content) != {"num_experts", "experts_by_layer"}:
+            raise AdapterError(_problem("content", "must hold num_experts and experts_by_layer", content))
+        layers = content["experts_by_layer"]
+        if not isinstance(layers, dict) or not all(_is_entry(*item) for item in layers.items()):
+            raise AdapterError(_problem("experts_by_layer", "must map layers to lists of expert ids", layers))
+        if len({int(layer) for layer in layers}) != len(layers):
+            raise AdapterError(_problem("experts_by_layer", "names a layer twice", list(layers)))
+        return cls({int(layer): tuple(experts) for layer, experts in layers.items()}, content["num_experts"])
+
+
+def _is_entry(layer: Any, experts: Any) -> bool:
+    return isinstance(layer, str) and layer.isascii() and layer.isdecimal() and isinstance(experts, list)
+
+
+def _problem(where: str, what: str, got: Any) -> Problem:
+    return Problem(f"expert plan: {where}", what, _HINT, got)

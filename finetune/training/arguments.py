@@ -1,0 +1,57 @@
+"""The recipe's train section in the words of TRL."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from trl import SFTConfig
+
+from finetune.config.schema import Recipe
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
+
+
+def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
+    """Every default of TRL that would surprise is spelled out here.
+
+    Rows arrive tokenized and masked, so nothing of TRL's own templating applies. Evaluation and checkpoint
+    rotation are callbacks of ours, which is why both are off.
+    """
+    train, data = recipe.train, recipe.data
+    options: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "max_steps": train.steps if train.steps is not None else -1,
+        "num_train_epochs": train.epochs,
+        "per_device_train_batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if train.schedule == "constant" else train.schedule,
+        "optim": OPTIMIZERS[train.optimizer],
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": train.precision == "bf16",
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
+        "seed": train.seed,
+        "data_seed": train.seed,
+        "packing": data.packing,
+        "packing_strategy": "bfd",
+        "max_length": data.max_length,
+        "logging_steps": train.log_every,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "router_aux_loss_coef": recipe.router.aux_loss,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": True,
+    }
+    return SFTConfig(**options)
+
+
+def warmup_steps(recipe: Recipe, total_steps: int) -> int:
+    """Steps of rising learning rate; at least one step is left at the peak."""
+    return min(math.ceil(recipe.train.warmup * total_steps), total_steps - 1)

@@ -1,0 +1,126 @@
+"""What we hang on the trainer: metrics, evaluation, gradient check, checkpoint integrity."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from finetune.adapters.table import check_gradients
+from finetune.errors import Problem, TrainingError
+from finetune.models.scoring import Score, score_rows
+from finetune.training.checkpoints import mark_complete, remove_older
+from finetune.training.memory import peak_memory_gib
+from finetune.training.run_folder import RunFolder
+
+Row = dict[str, Any]
+
+
+class GradientCheck(TrainerCallback):
+    """Refuses to go on when a group of adapters has no gradient in the first step."""
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called once per optimizer step, gradients complete; looks at the first one only."""
+        if not self._checked:
+            check_gradients(kwargs["model"])
+            self._checked = True
+
+
+class Metrics(TrainerCallback):
+    """Writes metrics.jsonl and tells `listener` about every row.
+
+    A row holds step, loss, learning_rate, grad_norm, tokens (input tokens so far), tokens_per_second and
+    elapsed_s (of this process), peak_memory_gib, and eval_loss and eval_exact_match where they were measured.
+    """
+
+    def __init__(self, folder: RunFolder, listener: Callable[[Row], None]) -> None:
+        self._folder = folder
+        self._listener = listener
+        self._start_s = 0.0
+        self._start_tokens: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._start_s = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Row | None = None, **kwargs: Any) -> None:
+        """Turn the trainer's log into one row."""
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            hint = "lower train.learning_rate, look at the rows of this step, or try train.precision=fp32"
+            raise TrainingError(Problem(f"step {state.global_step}", "the loss is not finite", hint, logs["loss"]))
+        elapsed_s = time.perf_counter() - self._start_s
+        tokens = logs.get("num_tokens", 0.0)
+        self.write(
+            {
+                "step": state.global_step,
+                "loss": logs["loss"],
+                "learning_rate": logs.get("learning_rate"),
+                "grad_norm": float(logs["grad_norm"]) if logs.get("grad_norm") is not None else None,
+                "tokens": int(tokens),
+                "tokens_per_second": round(tokens / elapsed_s, 1),
+                "elapsed_s": round(elapsed_s, 3),
+                "peak_memory_gib": round(peak_memory_gib(), 3),
+            }
+        )
+
+    def write(self, row: Row) -> None:
+        """Append one row and flush it."""
+        with self._folder.metrics.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        self._listener(row)
+
+
+class Evaluation(TrainerCallback):
+    """Scores held-out rows every `every` steps and at the end; the score does not depend on batch sizes."""
+
+    def __init__(self, rows: Sequence[Row], every: int | None, metrics: Metrics) -> None:
+        self._rows = rows
+        self._every = every
+        self._metrics = metrics
+        self.last: Score | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate when it is time."""
+        last_step = state.global_step >= state.max_steps
+        if last_step or (self._every and state.global_step % self._every == 0):
+            self._evaluate(kwargs["model"], state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate a run that had no step left to do."""
+        if self.last is None:
+            self._evaluate(kwargs["model"], state.global_step)
+
+    def _evaluate(self, model: Any, step: int) -> None:
+        self.last = Score.of(score_rows(model, self._rows))
+        self._metrics.write({"step": step, "eval_loss": self.last.loss, "eval_exact_match": self.last.exact_match})
+
+
+class Checkpoints(TrainerCallback):
+    """Saves every `every` steps, marks each checkpoint complete and removes old ones."""
+
+    def __init__(self, folder: Path, every: int | None, keep: int) -> None:
+        self._folder = folder
+        self._every = every
+        self._keep = keep
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint when it is time, and after the last step."""
+        if state.global_step >= state.max_steps or (self._every and state.global_step % self._every == 0):
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The trainer wrote its files; make them count."""
+        if state.is_world_process_zero:
+            mark_complete(self._folder / f"checkpoint-{state.global_step}")
+            remove_older(self._folder, self._keep)

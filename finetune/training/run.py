@@ -1,0 +1,95 @@
+"""Opening a run's folder and summing it up."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+
+from finetune.adapters.table import trainable_parameters
+from finetune.config.load import load_recipe, recipe_to_yaml
+from finetune.config.schema import Recipe
+from finetune.errors import Problem, UserError
+from finetune.models.files import write_json_atomic
+from finetune.training.run_folder import RunFolder
+
+LIBRARIES = ("finetune-moe", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+MAY_CHANGE = {
+    ("output", "dir"),
+    ("train", "keep"),
+    ("train", "log_every"),
+    ("train", "save_every"),
+    ("train", "eval_every"),
+}
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return bool(PartialState().is_main_process)
+
+
+def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
+    """The folder of the run, made anew or, to resume, checked to hold the same recipe."""
+    folder = RunFolder(Path(recipe.output.dir))
+    with PartialState().main_process_first():
+        if not is_main_process():
+            return folder
+        if resume:
+            _check_same_recipe(recipe, folder)
+        else:
+            folder.start(_header() + recipe_to_yaml(recipe), overwrite=overwrite)
+    return folder
+
+
+def _header() -> str:
+    """Comment lines with the versions that make the numbers."""
+    lines = [f"# {name} {_version(name)}\n" for name in LIBRARIES]
+    return "".join([*lines, f"# python {platform.python_version()}\n"])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    """A resumed run must be the run that was started."""
+    if not folder.recipe.is_file():
+        raise UserError(Problem(str(folder.path), "holds no run to resume", "run without --resume first"))
+    before, now = load_recipe(folder.recipe, check_files=False).model_dump(), recipe.model_dump()
+    hint = "give the recipe and overrides the run was started with, or start anew without --resume"
+    problems = [
+        Problem(f"{section}.{field}", f"was {before[section][field]!r} when the run started", hint, now[section][field])
+        for section in now
+        for field in now[section]
+        if (section, field) not in MAY_CHANGE and now[section][field] != before[section][field]
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
+    """What came of a run, also written to summary.json."""
+    rows = folder.read_metrics()
+    steps = [row for row in rows if "loss" in row]
+    evals = [row for row in rows if "eval_loss" in row]
+    summary: dict[str, Any] = {
+        "run": str(folder.path),
+        "adapter": str(folder.adapter),
+        "steps": steps[-1]["step"],
+        "train_loss_first": steps[0]["loss"],
+        "train_loss_last": steps[-1]["loss"],
+        "eval": {name: evals[-1][f"eval_{name}"] for name in ("loss", "exact_match")} if evals else None,
+        "trainable_parameters": trainable_parameters(model),
+        "tokens_per_second": steps[-1]["tokens_per_second"],
+        "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
+    }
+    if is_main_process():
+        write_json_atomic(folder.summary, summary)
+    return summary

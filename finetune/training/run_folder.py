@@ -1,0 +1,85 @@
+"""The folder of one run: recipe.yaml, metrics.jsonl, checkpoints/, adapter/."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import Problem, UserError
+from finetune.models.files import write_atomic
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the parts of a run lie."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it ran, every default written out."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """What `finetune train --json` prints, written when the run is complete."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in PEFT's layout."""
+        return self.path / "adapter"
+
+    def start(self, recipe_yaml: str, *, overwrite: bool) -> None:
+        """Make the folder. One that holds a run is refused, or emptied of that run with `overwrite`."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(Problem(str(self.path), "is not a folder", "choose another output.dir"))
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not self.recipe.is_file():
+                raise UserError(
+                    Problem(str(self.path), "holds files that no run made", "choose another output.dir, or empty it")
+                )
+            if not overwrite:
+                hint = "--resume continues it, --overwrite starts anew, output.dir=FOLDER keeps both"
+                raise UserError(Problem(str(self.path), "already holds a run", hint))
+            self._remove_run()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.recipe, recipe_yaml.encode())
+
+    def _remove_run(self) -> None:
+        """Remove what a run writes and nothing else."""
+        for folder in (self.checkpoints, self.adapter):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        for file in (self.metrics, self.summary, self.recipe):
+            file.unlink(missing_ok=True)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The logged rows; a last line cut short by a crash is left out."""
+        if not self.metrics.is_file():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the rows after `step`, so that a resumed run does not log a step twice."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())

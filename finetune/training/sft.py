@@ -1,0 +1,78 @@
+"""Supervised fine-tuning: prepared rows and an adapter in, a trained adapter and a summary out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTTrainer
+
+from finetune.adapters.attach import check_same_plan
+from finetune.config.schema import Recipe
+from finetune.training.arguments import sft_arguments, warmup_steps
+from finetune.training.callbacks import Checkpoints, Evaluation, GradientCheck, Metrics
+from finetune.training.checkpoints import newest_complete, step_of
+from finetune.training.progress import TrainingProgress
+from finetune.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenized rows: `datasets.Dataset`s with columns input_ids and labels."""
+
+    train: Any
+    eval: Any | None
+
+
+def train_sft(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Train the adapters of `model` in place; metrics.jsonl and checkpoints/ of `folder` grow on the way.
+
+    resume: continue from the newest complete checkpoint, bit for bit as if never interrupted.
+    Raises AdapterError when that checkpoint was taken with another expert plan or rank, TrainingError when a group
+    of adapters gets no gradient or the loss is not finite.
+    """
+    arguments = sft_arguments(recipe, folder.checkpoints)
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows.train, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    total_steps = _total_steps(trainer, recipe)
+    arguments.warmup_steps = warmup_steps(recipe, total_steps)
+    with TrainingProgress(total_steps, console) as progress:
+        metrics = Metrics(folder, progress)
+        trainer.add_callback(GradientCheck())
+        trainer.add_callback(metrics)
+        if rows.eval is not None:
+            trainer.add_callback(Evaluation(list(rows.eval), recipe.train.eval_every, metrics))
+        trainer.add_callback(Checkpoints(folder.checkpoints, recipe.train.save_every, recipe.train.keep))
+        trainer.train(resume_from_checkpoint=_checkpoint(model, folder) if resume else None)
+
+
+def _total_steps(trainer: SFTTrainer, recipe: Recipe) -> int:
+    """Optimizer steps of the whole run."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    batches = len(trainer.get_train_dataloader())
+    per_epoch = max(math.ceil(batches / recipe.train.gradient_accumulation), 1)
+    return math.ceil(per_epoch * recipe.train.epochs)
+
+
+def _checkpoint(model: PeftModel, folder: RunFolder) -> str:
+    """The checkpoint to continue from; metrics after it are dropped, they will be logged again."""
+    checkpoint: Path = newest_complete(folder.checkpoints)
+    check_same_plan(model, checkpoint)
+    folder.rewind_metrics(step_of(checkpoint))
+    return str(checkpoint)

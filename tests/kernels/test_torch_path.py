@@ -1,0 +1,310 @@
+"""The torch backend against the definition and the reference: outputs, every gradient, what is saved and skipped."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from finetune.errors import TrainingError
+from finetune.kernels import arrangement, sliced
+from finetune.kernels.ops import Dropout
+from tests.kernels.problems import ODD_SHAPES, force_layout, make, output_gradient
+
+LAYOUTS = ("sliced", "padded")
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, monkeypatch):
+    force_layout(monkeypatch, request.param)
+    return request.param
+
+
+def assert_close(actual, expected, tolerance=1e-12):
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert a.isfinite().all()
+        if a.numel():
+            assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_equals_autograd_through_a_loop_over_tokens(shape, recompute, layout):
+    problem = make(**shape)
+    out = problem.per_token()
+    gradients = torch.autograd.grad(out, problem.leaves, output_gradient(out), allow_unused=True)
+    zeros = [torch.zeros_like(leaf) for leaf in problem.leaves]
+    expected = [out.detach(), *(z if g is None else g for g, z in zip(gradients, zeros, strict=True))]
+    assert_close(problem.with_gradients(recompute=recompute), expected)
+
+
+@pytest.mark.parametrize("targets", [("gate_up", "down"), ("gate_up",), ("down",)], ids="+".join)
+def test_gradcheck(targets, layout):
+    problem = make(tokens=4, experts=3, hidden=5, intermediate=3, rank=2, slots=(2, 0), targets=targets)
+
+    def run(*leaves):
+        factors = list(leaves[2:])
+        loras = {}
+        for name in ("gate_up_lora", "down_lora"):
+            if (lora := getattr(problem, name)) is not None:
+                loras[name] = replace(lora, a_XRI=factors.pop(0), b_XOR=factors.pop(0))
+        return replace(problem, x=leaves[0], weights=leaves[1], **loras).run()
+
+    assert torch.autograd.gradcheck(run, problem.leaves)
+
+
+@st.composite
+def problems(draw):
+    experts = draw(st.integers(1, 9))
+    tokens, top_k = draw(st.integers(0, 40)), draw(st.integers(1, min(experts, 4)))
+    busy, seed = draw(st.integers(1, experts)), draw(st.integers(0, 99))
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.rand(tokens, max(busy, top_k), generator=generator).topk(top_k).indices
+    return {
+        "tokens": tokens,
+        "experts": experts,
+        "hidden": draw(st.integers(1, 20)),
+        "intermediate": draw(st.integers(1, 20)),
+        "rank": draw(st.integers(1, 17)),
+        "index": index,
+        "slots": draw(st.lists(st.integers(0, experts - 1), min_size=1, unique=True)),
+        "dropout": draw(st.sampled_from([None, Dropout(0.4, 7)])),
+        "seed": seed,
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=30, deadline=None)
+@given(shape=problems(), max_rows=st.integers(1, 60))
+def test_equals_the_reference(name, shape, max_rows):
+    with pytest.MonkeyPatch.context() as patch:
+        force_layout(patch, name)
+        patch.setattr(arrangement, "BLOCK_ROWS", max_rows)
+        problem = make(**shape)
+        assert_close(problem.with_gradients("torch"), problem.with_gradients("reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_rounds_like_the_reference(dtype, layout):
+    exact = make(tokens=64, hidden=32, intermediate=16, dropout=Dropout(0.2, 3))
+    low = make(tokens=64, hidden=32, intermediate=16, dropout=Dropout(0.2, 3), dtype=dtype, factor_dtype=torch.float32)
+    want, reference = exact.with_gradients("reference"), low.with_gradients("reference")
+    for name, a, b, c in zip(
+        ("out", "x", "w", "A1", "B1", "A2", "B2"), low.with_gradients(), reference, want, strict=True
+    ):
+        assert a.dtype == b.dtype
+        error, allowed = ((t.double() - c).norm() / c.norm() for t in (a, b))
+        assert error <= 1.5 * allowed + 1e-7, name
+
+
+def test_backends_agree_whatever_the_memory_held_before(layout):
+    problem = make(tokens=40, hidden=16, intermediate=16, slots=(1, 4), dropout=Dropout(0.3, 1))
+    clean = problem.with_gradients("reference")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    try:
+        assert_close(problem.with_gradients(), clean)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_unreached_factors_get_zeros_not_none(layout):
+    problem = make(**ODD_SHAPES["no trained expert hit"])
+    problem.run().sum().backward()  # the gradient of sum has stride 0
+    for leaf in problem.leaves[2:]:
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+
+
+def test_only_asked_gradients_are_computed(layout, monkeypatch):
+    problem = make()
+    want = dict(zip(range(6), torch.autograd.grad(problem.run().sum(), problem.leaves), strict=True))
+    for needed in [{0}, {1}, {2}, {3}, {4}, {5}, {2, 3}, {4, 5}, {0, 5}, {1, 2}]:
+        leaves = problem.leaves
+        for i, leaf in enumerate(leaves):
+            leaf.grad = None
+            leaf.requires_grad_(i in needed)
+        problem.run().sum().backward()
+        assert {i for i, leaf in enumerate(leaves) if leaf.grad is not None} == needed
+        assert_close([leaves[i].grad for i in sorted(needed)], [want[i] for i in sorted(needed)])
+
+
+def test_frozen_experts_do_no_adapter_work(monkeypatch):
+    force_layout(monkeypatch, "sliced")
+    products = []
+    monkeypatch.setattr(sliced.torch, "mm", lambda a, b, **kw: products.append((a.shape, b.shape)) or mm(a, b, **kw))
+    problem = make(tokens=30, experts=6, slots=(2,), rank=5)
+    problem.with_gradients()
+    thin = [p for p in products if 5 in (*p[0], *p[1])]
+    base = [p for p in products if p not in thin]
+    assert len(base) == 6 * 4  # gate_up and down, forward and backward
+    assert len(thin) == 2 + 2 + 2 + 4  # z forward, dz, z again, and four factor gradients, of one expert
+
+
+mm = torch.mm
+
+
+def test_non_contiguous_inputs(layout):
+    problem = make(tokens=10, hidden=12)
+    want = problem.with_gradients()
+    wide = torch.zeros(10, 24, dtype=torch.float64)
+    wide[:, ::2] = problem.x.detach()
+    strided = replace(
+        problem,
+        x=wide[:, ::2].requires_grad_(),
+        index=problem.index.t().contiguous().t(),
+        weights=problem.weights.detach().t().contiguous().t().requires_grad_(),
+        gate_up=problem.gate_up.mT.contiguous().mT,
+        down=problem.down.mT.contiguous().mT,
+        gate_up_lora=replace(problem.gate_up_lora, a_XRI=problem.gate_up_lora.a_XRI.detach().mT.contiguous().mT),
+    )
+    strided.gate_up_lora.a_XRI.requires_grad_()
+    assert not strided.x.is_contiguous()
+    assert_close(strided.with_gradients(), want)
+
+
+def test_what_is_saved_for_backward():
+    """Tokens and the gate_up output, 28 KB per token at Qwen3-30B-A3B's shape, and next to nothing else."""
+    tokens, top_k, hidden, intermediate = 64, 8, 256, 96
+    problem = make(tokens, 16, hidden, intermediate, top_k, 4, dtype=torch.bfloat16, factor_dtype=torch.float32)
+    frozen = {t.untyped_storage().data_ptr() for t in (problem.gate_up, problem.down, *problem.leaves[2:])}
+
+    def saved_bytes(**options):
+        sizes = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in frozen:
+                sizes[storage.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with pytest.MonkeyPatch.context() as patch:
+            force_layout(patch, "sliced")
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = problem.run(**options)
+        held = out.grad_fn.arrangement.rows
+        return sum(sizes.values()), sum(t.numel() * t.element_size() for t in (held.pair_N, held.row_P))
+
+    x, gate_up, weights = tokens * hidden * 2, tokens * top_k * 2 * intermediate * 2, tokens * top_k * 2
+    assert saved_bytes() == (x + gate_up + weights, 2 * tokens * top_k * 8)
+    assert saved_bytes(recompute=True) == (x + weights, 2 * tokens * top_k * 8)
+
+
+def test_no_graph_without_grad(layout):
+    problem = make()
+    with torch.no_grad():
+        out = problem.run()
+    assert out.grad_fn is None
+    assert_close([out], [problem.run().detach()])
+
+
+def test_is_differentiable_once(layout):
+    problem = make()
+    with pytest.raises(TrainingError, match="differentiable once only"):
+        torch.autograd.grad(problem.run().sum(), [problem.x], create_graph=True)
+
+
+def test_a_factor_changed_before_backward_is_noticed(layout):
+    problem = make()
+    out = problem.run()
+    with torch.no_grad():
+        problem.leaves[3].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_same_bits_every_time(layout):
+    problem = make(tokens=200, hidden=32, intermediate=32, dtype=torch.float32)
+    first = problem.with_gradients()
+    for a, b in zip(first, problem.with_gradients(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradient_checkpointing_is_exact_with_dropout(reentrant, recompute, layout):
+    problem = make(tokens=20, dtype=torch.float32)
+
+    def forward(x):
+        return replace(problem, x=x, dropout=Dropout.draw(0.5)).run(recompute=recompute) * 2
+
+    def gradients(run):
+        torch.manual_seed(3)
+        return torch.autograd.grad(run(), problem.leaves, torch.ones_like(problem.x), retain_graph=False)
+
+    plain = gradients(lambda: forward(problem.x))
+    if reentrant:
+        for leaf in problem.leaves:
+            leaf.grad = None
+        torch.manual_seed(3)
+        checkpoint(forward, problem.x, use_reentrant=True).backward(torch.ones_like(problem.x))
+        other = [leaf.grad for leaf in problem.leaves]
+    else:
+        other = gradients(lambda: checkpoint(forward, problem.x, use_reentrant=False))
+    for a, b in zip(plain, other, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_computes_in_its_type_and_keeps_the_output_type(layout):
+    problem = make(tokens=16, hidden=32, intermediate=32, dtype=torch.float32)
+    low = replace(problem, x=problem.x.detach().bfloat16().requires_grad_(), gate_up=problem.gate_up.bfloat16())
+    low = replace(low, down=problem.down.bfloat16(), weights=problem.weights.detach().bfloat16().requires_grad_())
+    want = low.with_gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = problem.run()
+    assert out.dtype == torch.float32
+    gradients = torch.autograd.grad(out, problem.leaves, output_gradient(out))
+    assert [g.dtype for g in gradients] == [torch.float32] * 6
+    for a, b in zip([out, *gradients], want, strict=True):
+        assert torch.equal(a, b.float())
+
+
+def test_autocast_leaves_float64_alone(layout):
+    problem = make()
+    want = problem.with_gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(problem.with_gradients(), want)
+
+
+def test_backward_inside_autocast_changes_nothing(layout):
+    problem = make(dtype=torch.float32)
+    want = torch.autograd.grad(problem.run().sum(), problem.leaves)
+    out = problem.run()
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(out.sum(), problem.leaves)
+    for a, b in zip(gradients, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_float32_tokens_through_bfloat16_experts(layout):
+    """A norm in float32 may feed experts held in bfloat16; the output has the tokens' type."""
+    problem = make(dtype=torch.bfloat16, factor_dtype=torch.float32)
+    mixed = replace(problem, x=problem.x.detach().float().requires_grad_())
+    assert mixed.run().dtype == torch.float32
+    assert torch.equal(mixed.run(), problem.run().float())
+
+
+def test_dropout_masks():
+    dropout = Dropout(0.25, 11)
+    tokens, pairs = dropout.token_mask(400, 50, torch.device("cpu")), dropout.pair_mask(400, 50, torch.device("cpu"))
+    for mask in (tokens, pairs):
+        assert abs(float(mask.double().mean()) - 0.75) < 0.02
+    assert not torch.equal(tokens, pairs)
+    assert torch.equal(tokens, dropout.token_mask(400, 50, torch.device("cpu")))
+    torch.manual_seed(4)
+    seeds = {Dropout.draw(0.1).seed for _ in range(20)}
+    assert len(seeds) == 20
+    torch.manual_seed(4)
+    assert Dropout.draw(0.1).seed in seeds
+
+
+def test_no_warnings(layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(dropout=Dropout(0.1, 0), dtype=torch.bfloat16).with_gradients()

@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.training.run_folder import RunFolder
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.start("a: 1\n", overwrite=False)
+    with pytest.raises(UserError, match="already holds a run") as caught:
+        folder.start("a: 2\n", overwrite=False)
+    assert "--resume" in str(caught.value)
+    assert folder.recipe.read_text() == "a: 1\n"
+
+
+def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.start("a: 1\n", overwrite=False)
+    (folder.path / "notes.txt").write_text("mine")
+    folder.metrics.write_text("{}\n")
+    (folder.checkpoints / "checkpoint-1").mkdir()
+    folder.start("a: 2\n", overwrite=True)
+    assert folder.recipe.read_text() == "a: 2\n"
+    assert (folder.path / "notes.txt").read_text() == "mine"
+    assert not folder.metrics.exists()
+    assert list(folder.checkpoints.iterdir()) == []
+
+
+def test_a_folder_of_other_files_is_refused_even_with_overwrite(tmp_path):
+    (tmp_path / "thesis.tex").write_text("important")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds files that no run made"):
+            RunFolder(tmp_path).start("a: 1\n", overwrite=overwrite)
+
+
+def test_a_file_is_not_a_run_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        RunFolder(tmp_path / "run").start("a: 1\n", overwrite=True)
+
+
+def test_rewinding_drops_later_steps_and_a_torn_line(tmp_path):
+    folder = RunFolder(tmp_path)
+    rows = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3, 4)]
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
+    assert folder.read_metrics() == rows
+    folder.rewind_metrics(2)
+    assert folder.read_metrics() == rows[:2]
