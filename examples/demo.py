@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -70,7 +71,7 @@ def main(overrides: list[str]) -> int:
 
 
 def result_table(
-    before: tuple[float, float], after: tuple[float, float], summary: dict, proof: object, seconds: float
+    before: tuple[float, float], after: tuple[float, float], summary: dict, proof: Any, seconds: float
 ) -> Table:
     table = Table(title="finetune demo", title_justify="left")
     table.add_column("")
@@ -80,7 +81,7 @@ def result_table(
     table.add_row("old domains, exact match", f"{before[1]:.1%}", f"{after[1]:.1%}")
     table.add_row("training loss", f"{summary['train_loss_first']:.3f}", f"{summary['train_loss_last']:.3f}")
     table.add_row("trainable share", "", f"{summary['trainable_share']:.2%}")
-    table.add_row("merged = base + adapter", "", proof.headline())  # type: ignore[attr-defined]
+    table.add_row("merged = base + adapter", "", proof.headline())
     table.add_row("seconds in all", "", f"{seconds:.0f}")
     return table
 

@@ -28,16 +28,25 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="folder of an adapter, such as RUN/adapter")]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL_OR_ADAPTER", help="a model or adapter folder, or a hub name")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
+WeightType = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; as it is stored by default")]
 BasePath = Annotated[Path | None, typer.Option("--base", help="base model; where the adapter says it is, by default")]
 
 
-@app.callback(epilog="Any command takes --debug, which shows the traceback of an error.")
-def _root(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from finetune import __version__
 
         typer.echo(f"finetune {__version__}")
         raise typer.Exit
+
+
+@app.callback(epilog="Any command takes --debug, which shows the traceback of an error.")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -73,13 +82,14 @@ def prepare(
     from finetune.config.load import load_recipe
     from finetune.data.show import render_rows
 
-    prepared, tokenizer = pipeline.prepare(load_recipe(recipe, *(overrides or ())))
+    checked = load_recipe(recipe, *(overrides or ()))
+    prepared, tokenizer = pipeline.prepare(checked, console=_console(stderr=True))
     if as_json:
         _print_json(prepared.report.to_dict())
         return
     console = _console()
     if show:
-        console.print(render_rows(prepared.train, tokenizer, show, color=console.is_terminal), soft_wrap=True)
+        console.print(render_rows(prepared, tokenizer, show, color=console.is_terminal), soft_wrap=True)
     console.print(prepared.report.render())
 
 
@@ -116,19 +126,18 @@ def merge(
     adapter: AdapterPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; as the base by default")] = None,
+    dtype: WeightType = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model."""
     from finetune import pipeline
-    from finetune.export.show import render_merge
 
-    console = _console(stderr=as_json)
-    report = pipeline.merge(adapter, output, base=base, dtype=_merge_dtype(dtype), console=console)
+    report = pipeline.merge(adapter, output, base=base, dtype=_dtype(dtype), console=_console(stderr=True))
     if as_json:
         _print_json(report.to_dict())
     else:
-        console.print(render_merge(report))
+        console = _console()
+        console.print(report)
         console.print(f"\nnext: finetune verify {adapter} {output}", soft_wrap=True)
 
 
@@ -141,13 +150,12 @@ def verify(
 ) -> None:
     """Prove that merged = base + adapter."""
     from finetune import pipeline
-    from finetune.export.show import render_verify
 
     report = pipeline.verify(adapter, merged, base=base)
     if as_json:
         _print_json(report.to_dict())
     else:
-        _console().print(render_verify(report))
+        _console().print(report)
 
 
 @app.command()
@@ -158,12 +166,14 @@ def chat(
     thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="reason before answering")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="tokens of one reply at most")] = 512,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0.0, help="0 is greedy")] = None,
+    dtype: WeightType = None,
 ) -> None:
     """Talk to a model or an adapter."""
     from finetune import pipeline
     from finetune.models.generation import Generation
 
-    pipeline.chat(path, Generation(thinking, max_new_tokens, temperature), prompt, system, _console())
+    generation = Generation(thinking, max_new_tokens, temperature)
+    pipeline.chat(path, generation, prompt, system=system, dtype=_dtype(dtype), console=_console())
 
 
 @app.command(name="eval")
@@ -173,12 +183,13 @@ def evaluate(
     template: Annotated[str, typer.Option("--template", help="data template of the files")] = "chat",
     by: Annotated[str | None, typer.Option("--by", help="also report per value of this field of the rows")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="rows of each file at most")] = None,
+    dtype: WeightType = None,
     as_json: AsJson = False,
 ) -> None:
     """Exact match and loss on files of rows."""
     from finetune import pipeline
 
-    result = pipeline.evaluate(path, data, template=template, by=by, limit=limit)
+    result = pipeline.evaluate(path, data, template=template, by=by, limit=limit, dtype=_dtype(dtype))
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -214,7 +225,7 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _merge_dtype(text: str | None) -> str | None:
+def _dtype(text: str | None) -> str | None:
     allowed = ("bf16", "fp16", "fp32")
     if text is not None and text not in allowed:
         raise typer.BadParameter(f"{text!r} is none of {', '.join(allowed)}", param_hint="--dtype")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from finetune.config.schema import Recipe
+from finetune.report.progress import bytes_done, rows_read
 from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -53,14 +54,15 @@ class Run:
         return plot_loss(RunFolder(self.path).read_metrics(), title=self.path.name)
 
 
-def prepare(recipe: Recipe) -> tuple[Prepared, Any]:
+def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared, Any]:
     """Rows of the recipe as tokens and loss masks, and the tokenizer they were made with."""
     from finetune.data.dataset import prepare as prepare_data
     from finetune.models.loading import load_tokenizer
 
     section = recipe.model
     tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed), tokenizer
+    with rows_read(console or Console(stderr=True)) as progress:
+        return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress), tokenizer
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Run:
@@ -79,7 +81,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
 
     console = console or Console(stderr=True)
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
-    prepared, tokenizer = prepare(recipe)  # before the weights: a bad row is told in seconds
+    prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
     model = load_model(
         recipe.model.path,
         dtype=getattr(torch, recipe.model.dtype),
@@ -108,7 +110,8 @@ def merge(
     """Write base + adapter to `output`, a checkpoint like the base's; dtype bf16, fp16, fp32, or None to keep it."""
     from finetune.export.merge import merge as merge_weights
 
-    return merge_weights(adapter, output, base=base, dtype=dtype)
+    with bytes_done(console or Console(stderr=True), "merging") as progress:
+        return merge_weights(adapter, output, base=base, dtype=dtype, progress=progress)
 
 
 def verify(adapter: str | Path, merged: str | Path, *, base: str | Path | None = None) -> VerifyReport:
@@ -125,17 +128,32 @@ def evaluate(
     template: str = "chat",
     by: str | None = None,
     limit: int | None = None,
+    dtype: str | None = None,
 ) -> EvalReport:
     """Exact match and loss of a model or an adapter on files of rows."""
     from finetune.inference.evaluate import evaluate as evaluate_rows
 
-    return evaluate_rows(path, data, template=template, by=by, limit=limit)
+    return evaluate_rows(path, data, template=template, by=by, limit=limit, dtype=_torch_dtype(dtype))
 
 
-def chat(path: str | Path, generation: Generation, prompt: str | None, system: str | None, console: Console) -> None:
+def chat(
+    path: str | Path,
+    generation: Generation,
+    prompt: str | None = None,
+    *,
+    system: str | None = None,
+    dtype: str | None = None,
+    console: Console,
+) -> None:
     """One reply to `prompt`, or a conversation when there is none."""
     from finetune.adapters.attach import load
     from finetune.inference.chat import converse
 
-    model, tokenizer = load(path)
+    model, tokenizer = load(path, _torch_dtype(dtype))
     converse(model, tokenizer, generation, prompt, system, console)
+
+
+def _torch_dtype(name: str | None) -> Any:
+    import torch
+
+    return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]

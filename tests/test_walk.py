@@ -187,7 +187,18 @@ def test_verify_eval_and_chat_take_what_was_made(run, merged, capsys):
     capsys.readouterr()
     scores = []
     for path in (adapter, str(merged)):
-        assert main(["eval", path, "--data", "examples/data/secret-code-heldout.jsonl", "--limit", "20", "--json"]) == 0
+        arguments = [
+            "eval",
+            path,
+            "--data",
+            "examples/data/secret-code-heldout.jsonl",
+            "--limit",
+            "20",
+            "--dtype",
+            "fp32",
+            "--json",
+        ]
+        assert main(arguments) == 0
         scores.append(json.loads(capsys.readouterr().out)["total"])
     assert scores[0]["rows"] == 20
     assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], abs=1e-4)

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 _SHAPE = {
     "vocab_size": 64,
@@ -53,6 +63,18 @@ def _build(model_class: Any, config: Any, seed: int, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_class._from_config(config, dtype=dtype).eval()
+
+
+def save_tokenizer(path: str | Path, vocab: int = 64) -> None:
+    """Write a word-level tokenizer with Qwen3's special tokens and a ChatML template into a checkpoint folder."""
+    special = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
+    words = special + [f"w{i}" for i in range(vocab - len(special))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    template = "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1], chat_template=template
+    ).save_pretrained(path)
 
 
 def token_ids(batch: int = 2, length: int = 9, vocab: int = 64, seed: int = 5) -> torch.Tensor:

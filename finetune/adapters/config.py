@@ -14,7 +14,7 @@ Stock PEFT refuses dropout on parameters, so with any of them lora_dropout is 0 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class DenseMlpTarget(str):
 
 
 @dataclass
-class ExpertLoraConfig(LoraConfig):  # type: ignore[misc]
+class ExpertLoraConfig(LoraConfig):
     """LoraConfig that knows expert banks.
 
     expert_targets: projections of the bank that get factors.
@@ -69,13 +69,12 @@ class ExpertLoraConfig(LoraConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.expert_plan, dict):
-            self.expert_plan = ExpertPlan(**self.expert_plan)
-        self.expert_targets = tuple(self.expert_targets)
-        if isinstance(self.target_modules, set):
+        self.expert_plan, self.expert_targets = _as_plan(self.expert_plan), tuple(self.expert_targets)
+        targets: Any = self.target_modules
+        if isinstance(targets, set):
             prefix = f"{MLP}."
-            self.target_modules = {
-                DenseMlpTarget(t) if t.startswith(prefix) and t != EXPERTS else t for t in self.target_modules
+            self.target_modules: Any = {
+                DenseMlpTarget(t) if t.startswith(prefix) and t != EXPERTS else t for t in targets
             }
         if self.init_lora_weights not in (True, False):
             hint = "leave init_lora_weights at True"
@@ -110,7 +109,7 @@ class ExpertLoraConfig(LoraConfig):  # type: ignore[misc]
         content = {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in self.to_dict().items()}
         for ours in _OUR_FIELDS:
             del content[ours]
-        targets = self.target_modules
+        targets: Any = self.target_modules
         if isinstance(targets, set):
             parameters = [p for target in targets for p in self._parameters_of(target)]
             content["target_modules"] = sorted(t for t in targets if not self._parameters_of(t))
@@ -166,19 +165,24 @@ class ExpertLoraConfig(LoraConfig):  # type: ignore[misc]
         return cls(**options, expert_targets=experts)
 
 
+def _as_plan(value: Any) -> ExpertPlan | None:
+    """A plan, also one that `dataclasses.asdict` took apart."""
+    return ExpertPlan(**value) if isinstance(value, dict) else value
+
+
 _OUR_FIELDS = tuple({f.name for f in fields(ExpertLoraConfig)} - {f.name for f in fields(LoraConfig)})
 
 
 def _live_targets(folder: Path, parameters: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
     """Our target modules and expert projections for stock PEFT's target_parameters."""
-    modules: dict[str, set[str]] = {}
+    modules: dict[str, set[str]] = {}  # module -> expert projections, none for a dense MLP
     problems = []
     for parameter in sorted(parameters):
         if match := _BANK_PARAMETER.fullmatch(parameter):
             bank = match["bank"] or EXPERTS
             modules.setdefault("experts" if bank == EXPERTS else bank, set()).add(match["projection"])
         elif _DENSE_PARAMETER.fullmatch(parameter):
-            modules.setdefault(parameter.removesuffix(".weight"), set())
+            modules.setdefault(DenseMlpTarget(parameter.removesuffix(".weight")), set())
         else:
             hint = "only experts' and dense MLPs' projections are hosted"
             problems.append(Problem(str(folder), "targets a parameter we do not know", hint, parameter))

@@ -24,9 +24,12 @@ class Factor(nn.Module):
 
     slot_of_expert: Tensor
 
-    def __init__(self, side: Literal["A", "B"], experts: Sequence[int], num_experts: int, rank: int, width: int) -> None:
+    def __init__(
+        self, side: Literal["A", "B"], experts: Sequence[int], num_experts: int, rank: int, width: int
+    ) -> None:
         super().__init__()
-        self.side, self.experts, self.num_experts, self.rank, self.width = side, tuple(experts), num_experts, rank, width
+        self.side, self.experts, self.num_experts = side, tuple(experts), num_experts
+        self.rank, self.width = rank, width
         shape = (rank, width) if side == "A" else (width, rank)
         self.weight = nn.Parameter(torch.zeros(len(self.experts), *shape))
         slot_of_expert = torch.full((num_experts,), -1, dtype=torch.long)

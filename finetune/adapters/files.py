@@ -21,7 +21,6 @@ from finetune.adapters.layouts import ExpertBanks, pack_a, pack_b, unpack_a, unp
 from finetune.adapters.pairs import Pair, read_pairs
 from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
 from finetune.errors import AdapterError, Problem
-from finetune.models.files import write_json_atomic
 from finetune.models.tensor_file import TensorFile
 
 __all__ = [
@@ -36,7 +35,6 @@ __all__ = [
     "read_sidecar",
     "unpack_a",
     "unpack_b",
-    "write_sidecar",
 ]
 
 SIDECAR = "finetune_adapter.json"
@@ -138,17 +136,6 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
         hint = f"this version reads format {FORMAT_VERSION}; install the version of finetune-moe that saved it"
         raise AdapterError(Problem(f"{file}: format_version", "is not known", hint, content.get("format_version")))
     return content
-
-
-def write_sidecar(
-    path: str | Path, *, experts: dict[str, Any] | None = None, base_fingerprint: str | None = None
-) -> None:
-    """Writes the sidecar into an adapter folder.
-
-    experts: `ExpertPlan.to_dict()`.  base_fingerprint: see `models.checkpoint.base_fingerprint`.
-    """
-    content = {"format_version": FORMAT_VERSION, "experts": experts, "base_fingerprint": base_fingerprint}
-    write_json_atomic(Path(path) / SIDECAR, content)
 
 
 def _open_weights(path: Path) -> TensorFile:

@@ -174,7 +174,10 @@ class DataFile(Section):
 
     path: PathName = Field(description="JSONL, JSON, CSV or Parquet file, or a data set's name on the hub")
     template: PathName | None = Field(default=None, description="data template of this file; `data.template` when null")
-    weight: Positive = Field(default=1.0, description="share of the mix, relative to the other files")
+    weight: Positive | None = Field(
+        default=None,
+        description="share of the mix, relative to the other files; no row is drawn twice. Null for all: every row",
+    )
     split: Name = Field(default="train", description="split of a hub data set")
 
 

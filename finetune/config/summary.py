@@ -78,9 +78,9 @@ def _adapter(recipe: Recipe) -> dict[str, Any]:
 
 
 def _files(files: tuple[DataFile, ...]) -> list[dict[str, Any]]:
-    """Each file with its share of the mix."""
-    total = sum(file.weight for file in files)
-    return [{"path": file.path, "share": file.weight / total} for file in files]
+    """Each file with its share of the mix; null where that follows from the number of its rows."""
+    total = sum(file.weight or 0.0 for file in files)
+    return [{"path": file.path, "share": file.weight / total if file.weight else None} for file in files]
 
 
 def _warnings(recipe: Recipe, shape: ModelShape | None) -> list[str]:

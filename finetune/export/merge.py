@@ -12,10 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Group
+from rich.text import Text
+
 from finetune.errors import Problem, UserError
 from finetune.export.plan import MergePlan, plan_merge
 from finetune.export.retention import Retention, advice
 from finetune.export.shards import Counts, ShardWriter, output_bytes
+from finetune.export.show import Shown, table, warnings
 from finetune.export.workers import exact_workers
 from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint
 from finetune.models.files import check_target, finished_folder, write_atomic
@@ -27,7 +31,7 @@ SPARE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Shown):
     """What a merge did.
 
     dtype: what --dtype asked for, None when each tensor kept its own.  tensors_converted: tensors without a delta that
@@ -50,6 +54,19 @@ class MergeReport:
         """Everything, as plain JSON types."""
         paths = {name: str(getattr(self, name)) for name in ("output", "base", "adapter")}
         return {**asdict(self), **paths, "warnings": list(self.warnings)}
+
+    def render(self) -> Group:
+        """What was written, how much of the delta survived rounding in each family, and the warnings."""
+        gib, dtype = self.bytes_written / 2**30, self.dtype or "dtype of the base"
+        facts = (
+            f"{self.output}: {gib:.2f} GiB in {self.elapsed_s:.1f} s, {dtype}; tensors: {self.tensors_changed:,} "
+            f"changed, {self.tensors_copied:,} copied, {self.tensors_converted:,} converted"
+        )
+        rows = table("delta kept after rounding", "family", "tensors", "kept", "cosine", "weights unchanged")
+        for family, kept in self.retention.items():
+            share = f"{kept.unchanged_share:.1%}"
+            rows.add_row(family, f"{kept.tensors:,}", f"{kept.ratio:.1%}", f"{kept.cosine:.4f}", share)
+        return Group(Text(facts), rows, *warnings(self.warnings))
 
 
 def merge(
@@ -138,11 +155,11 @@ def _write_index(base: Checkpoint, folder: Path, stored: str | None) -> None:
 
 def _report(plan: MergePlan, output: Path, dtype: str | None, counts: Counts, elapsed_s: float) -> MergeReport:
     retention = {family: counts.tallies[family].retention() for family in sorted(counts.tallies)}
-    warnings = [*plan.warnings, *advice(retention)]
+    notices = [*plan.warnings, *advice(retention)]
     if not counts.changed:
-        warnings.append("every delta is zero: the output equals the base")
+        notices.append("every delta is zero: the output equals the base")
     if counts.converted:
-        warnings.append(f"{counts.converted} tensors without a delta were converted to {dtype} as well")
+        notices.append(f"{counts.converted} tensors without a delta were converted to {dtype} as well")
     return MergeReport(
         output=output,
         base=plan.base.path,
@@ -154,7 +171,7 @@ def _report(plan: MergePlan, output: Path, dtype: str | None, counts: Counts, el
         bytes_written=sum(file.stat().st_size for file in output.iterdir()),
         elapsed_s=elapsed_s,
         retention=retention,
-        warnings=tuple(warnings),
+        warnings=tuple(notices),
     )
 
 

@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.text import Text
+
 from finetune.errors import Problem, VerifyError
 from finetune.export.logits_check import LogitAgreement, check_logits
 from finetune.export.plan import MergePlan, plan_merge
+from finetune.export.show import Shown, table, warnings
 from finetune.export.weights_check import WeightAgreement, WeightCheck, check_weights
 from finetune.models.checkpoint import CONFIG, Checkpoint
 from finetune.models.tensor_file import TORCH_DTYPES, WEIGHT_DTYPES
@@ -21,7 +25,7 @@ _HINT = "merge again into a new folder, and do not use this one"
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Shown):
     """What was compared and how well it agrees.
 
     weights: per family of weights, and for all tensors without a delta.  logits: None when only weights were compared.
@@ -42,6 +46,21 @@ class VerifyReport:
         """Everything, as plain JSON types."""
         paths = {name: str(getattr(self, name)) for name in ("adapter", "merged", "base")}
         return {**asdict(self), **paths, "dtypes": list(self.dtypes), "notes": list(self.notes)}
+
+    def headline(self) -> str:
+        """The result in a few words."""
+        weights = f"{self.tensors:,} tensors exact to their dtype"
+        if self.logits is None:
+            return weights
+        return f"{weights}, top-1 agrees at {self.logits.top1_agreement:.1%} of {self.logits.positions:,} positions"
+
+    def render(self) -> Group:
+        """The agreement of weights and logits, and notes."""
+        title = f"{self.merged} is base + adapter: {self.tensors:,} tensors, {', '.join(self.dtypes)}"
+        rows = table(title, "family", "tensors", "largest error", "of what rounding allows")
+        for family, seen in self.weights.items():
+            rows.add_row(family, f"{seen.tensors:,}", f"{seen.max_error:.2e}", f"{seen.worst_share:.1%}")
+        return Group(rows, Text(_logits_line(self.logits)), *warnings(self.notes))
 
 
 def verify(
@@ -80,6 +99,16 @@ def verify(
         logits=logits,
         notes=(*plan.warnings, *_notes(plan, checkpoint)),
         elapsed_s=time.perf_counter() - started,
+    )
+
+
+def _logits_line(logits: LogitAgreement | None) -> str:
+    if logits is None:
+        return "logits: not compared"
+    return (
+        f"logits over {logits.positions:,} positions of {logits.prompts} prompts: max |difference| "
+        f"{logits.max_difference:.2e} (mean {logits.mean_difference:.2e}), top-1 {logits.top1_agreement:.1%}; "
+        f"not explained by rounding {logits.unexplained:.2e}, allowed {logits.tolerance:.2e}"
     )
 
 

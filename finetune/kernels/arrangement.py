@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finetune.kernels.layer import ExpertLayer, Factors
 from finetune.kernels.padded import PaddedProjection
-from finetune.kernels.pairs import Block, PairRows, dense_rows, padded_rows, sort_pairs
+from finetune.kernels.pairs import Block, PairRows, batch_blocks, lay_out, slice_blocks, sort_pairs
 from finetune.kernels.sliced import FactorGrads, Sides, SlicedProjection
 
 BLOCK_ROWS = 2048
@@ -25,7 +25,7 @@ class Projection(Protocol):
 
     def through_a(self, block: Block, x_lora_NI: Tensor) -> Tensor | None: ...  # noqa: D102
     def through_b(self, block: Block, dy_NO: Tensor) -> Tensor | None: ...  # noqa: D102
-    def weighted(self, block: Block, z: Tensor, weight_N1: Tensor) -> Tensor: ...  # noqa: D102
+    def scaled(self, block: Block, z: Tensor, weight_N1: Tensor | None) -> Tensor: ...  # noqa: D102
     def project_(self, block: Block, y_NO: Tensor, x_NI: Tensor, z: Tensor | None) -> None: ...  # noqa: D102
     def project_back_(  # noqa: D102
         self, block: Block, dx_NI: Tensor, dy_NO: Tensor, dz: Tensor | None, keep_NI: Tensor | None
@@ -40,7 +40,7 @@ class Arrangement:
     layer: the experts, factors detached from autograd.
     rows: where the token-expert pairs lie.
     num_tokens, num_k: T and K.
-    padded: whether experts are batched with padding, or computed slice by slice.
+    batched: whether experts are computed in padded batches, or slice by slice.
     dtype: of all products.
     """
 
@@ -48,19 +48,20 @@ class Arrangement:
     rows: PairRows
     num_tokens: int
     num_k: int
-    padded: bool
+    batched: bool
     dtype: torch.dtype
 
     @classmethod
     def of(cls, top_k_index_TK: Tensor, layer: ExpertLayer) -> Arrangement:
-        """Sorts the pairs; chooses between slices and padded batches by the size of an expert."""
+        """Sorts the pairs; chooses between slices and batches by the size of an expert."""
         order_P, counts = sort_pairs(top_k_index_TK, layer.num_experts)
         dtype, elements = layer.compute_dtype(), layer.gate_up_EGH.shape[1:].numel()
-        padded = elements <= SMALL_EXPERT.get(dtype.itemsize, 0) and len(order_P) > 0
-        rows = padded_rows(order_P, counts) if padded else dense_rows(order_P, counts, BLOCK_ROWS)
+        batched = elements <= SMALL_EXPERT.get(dtype.itemsize, 0) and len(order_P) > 0
+        few_sizes = order_P.device.type == "cpu" and dtype.itemsize == 2
+        blocks = batch_blocks(counts) if batched else slice_blocks(counts, BLOCK_ROWS, few_sizes=few_sizes)
         layer = replace(layer, gate_up_lora=_detached(layer.gate_up_lora), down_lora=_detached(layer.down_lora))
         num_tokens, num_k = top_k_index_TK.shape
-        return cls(layer, rows, num_tokens, num_k, padded, dtype)
+        return cls(layer, lay_out(order_P, counts, blocks), num_tokens, num_k, batched, dtype)
 
     @property
     def gain(self) -> float:
@@ -74,7 +75,7 @@ class Arrangement:
 
     def with_padding(self, rows: Tensor) -> Tensor:
         """Tokens or pairs with the row of zeros that padding rows read."""
-        return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))) if self.padded else rows
+        return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))) if self.rows.has_padding else rows
 
     def tokens_of(self, block: Block) -> Tensor:
         """Token of each row of a block; T for a padding row."""
@@ -93,7 +94,7 @@ class Pass:
 
     def __init__(self, arrangement: Arrangement) -> None:
         layer, self._arrangement = arrangement.layer, arrangement
-        make = PaddedProjection if arrangement.padded else SlicedProjection
+        make = PaddedProjection if arrangement.batched else SlicedProjection
         blocks, dtype, dropout = arrangement.rows.blocks, arrangement.dtype, layer.dropout
         gain = arrangement.gain
         self.gate_up: Projection = make(layer.gate_up_EGH, _scaled(layer.gate_up_lora, gain), blocks, dtype)

@@ -6,6 +6,7 @@ import logging
 from functools import cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from finetune.errors import AdapterError, Problem
@@ -90,7 +91,7 @@ def _problems(x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, layer: ExpertL
         for name, (got, shape) in expected.items()
         if tuple(got) != shape
     ]
-    if gate_up.requires_grad or down.requires_grad:
+    if torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad):
         hint_frozen = "call requires_grad_(False) on the experts: only factors are trained"
         problems.append(Problem("experts", "require gradients, which are never computed", hint_frozen))
     problems += _factor_problems("gate_up", layer.gate_up_lora, num_experts, (hidden, 2 * intermediate))

@@ -47,9 +47,9 @@ class PaddedProjection:
         """`dz^T = B^T dy^T`, without the scale; None without factors."""
         return torch.bmm(self._of(block, self._b_ERO), _batched(block, dy_NO).mT) if self._has_lora else None
 
-    def weighted(self, block: Block, z: Tensor, weight_N1: Tensor) -> Tensor:
-        """Rows of z multiplied by their routing weights."""
-        return z * _batched(block, weight_N1).mT
+    def scaled(self, block: Block, z: Tensor, weight_N1: Tensor | None) -> Tensor:
+        """Rows of z times the scale and, if given, their routing weights."""
+        return z * (self._scale if weight_N1 is None else _batched(block, weight_N1).mT * self._scale)
 
     def project_(self, block: Block, y_NO: Tensor, x_NI: Tensor, z: Tensor | None) -> None:
         """`y = x W^T + scale z B^T`."""
@@ -73,7 +73,7 @@ class PaddedProjection:
             dx.addcmul_(torch.bmm(dz.mT, a_ERI), _batched(block, keep_NI), value=self._scale)
 
     def factor_grads_(self, block: Block, grads: FactorGrads, a_side: Sides, b_side: Sides) -> None:
-        """`dA = dz^T x_lora` and `dB = dy^T z`, without the scale, into the slots of the block's experts.
+        """`dA = dz^T x_lora` and `dB = dy^T z` into the slots of the block's experts, dz and z `scaled`.
 
         a_side: dz and x_lora (N, in). b_side: z and dy (N, out).
         """

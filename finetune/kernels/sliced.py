@@ -51,9 +51,9 @@ class SlicedProjection:
             torch.mm(dy_NO[rows], self._b_XOR[self._place[slot]], out=dz_NR[rows])
         return dz_NR
 
-    def weighted(self, block: Block, z: Tensor, weight_N1: Tensor) -> Tensor:
-        """Rows of z multiplied by their routing weights."""
-        return z * weight_N1
+    def scaled(self, block: Block, z: Tensor, weight_N1: Tensor | None) -> Tensor:
+        """Rows of z times the scale and, if given, their routing weights."""
+        return z * (self._scale if weight_N1 is None else weight_N1 * self._scale)
 
     def project_(self, block: Block, y_NO: Tensor, x_NI: Tensor, z: Tensor | None) -> None:
         """`y = x W^T + scale z B^T`."""
@@ -79,7 +79,7 @@ class SlicedProjection:
                 dx.addcmul_(torch.mm(dz[rows], a_RI), keep_NI[rows], value=self._scale)
 
     def factor_grads_(self, block: Block, grads: FactorGrads, a_side: Sides, b_side: Sides) -> None:
-        """`dA = dz^T x_lora` and `dB = dy^T z`, without the scale, into the slots of the block's experts.
+        """`dA = dz^T x_lora` and `dB = dy^T z` into the slots of the block's experts, dz and z `scaled`.
 
         a_side: dz and x_lora (N, in). b_side: z and dy (N, out).
         """

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 
 from finetune.errors import Problem, TrainingError
 from finetune.kernels.arrangement import Arrangement, Pass, Projection
-from finetune.kernels.layer import ExpertLayer, Factors
+from finetune.kernels.layer import ExpertLayer
 from finetune.kernels.pairs import Block
 from finetune.kernels.swiglu import swiglu, swiglu_back
 
@@ -129,22 +129,15 @@ class _Backward:
         d_out_TH = self._arrangement.with_padding(d_out_TH.to(self._arrangement.dtype))
         for block in self._arrangement.rows.blocks:
             self._block(block, d_out_TH)
-        layer, tensors = self._arrangement.layer, self._tensors
-        d_x_TH = d_weights_TK = None
+        tensors, d_x_TH, d_weights_TK = self._tensors, None, None
         if self._d_x_NH is not None:
             d_x_TH = _sum_over_experts(self._d_x_NH, self._arrangement, None).to(tensors.x_TH.dtype)
         if self._d_weight_N is not None:
             d_weight_P = self._d_weight_N.index_select(0, self._arrangement.rows.row_P)
             d_weights_TK = d_weight_P.view(tensors.weights_TK.shape).to(tensors.weights_TK.dtype)
-        d_gate_up = self._finished(self._d_gate_up, layer.gate_up_lora)
-        return _Tensors(d_x_TH, d_weights_TK, *d_gate_up, *self._finished(self._d_down, layer.down_lora))
-
-    def _finished(self, grads: tuple[Tensor, Tensor] | None, lora: Factors | None) -> tuple[Any, Any]:
-        """Gradients of A and B with the scale, in the types of the parameters."""
-        if grads is None or lora is None:
-            return None, None
-        scale = lora.scale * self._arrangement.gain
-        return grads[0].to(lora.a_XRI.dtype).mul_(scale), grads[1].to(lora.b_XOR.dtype).mul_(scale)
+        d_factors = (*(self._d_gate_up or (None, None)), *(self._d_down or (None, None)))
+        in_type = (None if d is None else d.to(f.dtype) for d, f in zip(d_factors, tensors[2:], strict=True))
+        return _Tensors(d_x_TH, d_weights_TK, *in_type)
 
     def _block(self, block: Block, d_out_TH: Tensor) -> None:
         here, token_N, saved = slice(block.start, block.stop), self._arrangement.tokens_of(block), self._gate_up_NG
@@ -178,9 +171,8 @@ def _back_(
         x_lora_NI = _drop(x_NI, way.keep)
         z = projection.through_a(block, x_lora_NI)
         assert z is not None
-        thin = (dz, z) if weight_N1 is None else (projection.weighted(block, t, weight_N1) for t in (dz, z))
-        dz_weighted, z_weighted = thin
-        projection.factor_grads_(block, way.grads, (dz_weighted, x_lora_NI), (z_weighted, d_y_NO))
+        dz_scaled, z_scaled = (projection.scaled(block, thin, weight_N1) for thin in (dz, z))
+        projection.factor_grads_(block, way.grads, (dz_scaled, x_lora_NI), (z_scaled, d_y_NO))
     if d_x_NI is not None:
         projection.project_back_(block, d_x_NI, d_y_NO, dz, way.keep)
 

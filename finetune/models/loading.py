@@ -163,10 +163,11 @@ _MOST_NAMES = 4
 
 @contextmanager
 def _as_model_error(path: str | Path) -> Iterator[None]:
+    """What transformers raises over a config or file it cannot use has many types; all mean the same to the user."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:
+        text = " ".join(str(error).split())[:300] or type(error).__name__
         hint = "check the name or folder; a hub name needs the network or HF_HOME with the model in it"
         raise ModelError(Problem(str(path), f"cannot be loaded ({text})", hint)) from error
 

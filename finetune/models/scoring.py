@@ -96,7 +96,9 @@ def _score_batch(model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[RowSc
         mask_BS[i, :n] = 1
     ids_BS, labels_BS, mask_BS = ids_BS.to(device), labels_BS.to(device), mask_BS.to(device)
 
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal: Any = model
+    if hasattr(causal, "get_base_model"):  # a PeftModel
+        causal = causal.get_base_model()
     hidden_BSH = causal.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).last_hidden_state
     targets_BS = labels_BS[:, 1:]
     loss_BS = targets_BS != IGNORED

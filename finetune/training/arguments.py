@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "bf16": train.precision == "bf16",
-        "gradient_checkpointing": train.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
         "seed": train.seed,
         "data_seed": train.seed,
         "packing": data.packing,
@@ -49,6 +48,11 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "dataloader_pin_memory": False,
         "remove_unused_columns": True,
     }
+    # transformers 5.23 renamed the option; under either name TRL would turn it on by itself
+    known = {field.name for field in fields(SFTConfig)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    options[checkpointing] = train.gradient_checkpointing
+    options[f"{checkpointing}_kwargs"] = {"use_reentrant": False} if train.gradient_checkpointing else None
     return SFTConfig(**options)
 
 

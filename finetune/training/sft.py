@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
+from finetune.data.quiet import no_progress_bars
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, GradientCheck, Metrics
 from finetune.training.checkpoints import newest_complete, step_of
@@ -47,7 +48,8 @@ def train_sft(
     of adapters gets no gradient or the loss is not finite.
     """
     arguments = sft_arguments(recipe, folder.checkpoints)
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows.train, processing_class=tokenizer)
+    with no_progress_bars():
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows.train, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     total_steps = _total_steps(trainer, recipe)
     arguments.warmup_steps = warmup_steps(recipe, total_steps)

@@ -77,7 +77,8 @@ def recipe_file(tmp_path, monkeypatch) -> str:
     Path("b.jsonl").write_text("{}\n")
     Path("r.yaml").write_text(
         "model: {path: model}\nadapter: {experts: [down_proj], rank: 8, alpha: 16, expert_rank: 2}\n"
-        "data: {train: [{path: a.jsonl, weight: 3}, b.jsonl]}\ntrain: {steps: 5}\noutput: {dir: runs/x}\n"
+        "data: {train: [{path: a.jsonl, weight: 3}, {path: b.jsonl, weight: 1}]}\n"
+        "train: {steps: 5}\noutput: {dir: runs/x}\n"
     )
     return "r.yaml"
 

@@ -7,7 +7,6 @@ from rich.console import Console
 
 from finetune.errors import AdapterError, ModelError, UserError
 from finetune.export.merge import merge, with_dtype
-from finetune.export.show import render_merge
 from tests.export.checkpoints import (
     ATTENTION,
     DENSE,
@@ -266,7 +265,7 @@ def test_report_is_complete(moe, adapter, tmp_path):
     assert told["bytes_written"] == sum(len(data) for data in _files(tmp_path / "merged").values())
     assert set(told["retention"]) == {"attention", "expert gate", "expert up", "expert down"}
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(render_merge(report))
+    console.print(report)
     text = console.export_text()
     assert "expert gate" in text
     assert str(tmp_path / "merged") in text.replace("\n", "")
@@ -400,13 +399,14 @@ class TestWrongBase:
 
     def test_changed_since_training(self, tmp_path):
         """With the fingerprint in the sidecar, another base of the same shape is noticed."""
-        from finetune.adapters.files import write_sidecar
+        from finetune.adapters.files import FORMAT_VERSION, SIDECAR
         from finetune.models.checkpoint import Checkpoint, base_fingerprint
 
         base = write_base(tmp_path / "base", MOE)
         adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
         other = Checkpoint.open(write_base(tmp_path / "other", MOE, seed=5))
-        write_sidecar(adapter, base_fingerprint=base_fingerprint(other))
+        content = {"format_version": FORMAT_VERSION, "base_fingerprint": base_fingerprint(other)}
+        (adapter / SIDECAR).write_text(json.dumps(content))
         with pytest.raises(ModelError, match="fingerprint"):
             merge(adapter, tmp_path / "merged")
         report = merge(adapter, tmp_path / "merged", base=base)

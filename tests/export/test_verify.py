@@ -9,7 +9,6 @@ from rich.console import Console
 from finetune.errors import ModelError, VerifyError
 from finetune.export.logits_check import compare
 from finetune.export.merge import merge
-from finetune.export.show import render_verify
 from finetune.export.verify import verify
 from finetune.export.weights_check import half_unit
 from tests.export.checkpoints import (
@@ -99,7 +98,7 @@ def test_report_is_complete(case):
     assert told["logits"]["tolerance"] > 0
     assert told["weights"]["attention"]["worst"].startswith("model.layers.")
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(render_verify(report))
+    console.print(report)
     text = console.export_text()
     assert "expert down" in text
     assert "top-1" in text

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.kernels.pairs import ROW_MULTIPLE, PairRows, dense_rows, padded_rows, sort_pairs
+from finetune.kernels.pairs import BATCH_MULTIPLE, PairRows, batch_blocks, lay_out, slice_blocks, sort_pairs
 
 
 @st.composite
@@ -27,46 +27,58 @@ def rows_by_expert(rows: PairRows, num_rows: int) -> dict[int, list[int]]:
     return found
 
 
+def check_layout(index, experts, blocks, order, counts) -> PairRows:
+    rows = lay_out(order, counts, blocks)
+    pairs = len(index)
+    assert torch.equal(rows.pair_N[rows.row_P], torch.arange(pairs))
+    assert int((rows.pair_N < pairs).sum()) == pairs
+    assert rows.has_padding == (len(rows.pair_N) > pairs)
+    for expert, where in rows_by_expert(rows, len(rows.pair_N)).items():
+        held = rows.pair_N[where]
+        assert held[held < pairs].tolist() == torch.where(index[:, 0] == expert)[0].tolist()
+    return rows
+
+
 @settings(max_examples=100, deadline=None)
-@given(routing=routings(), max_rows=st.integers(1, 80))
-def test_dense_rows(routing, max_rows):
+@given(routing=routings(), max_rows=st.integers(1, 80), few_sizes=st.booleans())
+def test_slices(routing, max_rows, few_sizes):
     index, experts = routing
     order, counts = sort_pairs(index, experts)
-    rows = dense_rows(order, counts, max_rows)
-    assert torch.equal(rows.pair_N[rows.row_P], torch.arange(len(index)))
-    for expert, where in rows_by_expert(rows, len(index)).items():
-        assert rows.pair_N[where].tolist() == torch.where(index[:, 0] == expert)[0].tolist()
+    rows = check_layout(index, experts, slice_blocks(counts, max_rows, few_sizes=few_sizes), order, counts)
+    assert few_sizes or not rows.has_padding
     for block in rows.blocks:
         assert block.stop - block.start <= max_rows or len(block.experts) == 1
         assert 0 not in block.sizes
 
 
+def test_few_sizes_waste_little_and_are_few():
+    sizes = {count: slice_blocks([count], 1, few_sizes=True)[0].sizes[0] for count in range(1, 5000)}
+    assert all(size >= count for count, size in sizes.items())
+    assert max(size / count for count, size in sizes.items()) <= 16 / 9
+    assert sum(size / count for count, size in sizes.items()) / len(sizes) < 1.04
+    assert len(set(sizes.values())) < 110
+    assert [sizes[count] for count in (1, 7, 9, 40, 257, 1025)] == [1, 7, 16, 40, 288, 1152]
+
+
 @settings(max_examples=100, deadline=None)
-@given(routing=routings().filter(lambda r: len(r[0]) > 0))
-def test_padded_rows(routing):
+@given(routing=routings())
+def test_batches(routing):
     index, experts = routing
     order, counts = sort_pairs(index, experts)
-    rows = padded_rows(order, counts)
-    pairs = len(index)
-    assert torch.equal(rows.pair_N[rows.row_P], torch.arange(pairs))
-    assert int((rows.pair_N < pairs).sum()) == pairs
-    for expert, where in rows_by_expert(rows, len(rows.pair_N)).items():
-        held = rows.pair_N[where]
-        assert held[held < pairs].tolist() == torch.where(index[:, 0] == expert)[0].tolist()
+    rows = check_layout(index, experts, batch_blocks(counts), order, counts)
     for block in rows.blocks:
         assert len(set(block.sizes)) == 1
-        assert block.sizes[0] % ROW_MULTIPLE == 0
+        assert block.sizes[0] % BATCH_MULTIPLE == 0
         assert list(block.experts) == sorted(block.experts)
 
 
-def test_even_loads_make_one_block_and_one_hot_expert_does_not_pad_the_others():
-    even = padded_rows(*sort_pairs(torch.arange(32).repeat(128)[:, None], 32))
-    assert [len(block.experts) for block in even.blocks] == [32]
-    assert len(even.pair_N) == 32 * 128
-    hot = torch.cat((torch.zeros(4000, dtype=torch.long), torch.arange(32).repeat(16)))
-    uneven = padded_rows(*sort_pairs(hot[:, None], 32))
-    assert len(uneven.blocks) > 1
-    assert len(uneven.pair_N) < 32 * 4016 / 2
+def test_even_loads_make_one_batch_and_one_hot_expert_does_not_pad_the_others():
+    even = batch_blocks([128] * 32)
+    assert [len(block.experts) for block in even] == [32]
+    assert even[-1].stop == 32 * 128
+    uneven = batch_blocks([4016] + [16] * 31)
+    assert len(uneven) > 1
+    assert uneven[-1].stop < 32 * 4016 / 2
 
 
 def test_the_sort_is_stable():

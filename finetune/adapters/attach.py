@@ -1,0 +1,147 @@
+"""Adapters onto a model, onto disk, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model
+
+from finetune.adapters.agreement import check_consumed, check_same_plan
+from finetune.adapters.config import ExpertLoraConfig
+from finetune.adapters.files import AdapterFiles
+from finetune.adapters.stock_config import ADAPTER_CONFIG
+from finetune.adapters.targets import lora_config, parse_section
+from finetune.config.schema import AdapterSection
+from finetune.errors import AdapterError, Problem
+from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
+from finetune.models.files import finished_folder
+from finetune.models.loading import load_model, load_tokenizer, stored_dtype
+from finetune.routing.plan import ExpertPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["attach", "check_same_plan", "load", "load_adapter", "save_adapter"]
+
+DEFAULT = "default"
+
+
+def attach(
+    model: PreTrainedModel,
+    adapter: dict[str, Any] | AdapterSection,
+    experts: ExpertPlan | None = None,
+    *,
+    seed: int | None = None,
+) -> PeftModel:
+    """`model` with trainable LoRA factors on attention, experts and dense MLPs; its output is the same at first.
+
+    adapter: the recipe's adapter section, or a dict with its fields.
+    experts: which experts get factors; all of the model's when None.
+    seed: of the factors' start, torch's generator is left as it was; torch's generator is used when None.
+
+    The base weights are frozen and otherwise untouched, and so is the model's config: whether the router's auxiliary
+    loss is computed stays its `output_router_logits` (off by default).
+    Raises AdapterError with every setting that is wrong and every target that matches nothing.
+    """
+    config = lora_config(model, parse_section(adapter), experts)
+    with _seeded(seed), _quiet():
+        return get_peft_model(model, config)
+
+
+def save_adapter(model: PeftModel, path: str | Path) -> None:
+    """Write the adapters of `model` to folder `path` in the standard PEFT layout plus our sidecar, all or nothing.
+
+    An adapter that is there already is replaced. Raises AdapterError when anything else is there.
+    """
+    if not isinstance(model, PeftModel):
+        hint = "give what attach or load_adapter returned"
+        raise AdapterError(Problem("model", "has no adapters", hint, type(model).__name__))
+    path = Path(path)
+    overwrite = (path / ADAPTER_CONFIG).is_file()
+    with finished_folder(path, overwrite=overwrite) as building:
+        model.save_pretrained(str(building), save_embedding_layers=False)
+
+
+def load_adapter(
+    model: PreTrainedModel | PeftModel, path: str | Path, trainable: bool = False, *, name: str = DEFAULT
+) -> PeftModel:
+    """`model` with the adapter saved in folder `path`, ours or stock PEFT's.
+
+    trainable: go on training it; otherwise its factors are frozen and the model is put into eval mode.
+    name: what to call the adapter; a model that has adapters gets a further one, not yet active.
+
+    Raises AdapterError when the folder is damaged, the adapter does not fit the model, or a tensor finds no place.
+    """
+    files = AdapterFiles.open(path)
+    config = ExpertLoraConfig.load(path)
+    config.inference_mode = not trainable
+    with _as_adapter_error(path), _quiet():
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            model.load_adapter(str(path), name, is_trainable=trainable)
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, str(path), name, is_trainable=trainable, config=config)
+    check_consumed(adapted, name, files)
+    return adapted
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a model folder, or of an adapter folder together with the base it names.
+
+    dtype: of the frozen weights; the type they are stored in when None.
+
+    Raises ModelError or AdapterError, also when the base on disk is not the one the adapter was trained on.
+    """
+    if not (Path(path) / ADAPTER_CONFIG).is_file():
+        return load_model(path, dtype=dtype or stored_dtype(path)), load_tokenizer(path)
+    files = AdapterFiles.open(path)
+    base = files.base_model
+    if not base:
+        hint = "load the base yourself and use load_adapter"
+        raise AdapterError(Problem(str(path), "does not name its base model", hint))
+    revision = files.config.revision
+    model = load_model(base, dtype=dtype or stored_dtype(base, revision=revision), revision=revision)
+    known = files.base_fingerprint
+    if known is not None and known != base_fingerprint(Checkpoint.open(find_checkpoint(base, revision))):
+        hint = "put the original base back; or load a model yourself and use load_adapter to run on another base"
+        raise AdapterError(Problem(base, "is not the model the adapter was trained on", hint))
+    return load_adapter(model, path), load_tokenizer(base, revision=revision)
+
+
+@contextmanager
+def _as_adapter_error(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except AdapterError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        hint = "the adapter was made for a model of another shape"
+        raise AdapterError(Problem(str(path), f"does not fit the model ({text[:300]})", hint)) from error
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Torch's CPU generator seeded inside, restored after."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PEFT's warnings about what we check ourselves, or what is PEFT's own affair."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*keys did not match any targeted module")
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
+        yield

@@ -1,0 +1,142 @@
+"""The low-rank factors of one projection of an expert bank, as a PEFT layer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from finetune.adapters.factor import Factor
+from finetune.errors import AdapterError, Problem
+from finetune.kernels.ops import Factors
+
+if TYPE_CHECKING:
+    from finetune.adapters.config import ExpertLoraConfig
+
+
+class ExpertFactors(nn.Module, LoraLayer):
+    """The factors of one projection, per adapter.
+
+    projection: name of the bank's parameter they belong to.
+    lora_A, lora_B: adapter name -> Factor.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B")
+
+    if TYPE_CHECKING:  # attributes of PEFT's untyped half
+        _active_adapter: Any
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(self, base_layer: nn.Module, projection: str) -> None:
+        nn.Module.__init__(self)
+        self.projection = projection
+        LoraLayer.__init__(self, base_layer)
+
+    def _get_in_out_features(self, bank: nn.Module) -> tuple[int, int]:
+        self.num_experts, height, width = getattr(bank, self.projection).shape
+        return width, height
+
+    def add_factors(self, name: str, config: ExpertLoraConfig, module_name: str) -> None:
+        """New factors for adapter `name`: A uniform as PEFT starts it, B zero, float32 (float64 in a float64 bank)."""
+        rank, alpha = config.rank_and_alpha(f"{module_name}.{self.projection}")
+        experts = config.experts_of(module_name, self.num_experts)
+        factors = {
+            "A": Factor("A", experts, self.num_experts, rank, self.in_features),
+            "B": Factor("B", experts, self.num_experts, rank, self.out_features),
+        }
+        factors["A"].fill_uniform_(1 / math.sqrt(self.in_features))
+        if not config.init_lora_weights:
+            factors["B"].fill_uniform_(1 / math.sqrt(rank))
+        weight = self._frozen_weight
+        dtype = torch.promote_types(torch.float32, weight.dtype)
+        on_meta = factors["A"].weight.is_meta
+        for factor, holder in zip(factors.values(), (self.lora_A, self.lora_B), strict=True):
+            holder[name] = factor.to(dtype=dtype) if on_meta else factor.to(weight.device, dtype)
+        self.r[name], self.lora_alpha[name] = rank, alpha
+        self.scaling[name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.lora_dropout[name] = nn.Dropout(config.expert_dropout) if config.expert_dropout else nn.Identity()
+        self.use_rslora[name], self.use_dora[name], self.lora_bias[name] = config.use_rslora, False, False
+
+    @property
+    def _frozen_weight(self) -> Tensor:
+        weight = getattr(self.get_base_layer(), self.projection)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def active_factors(self, names: Sequence[str]) -> Factors | None:
+        """What the kernels take: the factors of adapters `names` that are here, as one; None when there are none."""
+        found = [
+            Factors(self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n], self.lora_A[n].slot_of_expert)
+            for n in names
+            if n in self.lora_A
+        ]
+        return combine(found) if found else None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the delta of this projection to the frozen bank. `safe_merge` refuses values that are not finite."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_A:
+                if safe_merge:
+                    self._check_finite(name)
+                self._add_delta_(name, 1.0)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged deltas out again; in 16 bit the bank keeps the rounding of both steps."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self._add_delta_(self.merged_adapters.pop(), -1.0)
+
+    @torch.no_grad()
+    def _add_delta_(self, name: str, sign: float) -> None:
+        for expert, delta in self._deltas(name):
+            weight = self._frozen_weight[expert]
+            weight.copy_(weight.to(delta.dtype).add_(delta, alpha=sign))
+
+    def _check_finite(self, name: str) -> None:
+        for expert, delta in self._deltas(name):
+            if not torch.isfinite(self._frozen_weight[expert].to(delta.dtype) + delta).all():
+                where, hint = f"adapter {name}, expert {expert}", "the adapter diverged; take an earlier checkpoint"
+                raise AdapterError(Problem(where, "would not merge to finite weights", hint))
+
+    @torch.no_grad()
+    def _deltas(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        a, b = self.lora_A[name], self.lora_B[name]
+        for slot, expert in enumerate(a.experts):
+            yield expert, self.scaling[name] * (b.weight[slot] @ a.weight[slot])
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for holder in (self.lora_A, self.lora_B):
+            if adapter_name in holder and not holder[adapter_name].weight.is_meta:
+                holder[adapter_name].to(device or self._frozen_weight.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The outer layer computes with these factors; nothing calls this one."""
+        raise AssertionError("the factors of an expert bank are computed by LoraExperts")
+
+
+def combine(parts: Sequence[Factors]) -> Factors:
+    """Several adapters on one projection as one of the sum of their ranks; slots are the union of theirs."""
+    if len(parts) == 1:
+        return parts[0]
+    trained_E = torch.stack([part.slot_of_expert >= 0 for part in parts]).any(0)
+    experts_X = trained_E.nonzero()[:, 0]
+    slot_of_expert = torch.full_like(parts[0].slot_of_expert, -1)
+    slot_of_expert[experts_X] = torch.arange(len(experts_X), device=experts_X.device)
+    a_XRI = torch.cat([_spread(part.a_XRI, part, experts_X) for part in parts], dim=1)
+    b_XOR = torch.cat([_spread(part.b_XOR * part.scale, part, experts_X) for part in parts], dim=2)
+    return Factors(a_XRI, b_XOR, 1.0, slot_of_expert)
+
+
+def _spread(weight: Tensor, part: Factors, experts_X: Tensor) -> Tensor:
+    """A part's factor in the slots of `experts_X`, zero where the part has none."""
+    slot_X = part.slot_of_expert[experts_X]
+    return weight[slot_X.clamp(min=0)] * (slot_X >= 0)[:, None, None].to(weight.dtype)

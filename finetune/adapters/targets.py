@@ -1,0 +1,145 @@
+"""From what a recipe asks for to the PEFT configuration that does it on one model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from finetune.adapters.config import ExpertLoraConfig
+from finetune.adapters.expert_lora import bank_problems
+from finetune.config.findings import NOTHING, Finding, dotted
+from finetune.config.messages import findings_of
+from finetune.config.schema import AdapterSection, Section
+from finetune.errors import AdapterError, ModelError, Problem
+from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
+from finetune.models.qwen3 import (
+    EXPERTS,
+    MLP,
+    expert_modules,
+    is_moe,
+    is_qwen3,
+    layer_index,
+    model_type,
+    projection_names,
+)
+from finetune.routing.plan import ExpertPlan
+
+
+def parse_section(adapter: Any) -> AdapterSection:
+    """The adapter section of a recipe, also from a dict with its fields. Raises AdapterError with every problem."""
+    if isinstance(adapter, AdapterSection):
+        return adapter
+    if not isinstance(adapter, dict):
+        hint = 'give a dict like {"attention": ["q_proj"], "rank": 8}, or recipe.adapter'
+        raise AdapterError(Problem("adapter", "must be a dict or an AdapterSection", hint, type(adapter).__name__))
+    tree = {"adapter": adapter}
+    try:
+        return _OnlyAdapter.model_validate(tree).adapter
+    except ValidationError as error:
+        raise AdapterError(*(_problem(finding) for finding in findings_of(error, tree))) from None
+
+
+class _OnlyAdapter(Section):
+    """A recipe with nothing but its adapter section, so that mistakes are told as a recipe's are."""
+
+    adapter: AdapterSection
+
+
+def _problem(finding: Finding) -> Problem:
+    got = {} if finding.got is NOTHING else {"got": finding.got}
+    return Problem(dotted(finding.path), finding.what, finding.hint, **got)
+
+
+def lora_config(model: Any, section: AdapterSection, experts: ExpertPlan | None) -> ExpertLoraConfig:
+    """The configuration that attaches `section` to `model`. Raises AdapterError with every target that has no place."""
+    problems = list(_misfits(model, section, experts))
+    if problems:
+        raise AdapterError(*problems)
+    bank_targets = _bank_targets(model, experts) if section.experts else []
+    mlp = [f"{MLP}.{target}" if is_moe(model.config) else target for target in section.mlp]
+    main = section.experts != ()
+    options: dict[str, Any] = {
+        "r": section.rank_of_experts if main else section.rank,
+        "lora_alpha": _whole(section.alpha_of_experts if main else section.alpha),
+    }
+    if main and (section.rank_of_experts, section.alpha_of_experts) != (section.rank, section.alpha):
+        # on disk a dense MLP's target is its weight, live it is the module: the pattern matches both
+        names = [*section.attention, *(rf"{target}(\.weight)?" for target in mlp)]
+        options["rank_pattern"] = dict.fromkeys(names, section.rank)
+        options["alpha_pattern"] = dict.fromkeys(names, _whole(section.alpha))
+    return ExpertLoraConfig(
+        **options,
+        target_modules=[*section.attention, *mlp, *bank_targets],
+        lora_dropout=section.dropout,
+        use_rslora=section.rslora,
+        task_type="CAUSAL_LM",
+        expert_targets=section.experts,
+        expert_plan=experts,
+        expert_dropout=section.dropout_of_experts if section.experts else 0.0,
+        section=section.model_dump(mode="json"),
+        base_fingerprint=_fingerprint(getattr(model, "name_or_path", "")),
+    )
+
+
+def _bank_targets(model: nn.Module, experts: ExpertPlan | None) -> list[str]:
+    """The short name that means every bank, or the full names of the banks in the plan."""
+    names = list(expert_modules(model))
+    chosen = [name for name in names if experts is None or layer_index(name) in experts.experts_by_layer]
+    return [EXPERTS.rpartition(".")[2]] if chosen == names else chosen
+
+
+def _misfits(model: Any, section: AdapterSection, experts: ExpertPlan | None) -> Any:
+    if not isinstance(model, nn.Module) or not is_qwen3(getattr(model, "config", None)):
+        hint = "give a Qwen3ForCausalLM or Qwen3MoeForCausalLM of transformers"
+        found = model_type(getattr(model, "config", None)) or type(model).__name__
+        yield Problem("model", "is not a Qwen3", hint, found)
+        return
+    if hasattr(model, "peft_config"):
+        yield Problem("model", "has adapters already", "give the model they are attached to, or use load_adapter")
+        return
+    banks = expert_modules(model)
+    for room, targets in (("attention", section.attention), ("mlp", section.mlp)):
+        for target in targets:
+            if not projection_names(model, [target]):
+                dense = "has no dense MLP: name its experts' projections in adapter.experts instead"
+                hint = f"this model {dense}" if room == "mlp" and banks else "look at print(model) for its modules"
+                yield Problem(f"adapter.{room}", "matches nothing in this model", hint, target)
+    if section.experts and not banks:
+        hint = "this model is dense: name projections in adapter.mlp instead"
+        yield Problem("adapter.experts", "matches nothing in this model", hint, section.experts)
+    elif experts is not None and not section.experts:
+        yield Problem("experts", "a plan is given but adapter.experts is empty", "name gate_up_proj, down_proj or both")
+    elif section.experts:
+        for name, bank in banks.items():
+            yield from bank_problems(bank, name)
+        if experts is not None:
+            yield from _plan_misfits(banks, experts)
+
+
+def _plan_misfits(banks: dict[str, nn.Module], experts: ExpertPlan) -> Any:
+    hint = "make the plan with this model"
+    layers = {layer_index(name) for name in banks}
+    strange = sorted(set(experts.experts_by_layer) - layers)
+    if strange:
+        yield Problem("expert plan", "names layers that have no experts", hint, strange)
+    (num_experts,) = {len(bank.get_parameter("down_proj")) for bank in banks.values()}
+    if experts.num_experts != num_experts:
+        what = f"is for another number of experts than the model's {num_experts}"
+        yield Problem("expert plan", what, hint, experts.num_experts)
+
+
+def _fingerprint(name_or_path: str) -> str | None:
+    """Of the base on disk; None when the model was made in memory."""
+    if not name_or_path:
+        return None
+    try:
+        return base_fingerprint(Checkpoint.open(find_checkpoint(name_or_path)))
+    except ModelError:
+        return None
+
+
+def _whole(value: float) -> float:
+    """16.0 as 16, which is how PEFT writes alpha."""
+    return int(value) if value == int(value) else value

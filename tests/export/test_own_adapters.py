@@ -1,0 +1,70 @@
+"""Adapters made here, with a plan of experts: saved, merged, verified, and read by stock PEFT."""
+
+import pytest
+import torch
+
+from finetune.adapters.attach import attach, save_adapter
+from finetune.adapters.files import AdapterFiles
+from finetune.errors import ModelError
+from finetune.export.merge import merge
+from finetune.export.verify import verify
+from finetune.models.loading import load_model
+from finetune.routing.plan import ExpertPlan
+from tests.export.checkpoints import MOE, edit_tensors, names_like, plain_logits, read_all, stock_logits, write_base
+
+MIXED = {**MOE, "num_hidden_layers": 3, "mlp_only_layers": [1]}
+ALL = {"attention": ("q_proj", "v_proj"), "experts": ("gate_up_proj", "down_proj"), "mlp": ("up_proj",)}
+
+
+def train(base, path, adapter, plan=None):
+    model = attach(load_model(base, dtype=torch.float32), adapter, plan, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    save_adapter(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {**ALL, "rank": 4, "expert_rank": 3, "expert_alpha": 5.0, "rslora": True, "dropout": 0.1},
+        {"attention": (), "experts": ("gate_up_proj",), "rank": 2},
+        {"attention": (), "experts": ("down_proj",), "rank": 2},
+        {"attention": ("o_proj",), "mlp": ("gate_proj", "down_proj"), "rank": 2},
+    ],
+)
+def test_merged_equals_adapter_and_verifies(tmp_path, adapter):
+    base = write_base(tmp_path / "base", MIXED)
+    path = train(base, tmp_path / "adapter", adapter)
+    report = merge(path, tmp_path / "merged")
+    assert not report.warnings  # the fingerprint of the base was recorded and fits
+    assert (stock_logits(base, path) - plain_logits(tmp_path / "merged")).abs().max() <= 1e-4
+    assert verify(path, tmp_path / "merged").logits.max_difference <= 1e-4
+
+
+def test_experts_outside_the_plan_keep_their_bits(tmp_path):
+    base = write_base(tmp_path / "base", MOE, dtype=torch.bfloat16)
+    plan = ExpertPlan(experts_by_layer={0: (0, 3), 1: (2,)}, num_experts=5)
+    path = train(base, tmp_path / "adapter", {**ALL, "mlp": (), "attention": (), "rank": 2}, plan)
+    report = merge(path, tmp_path / "merged")
+    before, after = read_all(base), read_all(tmp_path / "merged")
+    changed = {tuple(name.split(".")[2:6:3]) for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {("0", "0"), ("0", "3"), ("1", "2")}
+    assert report.tensors_changed == 9
+    verify(path, tmp_path / "merged")
+
+
+def test_base_that_changed_since_training(tmp_path):
+    base = write_base(tmp_path / "base", MOE, shards=1)
+    path = train(base, tmp_path / "adapter", {"rank": 2})
+    assert AdapterFiles.open(path).base_fingerprint
+
+    def change(tensors):
+        for name in names_like("proj", tensors):
+            tensors[name] += 1
+
+    edit_tensors(base / "model.safetensors", change)
+    with pytest.raises(ModelError, match="fingerprint differs"):
+        merge(path, tmp_path / "merged")
