@@ -43,6 +43,19 @@ def bytes_done(console: Console, what: str) -> Iterator[Callable[[str, int, int]
         yield advance
 
 
+@contextmanager
+def rows_done(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of rows; call what it gives with the rows done and the rows in all."""
+    columns = TextColumn(what), BarColumn(24), TextColumn("{task.completed:,.0f} rows"), TimeRemainingColumn()
+    with _live(console, *columns) as progress:
+        task = progress.add_task("", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield advance
+
+
 def _live(console: Console, *columns: ProgressColumn) -> Progress:
     """A bar that leaves no trace when it is done."""
     live = console.is_terminal or console.is_jupyter
