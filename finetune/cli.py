@@ -134,6 +134,7 @@ def experts(
     rank: Annotated[int, typer.Option("--rank", min=1, help="LoRA rank, which prices an expert")] = 16,
     model: Annotated[Path | None, typer.Option("--model", help="model folder, to price an expert by")] = None,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="plan to write")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="image to write, such as experts.png")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Explore which experts a rule would train; loads no model."""
@@ -150,6 +151,10 @@ def experts(
         if not asked:
             raise typer.BadParameter("needs a rule, such as --top-fraction 0.25", param_hint="--plan-out")
         write_plan(plan_out, found[0].plan)
+    if plot is not None:
+        from finetune.report.routing_plots import plot_profile
+
+        plot_profile(found[0].profile, found[0].plan if asked else None).savefig(plot)
     if as_json:
         _print_json(exploration_to_dict(found[0]) if asked else {"choices": [exploration_to_dict(e) for e in found]})
     else:

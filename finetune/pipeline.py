@@ -48,6 +48,12 @@ class Run:
 
         return metrics_frame(RunFolder(self.path).read_metrics())
 
+    def plot_routing(self) -> Any:
+        """Load of every expert on the same rows before and after training, and its drift, as a matplotlib Figure."""
+        from finetune.report.routing_plots import plot_routing
+
+        return plot_routing(RunFolder(self.path).read_metrics(), title=self.path.name)
+
     def plot_loss(self) -> Any:
         """Training and held-out loss against steps, as a matplotlib Figure."""
         from finetune.report.plots import plot_loss
@@ -109,7 +115,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_table(target_table(adapted)))
-    train_sft(adapted, tokenizer, Rows(prepared.train, prepared.eval), recipe, folder, resume=resume, console=console)
+    rows = Rows(prepared.train, prepared.eval)
+    train_sft(adapted, tokenizer, rows, recipe, folder, plan=choice.plan, resume=resume, console=console)
     if is_main_process():
         save_adapter(adapted, folder.adapter)
     return Run(folder.path, summarize(folder, adapted))

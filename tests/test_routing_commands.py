@@ -74,6 +74,11 @@ def test_experts_without_a_rule_compares_several(law, capsys):
     assert len(json.loads(capsys.readouterr().out)["choices"]) == 5
 
 
+def test_experts_as_a_plot(law, tmp_path):
+    assert main(["experts", law, "--top-p", "0.2", "--plot", str(tmp_path / "experts.png")]) == 0
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_budget_needs_the_price_of_an_expert(law, capsys):
     assert main(["experts", law, "--budget", "1M"]) == 2
     assert "--model" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def take_sample(rows: Any, max_tokens: int, max_rows: int | None = None) -> list
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Rows one after another, each with positions of its own."""
 
     ids_T: Tensor
@@ -100,27 +100,28 @@ class _Block:
     first_half_T: Tensor
 
 
-def _blocks(rows: Sequence[Row], block_tokens: int) -> Iterator[tuple[int, _Block]]:
+def _blocks(rows: Sequence[Row], block_tokens: int) -> Iterator[tuple[int, Block]]:
     """Consecutive rows joined, and how many rows are done then."""
     pending: list[int] = []
     tokens = 0
     for index, row in enumerate(rows):
         if pending and tokens + len(row["input_ids"]) > block_tokens:
-            yield index, _join(rows, pending)
+            yield index, join_rows(rows, pending)
             pending, tokens = [], 0
         pending.append(index)
         tokens += len(row["input_ids"])
-    yield len(rows), _join(rows, pending)
+    yield len(rows), join_rows(rows, pending)
 
 
-def _join(rows: Sequence[Row], indices: list[int]) -> _Block:
+def join_rows(rows: Sequence[Row], indices: Sequence[int]) -> Block:
+    """Some rows as one block; those with an even index are the first half of the sample."""
     parts = [rows[index] for index in indices]
     lengths = torch.tensor([len(part["input_ids"]) for part in parts])
-    return _Block(
+    return Block(
         torch.cat([torch.as_tensor(part["input_ids"], dtype=torch.long) for part in parts]),
         torch.cat([torch.as_tensor(part["labels"], dtype=torch.long) for part in parts]),
         torch.cat([torch.arange(int(length)) for length in lengths]),
-        torch.repeat_interleave(torch.tensor(indices) % 2 == 0, lengths),
+        torch.repeat_interleave(torch.tensor(list(indices)) % 2 == 0, lengths),
     )
 
 
@@ -151,7 +152,7 @@ class _Tally:
             for handle in handles:
                 handle.remove()
 
-    def read(self, block: _Block) -> None:
+    def read(self, block: Block) -> None:
         """Run the model on one block."""
         counted_T = block.labels_T != IGNORED if self._measure.loss_tokens_only else torch.ones_like(block.first_half_T)
         self._tokens += int(counted_T.sum())

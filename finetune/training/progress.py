@@ -44,10 +44,12 @@ class TrainingProgress:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """`loss 1.234 · 5,678 tokens/s · eval 0.987 (exact 93.0 %)`, as far as known."""
+    """`loss 1.234 · routing 97 % as base · 5,678 tokens/s · eval 0.987 (exact 93.0 %)`, as far as known."""
     parts = []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
+    if "router_overlap" in row:
+        parts.append(f"routing {100 * row['router_overlap']:.0f} % as base")
     if "tokens_per_second" in row:
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if "eval_loss" in row:

@@ -251,3 +251,17 @@ def test_a_rule_without_a_choice_trains_everything(tmp_path):
     recipe = recipe_for(tmp_path).model_copy(update={"experts": everything})
     choice = choose_experts(tiny_moe(), random_rows(), recipe, RunFolder(tmp_path), ExpertFiles.read(recipe))
     assert choice.plan == ExpertPlan.all(2, 6)
+
+
+def test_the_run_watches_its_router(run):
+    looks = [row for row in RunFolder(run.path).read_metrics() if "routing" in row]
+    assert [row["step"] for row in looks] == list(range(7))
+    first, last = looks[0]["routing"], looks[-1]["routing"]
+    assert first["overlap"] == [1.0] * 4
+    assert 0.3 < min(last["overlap"]) < 1.0
+    plan = read_plan(run.path / "plan.json").experts_by_layer
+    for layer, (load, trained) in enumerate(zip(last["load"], last["trained"], strict=True)):
+        assert sum(load) == pytest.approx(1, abs=1e-3)
+        assert trained == pytest.approx(sum(load[expert] for expert in plan[layer]), abs=1e-3)
+    assert run.plot_routing() is not None
+    assert "router_overlap" in run.metrics.columns
