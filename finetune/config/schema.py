@@ -154,6 +154,11 @@ class SelectRule(Section):
             raise refusal("budget_per is given, but there is no budget", "remove budget_per, or give a budget")
         return self
 
+    def count_of(self, num_experts: int) -> int:
+        """How many of a layer's experts `top_fraction` means: the nearest whole number, at least one."""
+        assert self.top_fraction is not None
+        return max(1, int(self.top_fraction * num_experts + 0.5))
+
 
 class ExpertsSection(Section):
     """Which experts of each layer train; the others stay frozen."""

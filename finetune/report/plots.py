@@ -16,7 +16,7 @@ def metrics_frame(rows: Sequence[dict[str, Any]]) -> Any:
     pandas = need("pandas")
     by_step: dict[int, dict[str, Any]] = {}
     for row in rows:
-        flat = {name: value for name, value in row.items() if name != "routing"}
+        flat = {name: value for name, value in row.items() if name not in ("routing", "warnings")}
         by_step.setdefault(row["step"], {}).update(flat)
     return pandas.DataFrame([by_step[step] for step in sorted(by_step)])
 

@@ -42,7 +42,7 @@ def apply_rule(
     """The experts with the largest shares, as many as `rule` says: at least one per layer, ties to the lower id."""
     order_LE = np.argsort(-share_LE, axis=1, kind="stable")
     if rule.top_fraction is not None:
-        counts = np.full(len(share_LE), int(rule.top_fraction * share_LE.shape[1] + 0.5))
+        counts = np.full(len(share_LE), rule.count_of(share_LE.shape[1]))
     elif rule.top_p is not None:
         carried_LE = np.cumsum(np.take_along_axis(share_LE, order_LE, axis=1), axis=1)
         counts = (carried_LE < rule.top_p - ROUNDING).sum(axis=1) + 1

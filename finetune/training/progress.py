@@ -39,6 +39,8 @@ class TrainingProgress:
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Show one row of metrics.jsonl."""
+        for warning in row.get("warnings", ()):
+            self._console.print(f"warning: step {row['step']}: {warning}", style="yellow", soft_wrap=True)
         self._seen |= row
         self._bar.update(row["step"], describe(self._seen))
 

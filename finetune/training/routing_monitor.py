@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,18 +23,12 @@ class RoutingMonitor(TrainerCallback):
 
     rows: training rows; the first ones are what drift is measured on.
     plan: the experts that train; None for all.
-    warn: is told about each kind of trouble once.
+
+    Each kind of trouble is told once, in the `warnings` of a row.
     """
 
-    def __init__(
-        self,
-        model: PeftModel,
-        rows: Sequence[Row],
-        plan: ExpertPlan | None,
-        metrics: Metrics,
-        warn: Callable[[str], None],
-    ) -> None:
-        self._model, self._plan, self._metrics, self._warn = model, plan, metrics, warn
+    def __init__(self, model: PeftModel, rows: Sequence[Row], plan: ExpertPlan | None, metrics: Metrics) -> None:
+        self._model, self._plan, self._metrics = model, plan, metrics
         base: Any = model.get_base_model()
         self._counter = LoadCounter(base.model, base.config.num_experts)
         self._probe = Probe(base.model, take_sample(rows, PROBE_TOKENS), base.config.num_experts)
@@ -61,11 +55,12 @@ class RoutingMonitor(TrainerCallback):
             self._base.layers, self._counter.take(), self._probe.load(choices), overlap(choices, self._base_choices)
         )
         if state.is_world_process_zero:
-            self._metrics.write({"step": state.global_step, **look.to_row(self._plan)})
-            for kind, text in look.warnings(self._base).items():
-                if kind not in self._told:
-                    self._told.add(kind)
-                    self._warn(f"warning: step {state.global_step}: {text}")
+            row = {"step": state.global_step, **look.to_row(self._plan)}
+            news = {kind: text for kind, text in look.warnings(self._base).items() if kind not in self._told}
+            if news:
+                row["warnings"] = list(news.values())
+                self._told.update(news)
+            self._metrics.write(row)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop counting."""

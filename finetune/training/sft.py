@@ -65,8 +65,7 @@ def train_sft(
         if rows.eval is not None:
             trainer.add_callback(Evaluation(list(rows.eval), recipe.train.eval_every, metrics))
         if expert_layers(model):
-            say = (console or Console(stderr=True)).print
-            trainer.add_callback(RoutingMonitor(model, rows.train, plan, metrics, say))
+            trainer.add_callback(RoutingMonitor(model, rows.train, plan, metrics))
         trainer.add_callback(Checkpoints(folder.checkpoints, recipe.train.save_every, recipe.train.keep))
         trainer.train(resume_from_checkpoint=_checkpoint(model, folder) if resume else None)
 

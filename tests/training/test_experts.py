@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -265,3 +267,13 @@ def test_the_run_watches_its_router(run):
         assert trained == pytest.approx(sum(load[expert] for expert in plan[layer]), abs=1e-3)
     assert run.plot_routing() is not None
     assert "router_overlap" in run.metrics.columns
+
+
+def test_trouble_is_told_once_in_the_metrics_and_on_the_console(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.routing.watch.DRIFTED", 1.01)
+    console = Console(file=StringIO(), width=400)
+    again = pipeline.train(recipe_for(tmp_path / "run", "train.steps=3"), console=console)
+    told = [row["warnings"] for row in RunFolder(again.path).read_metrics() if "warnings" in row]
+    assert len(told) == 1
+    assert "routing drifts" in told[0][0]
+    assert console.file.getvalue().count("routing drifts") == 1
