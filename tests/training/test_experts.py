@@ -27,6 +27,7 @@ from finetune.routing.plan import ExpertPlan
 from finetune.routing.plan_file import read_plan, write_plan
 from finetune.routing.profile_file import read_profile
 from finetune.routing.select import select
+from finetune.routing.watch import LoadCounter
 from finetune.training.experts import ExpertFiles, choose_experts
 from finetune.training.run_folder import RunFolder
 from tests.routing.profiles import random_rows
@@ -277,3 +278,20 @@ def test_trouble_is_told_once_in_the_metrics_and_on_the_console(tmp_path, monkey
     assert len(told) == 1
     assert "routing drifts" in told[0][0]
     assert console.file.getvalue().count("routing drifts") == 1
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_the_monitor_counts_the_tokens_of_the_steps_and_no_padding(tmp_path, monkeypatch, packing):
+    taken, take = [], LoadCounter.take
+    monkeypatch.setattr(LoadCounter, "take", lambda self: taken.append(take(self)) or taken[-1])
+    size = 1 if packing == "true" else 4
+    overrides = (
+        f"data.packing={packing}",
+        f"train.batch_size={size}",
+        "train.steps=2",
+        "train.gradient_accumulation=2",
+    )
+    again = pipeline.train(recipe_for(tmp_path / "run", *overrides))
+    rows = [row for row in RunFolder(again.path).read_metrics() if "loss" in row]
+    tokens = [rows[0]["tokens"], rows[1]["tokens"] - rows[0]["tokens"]]
+    assert [counts.sum(axis=1).tolist() for counts in taken] == [[4 * number] * 4 for number in tokens]
