@@ -48,6 +48,15 @@ class Run:
 
         return metrics_frame(RunFolder(self.path).read_metrics())
 
+    def plot_experts(self) -> Any:
+        """Load of every expert on the training rows, and which ones train, as a matplotlib Figure."""
+        from finetune.report.routing_plots import plot_profile
+        from finetune.routing.plan_file import read_plan
+        from finetune.routing.profile_file import read_profile
+
+        folder = RunFolder(self.path)
+        return plot_profile(read_profile(folder.routing), read_plan(folder.plan))
+
     def plot_routing(self) -> Any:
         """Load of every expert on the same rows before and after training, and its drift, as a matplotlib Figure."""
         from finetune.report.routing_plots import plot_routing

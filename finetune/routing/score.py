@@ -37,7 +37,8 @@ def shares(
     if array is None:
         hint = "measure it with `finetune profile`, or score by tokens"
         if score == "gradient":
-            hint = "measure it with `finetune profile RECIPE experts.score=gradient ...`, or score by tokens"
+            section = "'experts={score: gradient, select: {top_fraction: 0.25}}'"
+            hint = f"measure it with `finetune profile RECIPE {section}`, or score by tokens"
         raise RoutingError(Problem("routing profile", f"has no {_KEY[score]}, which score {score} needs", hint))
     return _normalized(array, profile, score)
 

@@ -47,11 +47,11 @@ class LoadCounter:
             for handle in handles:
                 handle.remove()
 
-    def take(self) -> Counts:
-        """The counts (L, E) since the last call."""
-        counts: Counts = self._counts_LE.cpu().numpy().copy()
+    def take(self) -> Tensor:
+        """The counts (L, E) of this process since the last call."""
+        counts_LE = self._counts_LE.clone()
         self._counts_LE.zero_()
-        return counts
+        return counts_LE
 
     def _note_padding(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from accelerate.utils import reduce
 from peft import PeftModel
 from transformers import TrainerCallback
 
@@ -51,9 +52,8 @@ class RoutingMonitor(TrainerCallback):
         if state.global_step % every and state.global_step < state.max_steps:
             return
         choices = self._probe.choices()
-        look = Look(
-            self._base.layers, self._counter.take(), self._probe.load(choices), overlap(choices, self._base_choices)
-        )
+        load_LE = reduce(self._counter.take(), "sum").cpu().numpy()  # over all processes
+        look = Look(self._base.layers, load_LE, self._probe.load(choices), overlap(choices, self._base_choices))
         if state.is_world_process_zero:
             row = {"step": state.global_step, **look.to_row(self._plan)}
             news = {kind: text for kind, text in look.warnings(self._base).items() if kind not in self._told}

@@ -26,7 +26,7 @@ def test_load_of_training_steps_without_padding_and_without_evaluation():
         model.eval()
         model(input_ids=ids, attention_mask=mask)
         model.train()
-        assert np.array_equal(counter.take(), expected)
+        assert np.array_equal(counter.take().numpy(), expected)
         assert counter.take().sum() == 0
         model(input_ids=token_ids())
         assert counter.take().sum() == 2 * 2 * token_ids().numel()

@@ -267,6 +267,8 @@ def test_the_run_watches_its_router(run):
         assert sum(load) == pytest.approx(1, abs=1e-3)
         assert trained == pytest.approx(sum(load[expert] for expert in plan[layer]), abs=1e-3)
     assert run.plot_routing() is not None
+    assert run.plot_experts() is not None
+    assert run.summary["trained_experts"] == 32
     assert "router_overlap" in run.metrics.columns
 
 
@@ -294,4 +296,4 @@ def test_the_monitor_counts_the_tokens_of_the_steps_and_no_padding(tmp_path, mon
     again = pipeline.train(recipe_for(tmp_path / "run", *overrides))
     rows = [row for row in RunFolder(again.path).read_metrics() if "loss" in row]
     tokens = [rows[0]["tokens"], rows[1]["tokens"] - rows[0]["tokens"]]
-    assert [counts.sum(axis=1).tolist() for counts in taken] == [[4 * number] * 4 for number in tokens]
+    assert [counts.sum(dim=1).tolist() for counts in taken] == [[4 * number] * 4 for number in tokens]
