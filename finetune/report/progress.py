@@ -55,15 +55,19 @@ class TrainingProgress:
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Show one row of metrics.jsonl."""
+        for warning in row.get("warnings", ()):
+            self._console.print(f"warning: step {row['step']}: {warning}", style="yellow", soft_wrap=True)
         self._seen |= row
         self._bar.update(row["step"], self._total, describe(self._seen))
 
 
 def describe(row: dict[str, Any]) -> str:
-    """`loss 1.234 · 5,678 tokens/s · eval 0.987 (exact 93.0 %)`, as far as known."""
+    """`loss 1.234 · routing 97 % as base · 5,678 tokens/s · eval 0.987 (exact 93.0 %)`, as far as known."""
     parts = []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
+    if "router_overlap" in row:
+        parts.append(f"routing {100 * row['router_overlap']:.0f} % as base")
     if "tokens_per_second" in row:
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if "eval_loss" in row:
@@ -88,6 +92,16 @@ def bytes_done(console: Console, what: str) -> Iterator[Callable[[str, int, int]
     bar = _bar(console, TEXT, BarColumn(24), DownloadColumn(), TimeRemainingColumn(), transient=True)
     try:
         yield lambda name, done, total: bar.update(done, total, f"{what} {name}")
+    finally:
+        bar.close()
+
+
+@contextmanager
+def rows_done(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of rows; call what it gives with the rows done and the rows in all."""
+    bar = _bar(console, TEXT, BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+    try:
+        yield lambda done, total: bar.update(done, total, f"{what} rows")
     finally:
         bar.close()
 

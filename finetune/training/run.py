@@ -14,6 +14,7 @@ from finetune.config.load import load_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
 from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
+from finetune.routing.plan_file import read_plan
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
@@ -87,6 +88,8 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
     }
+    if folder.plan.is_file():
+        summary["trained_experts"] = read_plan(folder.plan).num_trained
     if is_main_process():
         write_json_atomic(folder.summary, summary)
     return summary
