@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from finetune.config.schema import Recipe
-from finetune.report.progress import bytes_done, rows_done, rows_read
+from finetune.report.progress import TrainingProgress, bytes_done, rows_done, rows_read
 from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.adapters.table import render_table, target_table
     from finetune.report.routing_table import render_choice
     from finetune.training.experts import ExpertFiles, choose_experts
-    from finetune.training.run import is_main_process, open_run, summarize
+    from finetune.training.processes import is_main_process
+    from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
 
     console = console or Console(stderr=True)
@@ -117,15 +118,16 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
     model = _load_frozen(recipe)
-    with rows_done(console, "profiling") as progress:
-        choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=progress)
+    with rows_done(console, "profiling") as advance:
+        choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
     adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed)
     if is_main_process():
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_table(target_table(adapted)))
     rows = Rows(prepared.train, prepared.eval)
-    train_sft(adapted, tokenizer, rows, recipe, folder, plan=choice.plan, resume=resume, console=console)
+    progress = TrainingProgress(console)
+    train_sft(adapted, tokenizer, rows, recipe, folder, plan=choice.plan, resume=resume, progress=progress)
     if is_main_process():
         save_adapter(adapted, folder.adapter)
     return Run(folder.path, summarize(folder, adapted))
