@@ -118,8 +118,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
     model = _load_frozen(recipe)
-    with rows_done(console, "profiling") as progress:
-        choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=progress)
+    with rows_done(console, "profiling") as advance:
+        choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
     adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed)
     if is_main_process():
         console.print(prepared.report.render())

@@ -16,11 +16,11 @@ from finetune.routing.profile import RoutingProfile, load_share
 def plot_profile(profile: RoutingProfile, plan: ExpertPlan | None = None, title: str = "") -> Any:
     """Load of every expert, hottest first in each layer, the experts of `plan` marked. Returns a Figure."""
     need("matplotlib")
-    from matplotlib.figure import Figure
+    from finetune.report.figure import Plot
 
     share_LE = load_share(profile.token_counts_LE)
     order_LE = np.argsort(-share_LE, axis=1, kind="stable")
-    figure = Figure(figsize=(9, 1.5 + 0.16 * profile.num_layers), layout="constrained")
+    figure = Plot(figsize=(9, 1.5 + 0.16 * profile.num_layers), layout="constrained")
     axes = figure.subplots()
     _heatmap(
         figure, axes, np.take_along_axis(share_LE, order_LE, axis=1) * profile.num_experts, "viridis", "times even"
@@ -41,7 +41,7 @@ def plot_routing(rows: Sequence[dict[str, Any]], title: str = "") -> Any:
     Returns a matplotlib Figure. Raises UserError when the run trained no experts' model.
     """
     need("matplotlib")
-    from matplotlib.figure import Figure
+    from finetune.report.figure import Plot
 
     looks = [row for row in rows if "routing" in row]
     if not looks:
@@ -49,7 +49,7 @@ def plot_routing(rows: Sequence[dict[str, Any]], title: str = "") -> Any:
         raise UserError(Problem("metrics.jsonl", "holds nothing about routing", hint))
     before, after = (np.array(look["routing"]["probe_load"]) for look in (looks[0], looks[-1]))
     num_layers, num_experts = before.shape
-    figure = Figure(figsize=(10, 4.2 + 0.3 * num_layers), layout="constrained")
+    figure = Plot(figsize=(10, 4.2 + 0.3 * num_layers), layout="constrained")
     grid: dict[str, Any] = figure.subplot_mosaic([["before", "after", "difference"], ["drift"] * 3])
     most = float(max(before.max(), after.max())) * num_experts
     for name, values in (("before", before), ("after", after)):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 
 from finetune.config.schema import Recipe
@@ -16,6 +15,7 @@ from finetune.routing.plan_file import read_plan, write_plan
 from finetune.routing.profile import RoutingProfile
 from finetune.routing.profile_file import read_profile, write_profile
 from finetune.routing.select import select
+from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
 
@@ -63,9 +63,8 @@ def choose_experts(
     """
     if recipe.experts.select is None:
         return Choice()
-    state = PartialState()
-    with state.main_process_first():
-        if state.is_main_process and not resume:
+    with processes().main_process_first():
+        if is_main_process() and not resume:
             profile = None
             if files.plan is None:
                 profile = profile_for(recipe, model, rows, progress=progress)

@@ -43,7 +43,7 @@ class RoutingMonitor(TrainerCallback):
         load = self._probe.load(self._base_choices)
         self._base = Look(tuple(self._counter.layers), load, load, [1.0] * len(load))
         self._hooks.enter_context(self._counter.listening())
-        if state.global_step == 0 and state.is_world_process_zero:
+        if state.global_step == 0:
             self._metrics.write({"step": 0, **self._base.to_row(self._plan)})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,13 +54,12 @@ class RoutingMonitor(TrainerCallback):
         choices = self._probe.choices()
         load_LE = reduce(self._counter.take(), "sum").cpu().numpy()  # over all processes
         look = Look(self._base.layers, load_LE, self._probe.load(choices), overlap(choices, self._base_choices))
-        if state.is_world_process_zero:
-            row = {"step": state.global_step, **look.to_row(self._plan)}
-            news = {kind: text for kind, text in look.warnings(self._base).items() if kind not in self._told}
-            if news:
-                row["warnings"] = list(news.values())
-                self._told.update(news)
-            self._metrics.write(row)
+        row = {"step": state.global_step, **look.to_row(self._plan)}
+        news = {kind: text for kind, text in look.warnings(self._base).items() if kind not in self._told}
+        if news:
+            row["warnings"] = list(news.values())
+            self._told.update(news)
+        self._metrics.write(row)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop counting."""
