@@ -100,25 +100,37 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
 
 
 def merge(
-    adapter: str | Path,
+    adapter: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
     dtype: Any = None,
+    resume: bool = False,
     console: Console | None = None,
 ) -> MergeReport:
-    """Write base + adapter to `output`, a checkpoint like the base's; dtype bf16, fp16, fp32, or None to keep it."""
+    """Write base + adapter to `output`, a checkpoint like the base's; dtype bf16, fp16, fp32, or None to keep it.
+
+    adapter: one, or several whose deltas are added, each times its number in `weights`.
+    resume: go on where a killed merge stopped.
+    """
     from finetune.export.merge import merge as merge_weights
 
     with bytes_done(console or Console(stderr=True), "merging") as progress:
-        return merge_weights(adapter, output, base=base, dtype=dtype, progress=progress)
+        return merge_weights(adapter, output, base=base, weights=weights, dtype=dtype, resume=resume, progress=progress)
 
 
-def verify(adapter: str | Path, merged: str | Path, *, base: str | Path | None = None) -> VerifyReport:
+def verify(
+    adapter: str | Path | Sequence[str | Path],
+    merged: str | Path,
+    *,
+    base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+) -> VerifyReport:
     """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not."""
     from finetune.export.verify import verify as verify_weights
 
-    return verify_weights(adapter, merged, base=base)
+    return verify_weights(adapter, merged, base=base, weights=weights)
 
 
 def evaluate(

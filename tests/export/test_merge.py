@@ -6,7 +6,8 @@ import torch
 from rich.console import Console
 
 from finetune.errors import AdapterError, ModelError, UserError
-from finetune.export.merge import merge, with_dtype
+from finetune.export.folder import with_dtype
+from finetune.export.merge import merge
 from tests.export.checkpoints import (
     ATTENTION,
     DENSE,
