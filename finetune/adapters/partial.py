@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from finetune.adapters.config import ExpertLoraConfig
@@ -21,17 +21,23 @@ def attach_part(
     """`part` with the adapters' factors under the module `prefix`, all of them active, their sum computed.
 
     part: a model in which only `prefix`, such as `model.layers.3`, is real.  shares: factor of each adapter's delta.
-    None when no adapter has factors there. Raises AdapterError when a factor finds no place.
+    Adapters with factors for single experts, which no live layer hosts, are added to the weights themselves.
+    None when no other adapter has factors there. Raises AdapterError when a factor finds no place.
     """
+    hosted = []
+    for files, share in zip(adapters, shares, strict=True):
+        if files.has_single_experts:
+            _add_(part, files, share, prefix)
+        else:
+            hosted.append((files, share))
     adapted: Any = None
     active = []
-    for number, (files, share) in enumerate(zip(adapters, shares, strict=True)):
+    for number, (files, share) in enumerate(hosted):
         here = [key for key in files.file.tensors if key.startswith(f"base_model.model.{prefix}.")]
         if not here:
             continue
         name = f"part{number}"
-        config = ExpertLoraConfig.load(files.path)
-        config.inference_mode = True
+        config = _config(files)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if adapted is None:
@@ -46,6 +52,35 @@ def attach_part(
         return None
     adapted.base_model.set_adapter(active, inference_mode=True)
     return adapted.eval()
+
+
+def _config(files: AdapterFiles) -> LoraConfig:
+    """Ours, or stock PEFT's for an adapter that our live layers do not host (on the router, for one)."""
+    try:
+        config: LoraConfig = ExpertLoraConfig.load(files.path)
+    except AdapterError:
+        config = LoraConfig.from_pretrained(str(files.path))
+    config.inference_mode = True
+    return config
+
+
+@torch.no_grad()
+def _add_(part: nn.Module, files: AdapterFiles, share: float, prefix: str) -> None:
+    """Weights += share * scale * B A, for every factor under `prefix`."""
+    for name in files.pairs:
+        if not name.startswith(f"{prefix}."):
+            continue
+        factors = files.read(name)
+        bank, single, rest = name.partition(".mlp.experts.")
+        if single:
+            expert, projection, _ = rest.split(".")
+            parameter = f"{bank}.mlp.experts.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+            weight = part.get_parameter(parameter)[int(expert)]
+            if projection != "down_proj":
+                weight = weight.chunk(2)[projection == "up_proj"]
+        else:
+            weight = part.get_parameter(name)
+        weight.addmm_(factors.b, factors.a, alpha=factors.scale * share)
 
 
 def _check(files: AdapterFiles, told: Any, name: str) -> None:
