@@ -29,6 +29,8 @@ _HOMES = {
     "train": "pipeline",
     "merge": "pipeline",
     "verify": "pipeline",
+    "export": "pipeline",
+    "import_adapter": "pipeline",
     "evaluate": "pipeline",
     "FinetuneError": "errors",
     "UserError": "errors",
@@ -46,6 +48,8 @@ __all__ = [
     "__version__",
     "attach",
     "evaluate",
+    "export",
+    "import_adapter",
     "load",
     "load_adapter",
     "load_recipe",
@@ -61,7 +65,7 @@ if TYPE_CHECKING:
     from finetune.config.load import load_recipe
     from finetune.config.schema import AdapterSection, Recipe
     from finetune.errors import FinetuneError, RunError, UserError
-    from finetune.pipeline import Run, evaluate, merge, prepare, train, verify
+    from finetune.pipeline import Run, evaluate, export, import_adapter, merge, prepare, train, verify
     from finetune.routing.plan import ExpertPlan
 
 

@@ -204,6 +204,62 @@ def verify(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="an adapter, or a model such as merge made")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="adapters: peft, peft-per-expert, vllm, sglang, gguf-lora; models: gguf, fp8, fp8-ct, int4, hf"
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
+    base: BasePath = None,
+    dtype: WeightType = None,
+    gguf_type: Annotated[str, typer.Option("--type", help="gguf: F32, F16, BF16, Q8_0 or Q4_0")] = "F16",
+    shard_gb: Annotated[float, typer.Option("--shard-gb", help="size of a file at most, in 10^9 bytes")] = 4.0,
+    group: Annotated[int, typer.Option("--group", min=8, help="int4: weights per scale")] = 128,
+    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="what it was trained for")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an export that was killed")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter or a model as another program reads it."""
+    from finetune import pipeline
+    from finetune.export.model_export import ModelOptions
+
+    kept: Any = _dtype(dtype)
+    options = ModelOptions(gguf_type, kept, int(shard_gb * 1e9), group, thinking)
+    console = _console(stderr=True)
+    report = pipeline.export(source, output, to, base=base, options=options, resume=resume, console=console)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _console().print(report, soft_wrap=True)
+
+
+@app.command()
+def import_adapter(
+    adapter: AdapterPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
+    packing: Annotated[
+        str | None,
+        typer.Option("--packing", help="peft, peft-0.18, expert-major or expert-major-0.18; where the file is silent"),
+    ] = None,
+    base: BasePath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take over an adapter that was made elsewhere."""
+    from finetune import pipeline
+
+    report = pipeline.import_adapter(adapter, output, packing=packing, base=base)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _console().print(report, soft_wrap=True)
+
+
+@app.command()
 def chat(
     path: ModelPath,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="answer this and exit")] = None,

@@ -18,7 +18,7 @@ from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkp
 from finetune.models.tensor_file import WEIGHT_DTYPES
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
-_EXPERT = re.compile(r"(?P<bank>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+EXPERT = re.compile(r"(?P<bank>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 _SHOWN = 8
 
 
@@ -71,7 +71,7 @@ def plan_merge(adapters: Adapters, base: str | Path | None = None, shares: Seque
     shares = _check_shares(paths, shares)
     opened = tuple(AdapterFiles.open(path) for path in paths)
     checkpoint = Checkpoint.open(_find_base(opened, base))
-    _check_model(checkpoint)
+    check_model(checkpoint)
     problems = [
         problem
         for files in opened
@@ -99,7 +99,7 @@ def _check_shares(paths: Sequence[str | Path], shares: Sequence[float] | None) -
 
 def family_of(name: str) -> str:
     """The group a weight is reported under."""
-    if match := _EXPERT.fullmatch(name):
+    if match := EXPERT.fullmatch(name):
         return f"expert {match['part']}"
     if ".self_attn." in name:
         return "attention"
@@ -122,7 +122,8 @@ def _find_base(opened: Sequence[AdapterFiles], base: str | Path | None) -> Path:
     return find_checkpoint(opened[0].base_model or "", opened[0].config.revision)
 
 
-def _check_model(base: Checkpoint) -> None:
+def check_model(base: Checkpoint) -> None:
+    """Raises ModelError unless it is a Qwen3 in 16 or 32 bits, or in FP8 blocks."""
     where = str(base.path / "config.json")
     problems = []
     if base.config.get("model_type") not in MODEL_TYPES:
@@ -161,7 +162,7 @@ def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
 
 def _check_experts(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
     """The adapter's number of experts is the base's, so that no expert is left without its factors."""
-    counts = Counter(match["bank"] for name in base.tensors if (match := _EXPERT.fullmatch(name)))
+    counts = Counter(match["bank"] for name in base.tensors if (match := EXPERT.fullmatch(name)))
     problems = []
     for bank, num_experts in files.num_experts.items():
         held, rest = divmod(counts[bank], 3)

@@ -6,6 +6,7 @@ W' = round(float32(W) + (scale * float32(B)) @ float32(A)), rounded once, to the
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -22,8 +23,10 @@ from finetune.export.stream import OutputFile, Place
 from finetune.models import fp8
 from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, TensorFile, TensorInfo
 
-PIECE_ELEMENTS = 2**18
+PIECE_ELEMENTS = 2**17
+TALLIED = 4  # retention is measured on every fourth piece of a tensor: a third of the arithmetic otherwise
 COPY_BYTES = 2**22
+_THREAD = threading.local()
 _FLOATS = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
 
 
@@ -92,12 +95,15 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
 
 
 def _fill_merged(kept: str, plan: MergePlan, name: str, factors: LowRank, place: Place) -> Tally:
-    dtype = TORCH_DTYPES[kept]
     tally = Tally(tensors=1)
-    for base, wanted in _merged(plan, name, factors, 1):
-        stored = _finite(plan, name, torch.add(base, wanted).to(dtype))
-        place.append(stored)
-        tally.add(stored.float().sub_(base) if dtype != torch.float32 else stored.sub_(base), wanted)
+    for piece, (base, wanted) in enumerate(_merged(plan, name, factors, 1)):
+        merged = torch.add(base, wanted, out=_scratch("merged", base.shape))
+        stored = merged
+        if kept != "F32":
+            stored = _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
+        place.append(_finite(plan, name, stored))
+        if piece % TALLIED == 0:
+            tally.add(merged.copy_(stored).sub_(base), wanted)
     return tally
 
 
@@ -125,10 +131,26 @@ def _merged_blocks(
 
 
 def _merged(plan: MergePlan, name: str, factors: LowRank, multiple: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(base, delta) in float32, in pieces of a multiple of `multiple` rows."""
+    """(base, delta) in float32, in pieces of a multiple of `multiple` rows, valid until the next one."""
     b_OR = factors.b * factors.scale
-    for start, stop in row_ranges(plan.base.tensors[name], multiple):
-        yield plan.base.read_float(name, slice(start, stop)), torch.mm(b_OR[start:stop], factors.a)
+    info = plan.base.tensors[name]
+    for start, stop in row_ranges(info, multiple):
+        rows, shape = slice(start, stop), torch.Size((stop - start, *info.shape[1:]))
+        if plan.base.scales_of(name):
+            base = plan.base.read_float(name, rows)
+        else:
+            raw = _scratch("read", torch.Size([shape.numel() * BITS[info.dtype] // 8]), torch.uint8)
+            base = _scratch("base", shape).copy_(plan.base.read(name, rows, scratch=raw))
+        yield base, torch.mm(b_OR[rows], factors.a, out=_scratch("wanted", shape))
+
+
+def _scratch(use: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory of this thread that is used over and over: fresh pages would cost more than the arithmetic."""
+    held: dict[str, Tensor] = vars(_THREAD)
+    num_bytes = shape.numel() * dtype.itemsize
+    if use not in held or held[use].numel() < num_bytes:
+        held[use] = torch.empty(num_bytes, dtype=torch.uint8)
+    return held[use][:num_bytes].view(dtype).view(shape)
 
 
 def copy(source: TensorFile, info: TensorInfo, place: Place) -> None:

@@ -59,9 +59,9 @@ class Checkpoint:
             _check_scales(path, tensors, block)
         return cls(path, config, tensors, tuple(names), _side_files(path), index, files, block)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or rows [start, stop) of it, in its stored dtype."""
-        return self.files[self.tensors[name].shard].read(name, rows)
+    def read(self, name: str, rows: slice | None = None, *, scratch: Tensor | None = None) -> Tensor:
+        """One tensor, or rows [start, stop) of it, in its stored dtype; into `scratch`, bytes, if there is one."""
+        return self.files[self.tensors[name].shard].read(name, rows, scratch=scratch)
 
     def read_float(self, name: str, rows: slice | None = None) -> Tensor:
         """The same in float32; FP8 blocks are multiplied by their scales."""
