@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -143,19 +144,30 @@ def copy_seconds(source: Path, target: Path) -> tuple[float, float]:
     return copied, time.perf_counter() - start
 
 
+def cpu_seconds() -> float:
+    """User and system time of all children so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def measure(folder: Path, layers: int, runs: int) -> dict[str, object]:
     base, adapter = folder / "base", folder / "adapter"
     write_base(base, layers)
     write_adapter(adapter, base, layers)
     subprocess.run(["sync"], check=True)
     times: dict[str, list[float]] = {"cp": [], "cp and fsync": [], "merge": []}
+    cpu: dict[str, list[float]] = {"cp": [], "merge": []}
     peak_gib = 0.0
     for _ in range(runs):
+        before = cpu_seconds()
         copied, synced = copy_seconds(base, folder / "copy")
+        cpu["cp"].append(cpu_seconds() - before)
         shutil.rmtree(folder / "copy")
         subprocess.run(["sync"], check=True)
         command = [sys.executable, "-c", MERGE, str(adapter), str(folder / "merged")]
+        before = cpu_seconds()
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        cpu["merge"].append(cpu_seconds() - before)
         shutil.rmtree(folder / "merged")
         subprocess.run(["sync"], check=True)
         for name, value in (("cp", copied), ("cp and fsync", synced), ("merge", float(told[0]))):
@@ -166,6 +178,8 @@ def measure(folder: Path, layers: int, runs: int) -> dict[str, object]:
         "gib": sum(file.stat().st_size for file in base.iterdir()) / 2**30,
         "shards": len(list(base.glob("*.safetensors"))),
         "seconds": times,
+        "cpu_seconds": cpu,
+        "load_average": os.getloadavg()[0],
         "merge_over_cp": middle["merge"] / middle["cp"],
         "merge_over_cp_and_fsync": middle["merge"] / middle["cp and fsync"],
         "merge_peak_rss_gib": peak_gib,
@@ -184,9 +198,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = measure(Path(folder), options.layers, options.runs)
-    lines = [f"{result['gib']:.2f} GiB in {result['shards']} shards, {options.runs} alternating runs, median seconds"]
+    lines = [
+        f"{result['gib']:.2f} GiB in {result['shards']} shards, {options.runs} alternating runs, median seconds, "
+        f"{result['cores']} cores, load average {result['load_average']:.1f}"
+    ]
     for name, values in result["seconds"].items():  # type: ignore[attr-defined]
         lines.append(f"{name:<14} {statistics.median(values):6.2f}   (min {min(values):.2f}, max {max(values):.2f})")
+    for name, values in result["cpu_seconds"].items():  # type: ignore[attr-defined]
+        lines.append(f"CPU of {name:<7} {statistics.median(values):6.2f}   (user and system, with the start of Python)")
     lines.append(f"merge / cp               {result['merge_over_cp']:.2f}   (target: at most 2)")
     lines.append(f"merge / (cp and fsync)   {result['merge_over_cp_and_fsync']:.2f}")
     lines.append(f"merge, peak RSS in GiB   {result['merge_peak_rss_gib']:.2f}   (target: at most 1)")
