@@ -21,8 +21,8 @@ def job(output, progress, resume):
     if kind == "merge":
         merge(source, output, dtype="fp32", progress=progress, resume=resume)
     else:
-        from finetune.export.model_export import export_model
-        export_model(source, output, kind, progress=progress, resume=resume)
+        from finetune.export.model_export import ModelOptions, export_model
+        export_model(source, output, kind, ModelOptions(max_shard_bytes=30_000), progress=progress, resume=resume)
 
 def attempt(output, deadline=None, resume=False):
     '''Runs it in a child that kills itself at its deadline-th step; returns the number of steps, or None if it died.'''
@@ -47,21 +47,22 @@ def attempt(output, deadline=None, resume=False):
     return int(told) if told else None
 
 def content(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    return {file.name: file.read_bytes().replace(bytes(path), b"HERE") for file in path.iterdir()}
 
-steps = attempt(folder / "whole")
-whole = content(folder / "whole")
+steps = attempt(folder / "whole/out")
+whole = content(folder / "whole/out")
+(place := folder / "killed").mkdir()
 draw = random.Random(0)
 moments = [1, steps] + [draw.randint(2, steps - 1) for _ in range(kills - 2)]
 finished = shorter = 0
 for number, moment in enumerate(moments):
-    output = folder / "out"
+    output = place / "out"
     assert attempt(output, moment) is None
     if output.exists():
         finished += 1
     else:
-        left = [path.name for path in folder.iterdir()]
-        assert sorted(left) in (["whole"], [".out.unfinished", "whole"]), left
+        left = [path.name for path in place.iterdir()]
+        assert left in ([], [".out.unfinished"]), left
         second = attempt(output, draw.randint(1, steps), resume=True) if number % 3 == 0 else None
         needed = second or (None if output.exists() else attempt(output, resume=number % 4 != 3))
         shorter += needed is not None and needed < steps
@@ -69,7 +70,7 @@ for number, moment in enumerate(moments):
     for file in output.iterdir():
         file.unlink()
     output.rmdir()
-    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert not list(place.iterdir())
 print(len(moments), finished, shorter)
 """
 
@@ -92,7 +93,7 @@ def killed(kind, source, folder, kills):
     number, finished, shorter = map(int, result.stdout.split())
     assert number == kills
     assert finished <= kills // 4  # only deaths after the rename
-    assert shorter >= 1  # something was really resumed
+    assert kind == "gguf" or shorter >= 1  # something was really resumed; a GGUF is one file
 
 
 def test_a_killed_merge_never_looks_finished_and_resumes(adapter, tmp_path):
