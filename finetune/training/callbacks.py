@@ -88,7 +88,6 @@ class Evaluation(TrainerCallback):
         self._rows = rows
         self._every = every
         self._metrics = metrics
-        self.last: Score | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate when it is time."""
@@ -96,14 +95,9 @@ class Evaluation(TrainerCallback):
         if last_step or (self._every and state.global_step % self._every == 0):
             self._evaluate(kwargs["model"], state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate a run that had no step left to do."""
-        if self.last is None:
-            self._evaluate(kwargs["model"], state.global_step)
-
     def _evaluate(self, model: Any, step: int) -> None:
-        self.last = Score.of(score_rows(model, self._rows))
-        self._metrics.write({"step": step, "eval_loss": self.last.loss, "eval_exact_match": self.last.exact_match})
+        score = Score.of(score_rows(model, self._rows))
+        self._metrics.write({"step": step, "eval_loss": score.loss, "eval_exact_match": score.exact_match})
 
 
 class Checkpoints(TrainerCallback):

@@ -88,6 +88,7 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "eval": {name: evals[-1][f"eval_{name}"] for name in ("loss", "exact_match")} if evals else None,
         "trainable_parameters": trainable_parameters(model),
         "trainable_share": trainable_parameters(model) / sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": steps[-1]["elapsed_s"],
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
     }
