@@ -22,7 +22,7 @@ def job(output, progress, resume):
         merge(source, output, dtype="fp32", progress=progress, resume=resume)
     else:
         from finetune.export.model_export import ModelOptions, export_model
-        export_model(source, output, kind, ModelOptions(max_shard_bytes=30_000), progress=progress, resume=resume)
+        export_model(source, output, kind, ModelOptions(max_shard_bytes=60_000), progress=progress, resume=resume)
 
 def attempt(output, deadline=None, resume=False):
     '''Runs it in a child that kills itself at its deadline-th step; returns the number of steps, or None if it died.'''

@@ -1,14 +1,25 @@
 """Models in other forms: what is written says the same, up to the rounding of the form."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from finetune.errors import ModelError, UserError
 from finetune.export.model_export import ModelOptions, export_model
+from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
-from tests.export.checkpoints import DENSE, MOE, edit_json, edit_tensors, load_plain, plain_logits, read_all, write_base
+from tests.export.checkpoints import (
+    DENSE,
+    MOE,
+    edit_json,
+    edit_tensors,
+    load_plain,
+    plain_logits,
+    read_all,
+    write_base,
+)
 
 WIDE = {**MOE, "hidden_size": 32, "moe_intermediate_size": 64, "head_dim": 16, "mlp_only_layers": [1]}
 MATRICES = 2 * 4 + 3 * 5 + 3  # attention of two layers, five experts of one, the MLP of the other
@@ -121,14 +132,61 @@ def test_int4(base, tmp_path):
     assert group["weights"]["group_size"] == 32
 
 
-def test_int4_by_compressed_tensors(base, tmp_path):
-    compressed = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers", reason="optional")
-    export_model(base, tmp_path / "out", "int4", ModelOptions(group=32))
-    name = "model.layers.0.mlp.experts.3.up_proj.weight"
-    after = read_all(tmp_path / "out")
-    shape = torch.Size(after[f"{name}_shape"].tolist())
-    theirs = compressed.unpack_from_int32(after[f"{name}_packed"], 4, shape)
-    assert torch.equal(theirs.long(), unpacked(after[f"{name}_packed"]))
+def dequantized(path, base):
+    """The exported weights multiplied out, by the rules of the formats, under the base's names."""
+    after, found = read_all(path), {}
+    for name, weight in read_all(base).items():
+        if f"{name}_packed" in after:
+            codes = unpacked(after[f"{name}_packed"]).view(len(weight), -1, 32)
+            found[name] = (codes * after[f"{name}_scale"].float()[:, :, None]).view(weight.shape)
+        elif f"{name}_scale" in after:
+            found[name] = after[name].float() * after[f"{name}_scale"]
+        elif f"{name}_scale_inv" in after:
+            found[name] = fp8.dequantize(after[name], after[f"{name}_scale_inv"], fp8.BLOCK)
+        else:
+            found[name] = after[name].float()
+    return found
+
+
+def plain_logits_of(base, tensors, folder):
+    """Logits of the base with its weights replaced."""
+    shutil.copytree(base, folder)
+    for file in folder.glob("*.safetensors"):
+        edit_tensors(file, lambda held: held.update({name: tensors[name] for name in held}))
+    return plain_logits(folder)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Every width a multiple of 128, as transformers wants it."""
+    config = {**MOE, "hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 64, "intermediate_size": 128}
+    return write_base(tmp_path_factory.mktemp("model") / "large", config)
+
+
+def test_fp8_blocks_in_transformers(large, tmp_path):
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    export_model(large, tmp_path / "out", "fp8")
+    wanted = dequantized(tmp_path / "out", large)
+    settings = FineGrainedFP8Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=settings, dtype=torch.bfloat16)
+    at = "model.layers.1.mlp.experts"
+    gate_up_EGH = model.get_parameter(f"{at}.gate_up_proj")
+    for expert in range(5):
+        ours = torch.cat([wanted[f"{at}.{expert}.{part}_proj.weight"] for part in ("gate", "up")])
+        assert torch.allclose(gate_up_EGH[expert].float(), ours, rtol=2**-7)  # transformers gives bfloat16
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.allclose(model.get_parameter(q).float(), wanted[q], rtol=2**-7)
+
+
+@pytest.mark.parametrize("to", ["int4", "fp8-ct"])
+def test_compressed_tensors_in_transformers(large, tmp_path, to):
+    pytest.importorskip("compressed_tensors", reason="optional: pip install compressed-tensors")
+    export_model(large, tmp_path / "out", to, ModelOptions(group=32))
+    wanted = plain_logits_of(large, dequantized(tmp_path / "out", large), tmp_path / "wanted")
+    found = plain_logits(tmp_path / "out")
+    # float-quantized rounds the activations as well
+    assert (found - wanted).abs().mean() <= {"int4": 0.02, "fp8-ct": 0.2}[to] * wanted.std()
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
@@ -209,5 +267,12 @@ def test_a_dense_model(dense, tmp_path):
 def test_killed_exports_resume(base, tmp_path):
     from tests.export.test_kill import killed
 
-    for kind in ("fp8", "gguf"):
-        killed(kind, base, tmp_path / kind, 4)
+    killed("fp8", base, tmp_path / "fp8", 4)
+
+
+@pytest.mark.slow
+def test_fifty_killed_exports(base, tmp_path):
+    from tests.export.test_kill import killed
+
+    killed("fp8", base, tmp_path / "fp8", 30)
+    killed("gguf", base, tmp_path / "gguf", 20)
