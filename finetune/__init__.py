@@ -29,7 +29,8 @@ _HOMES = {
     "train": "pipeline",
     "merge": "pipeline",
     "verify": "pipeline",
-    "export": "pipeline",
+    "export_adapter": "export.adapter_export",
+    "export_model": "export.model_export",
     "import_adapter": "pipeline",
     "evaluate": "pipeline",
     "FinetuneError": "errors",
@@ -48,7 +49,8 @@ __all__ = [
     "__version__",
     "attach",
     "evaluate",
-    "export",
+    "export_adapter",
+    "export_model",
     "import_adapter",
     "load",
     "load_adapter",
@@ -65,7 +67,9 @@ if TYPE_CHECKING:
     from finetune.config.load import load_recipe
     from finetune.config.schema import AdapterSection, Recipe
     from finetune.errors import FinetuneError, RunError, UserError
-    from finetune.pipeline import Run, evaluate, export, import_adapter, merge, prepare, train, verify
+    from finetune.export.adapter_export import export_adapter
+    from finetune.export.model_export import export_model
+    from finetune.pipeline import Run, evaluate, import_adapter, merge, prepare, train, verify
     from finetune.routing.plan import ExpertPlan
 
 
