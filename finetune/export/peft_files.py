@@ -64,14 +64,16 @@ def fused(factors: Factors, dtype: str) -> tuple[list[Tensor], dict[str, bytes]]
     targets = _targets(factors, [module for module in factors.plain if module not in as_parameters])
     parameters = [f"{module}.weight" for module in as_parameters]
     for bank in factors.banks:
-        levels = _levels(factors, bank)
+        shared = factors.shares_gate_and_up(bank)
+        levels = _levels(factors, bank, shared=shared)
         parameters += [f"{bank}.{parameter}" for parameter in levels]
         for parameter, own in levels.items():
             nested = len(levels) == 2 and parameter == "gate_up_proj"
             out, width = factors.shape(f"{bank}.0.{'gate_proj' if parameter == 'gate_up_proj' else 'down_proj'}")
             out *= 2 if parameter == "gate_up_proj" else 1
             sizes = (own * factors.num_experts, width), (out, own * factors.num_experts)
-            pack = partial(_pack_bank, factors, bank, parameter, own, scale)
+            expert = partial(_expert_pair, factors, parameter, own, scale, shared)
+            pack = partial(_pack_bank, [f"{bank}.{number}" for number in range(factors.num_experts)], expert)
             tensors += _pair(f"{bank}.base_layer" if nested else bank, pack, dtype, sizes)
             rank_pattern[_pattern(f"{bank}.{parameter}")] = own
     rank_pattern = {name: own for name, own in rank_pattern.items() if own != rank}
@@ -86,7 +88,7 @@ def fused(factors: Factors, dtype: str) -> tuple[list[Tensor], dict[str, bytes]]
     return tensors, _settings(factors, content)
 
 
-def _levels(factors: Factors, bank: str) -> dict[str, int]:
+def _levels(factors: Factors, bank: str, *, shared: bool) -> dict[str, int]:
     """Fused parameters of a bank that have factors -> the rank of their packed pair."""
     ranks = {
         part: max((factors.ranks.get(f"{m}.weight", 0) for m in factors.expert_modules(bank, part)), default=0)
@@ -94,30 +96,26 @@ def _levels(factors: Factors, bank: str) -> dict[str, int]:
     }
     levels = {}
     if gate_up := max(ranks["gate_proj"], ranks["up_proj"]):
-        levels["gate_up_proj"] = gate_up if factors.shares_gate_and_up(bank) else ranks["gate_proj"] + ranks["up_proj"]
+        levels["gate_up_proj"] = gate_up if shared else ranks["gate_proj"] + ranks["up_proj"]
     if ranks["down_proj"]:
         levels["down_proj"] = ranks["down_proj"]
     return levels
 
 
 def _pack_bank(
-    factors: Factors, bank: str, parameter: str, rank: int, scale: float
+    experts: list[str], pair: Callable[[str], tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    a_ERI, b_EOR = [], []
-    for expert in range(factors.num_experts):
-        if parameter == "down_proj":
-            a_RI, b_OR = factors.padded(f"{bank}.{expert}.down_proj", rank, fold=scale)
-        else:
-            a_RI, b_OR = _gate_up(factors, f"{bank}.{expert}", rank, scale, shared=factors.shares_gate_and_up(bank))
-        a_ERI.append(a_RI)
-        b_EOR.append(b_OR)
-    experts = range(factors.num_experts)
-    return pack_a(torch.stack(a_ERI), experts, len(experts)), pack_b(torch.stack(b_EOR), experts, len(experts))
+    a_ERI, b_EOR = (torch.stack(side) for side in zip(*map(pair, experts), strict=True))
+    slots = range(len(experts))
+    return pack_a(a_ERI, slots, len(experts)), pack_b(b_EOR, slots, len(experts))
 
 
-def _gate_up(
-    factors: Factors, expert: str, rank: int, scale: float, *, shared: bool
+def _expert_pair(
+    factors: Factors, parameter: str, rank: int, scale: float, shared: bool, expert: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of one expert in a bank; gate and up as one, with an A in common (`shared`) or one below the other."""
+    if parameter == "down_proj":
+        return factors.padded(f"{expert}.down_proj", rank, fold=scale)
     gate_a, gate_b = factors.padded(f"{expert}.gate_proj", rank, fold=scale)
     up_a, up_b = factors.padded(f"{expert}.up_proj", rank, fold=scale)
     if shared:

@@ -60,7 +60,7 @@ class VerifyReport(Shown):
         rows = table(title, "family", "tensors", "largest error", "of what rounding allows")
         for family, seen in self.weights.items():
             rows.add_row(family, f"{seen.tensors:,}", f"{seen.max_error:.2e}", f"{seen.worst_share:.1%}")
-        return Group(rows, Text(_logits_line(self.logits)), *warnings(self.notes))
+        return Group(rows, Text(_logits_line(self.logits)), *_layers_line(self.logits), *warnings(self.notes))
 
 
 def verify(
@@ -111,6 +111,17 @@ def _logits_line(logits: LogitAgreement | None) -> str:
         f"{logits.max_difference:.2e} (mean {logits.mean_difference:.2e}), top-1 {logits.top1_agreement:.1%}; "
         f"not explained by rounding {logits.unexplained:.2e}, allowed {logits.tolerance:.2e}"
     )
+
+
+def _layers_line(logits: LogitAgreement | None) -> list[Text]:
+    if logits is None or not logits.layers:
+        return []
+    worst = max(range(len(logits.layers)), key=logits.layers.__getitem__)
+    text = (
+        f"hidden states, max |difference|: {logits.layers[0]:.2e} behind layer 0, {logits.layers[-1]:.2e} behind the "
+        f"last, most behind layer {worst}: {logits.layers[worst]:.2e}"
+    )
+    return [Text(text)]
 
 
 def _different_settings(base: Checkpoint, merged: Checkpoint) -> list[Problem]:

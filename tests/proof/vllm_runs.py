@@ -29,7 +29,7 @@ def greedy(model: Path, prompts: list[list[int]], **options: Any) -> tuple[Any, 
 
 
 def accepts(llm: Any, folder: Path, number: int) -> str:
-    """ "yes", or why an adapter is refused."""
+    """Whether an adapter is taken: yes, or why not."""
     from vllm.lora.request import LoRARequest
 
     try:
