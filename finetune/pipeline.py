@@ -79,7 +79,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.table import render_table, target_table
     from finetune.models.loading import load_model
-    from finetune.training.run import is_main_process, open_run, summarize
+    from finetune.training.processes import is_main_process
+    from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
 
     console = console or Console(stderr=True)

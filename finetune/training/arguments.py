@@ -46,6 +46,7 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "save_strategy": "no",
         "eval_strategy": "no",
         "router_aux_loss_coef": recipe.router.aux_loss,
+        "ddp_find_unused_parameters": False,  # factors without tokens get zeros
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

@@ -16,6 +16,7 @@ from finetune.errors import Problem, TrainingError
 from finetune.models.scoring import Score, score_rows
 from finetune.training.checkpoints import mark_complete, remove_older
 from finetune.training.memory import peak_memory_gib
+from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
 Row = dict[str, Any]
@@ -75,7 +76,9 @@ class Metrics(TrainerCallback):
         )
 
     def write(self, row: Row) -> None:
-        """Append one row and flush it."""
+        """Append one row and flush it; of several processes the main one writes."""
+        if not is_main_process():
+            return
         with self._folder.metrics.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         self._listener(row)
@@ -115,6 +118,7 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer wrote its files; make them count."""
+        processes().wait_for_everyone()  # each has files of its own in the checkpoint
         if state.is_world_process_zero:
             mark_complete(self._folder / f"checkpoint-{state.global_step}")
             remove_older(self._folder, self._keep)
