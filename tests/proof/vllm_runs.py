@@ -11,21 +11,19 @@ from pathlib import Path
 from typing import Any
 
 
-def greedy(model: Path, prompts: list[list[int]], **options: Any) -> tuple[Any, list[list[int]]]:
-    from vllm import LLM, SamplingParams
+def engine(model: Path, **options: Any) -> Any:
+    from vllm import LLM
 
-    llm = LLM(
-        model=str(model),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_seqs=4,
-        gpu_memory_utilization=0.3,
-        **options,
-    )
+    sizes = {"max_model_len": 256, "max_num_seqs": 4, "gpu_memory_utilization": 0.3}
+    return LLM(model=str(model), dtype="float32", enforce_eager=True, **sizes, **options)
+
+
+def greedy(model: Path, prompts: list[list[int]]) -> list[list[int]]:
+    from vllm import SamplingParams
+
     wanted = SamplingParams(temperature=0.0, max_tokens=16)
-    answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
-    return llm, [list(answer.outputs[0].token_ids) for answer in answers]
+    answers = engine(model).generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
+    return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
 def accepts(llm: Any, folder: Path, number: int) -> str:
@@ -41,9 +39,9 @@ def accepts(llm: Any, folder: Path, number: int) -> str:
 def main(work: Path, what: str) -> None:
     prompts = json.loads((work / "prompts.json").read_text())
     if what == "merged":
-        told: Any = greedy(work / "merged", prompts)[1]
-    else:
-        llm, _ = greedy(work / "base", prompts[:1], enable_lora=True, max_lora_rank=8)
+        told: Any = greedy(work / "merged", prompts)
+    else:  # running expert adapters takes a GPU; reading and checking them does not
+        llm = engine(work / "base", enable_lora=True, max_lora_rank=8)
         told = {name: accepts(llm, work / name, number) for number, name in enumerate(("adapter", "broken"), 1)}
     (work / f"{what}.json").write_text(json.dumps(told))
 
