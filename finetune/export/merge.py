@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,18 +13,14 @@ from rich.console import Group
 from rich.text import Text
 
 from finetune.errors import Problem, UserError
-from finetune.export.plan import MergePlan, plan_merge
-from finetune.export.retention import Retention, advice
-from finetune.export.shards import Counts, ShardWriter, output_bytes
+from finetune.export.folder import CONFIG_DTYPES, Progress, Work, describe_job, side_contents, write_folder
+from finetune.export.plan import Adapters, MergePlan, plan_merge
+from finetune.export.retention import Retention, Tally, advice
+from finetune.export.shards import num_bytes, plan_files, stored_dtypes
 from finetune.export.show import Shown, table, warnings
-from finetune.export.workers import exact_workers
-from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint
-from finetune.models.files import check_target, finished_folder, write_atomic
+from finetune.models.checkpoint import INDEX
 
-Progress = Callable[[str, int, int], None]
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-CONFIG_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-SPARE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class MergeReport(Shown):
 
     output: Path
     base: Path
-    adapter: Path
+    adapters: tuple[Path, ...]
     dtype: str | None
     tensors_changed: int
     tensors_copied: int
@@ -52,7 +45,7 @@ class MergeReport(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
-        paths = {name: str(getattr(self, name)) for name in ("output", "base", "adapter")}
+        paths = {"output": str(self.output), "base": str(self.base), "adapters": [str(path) for path in self.adapters]}
         return {**asdict(self), **paths, "warnings": list(self.warnings)}
 
     def render(self) -> Group:
@@ -70,18 +63,22 @@ class MergeReport(Shown):
 
 
 def merge(
-    adapter: str | Path,
+    adapters: Adapters,
     output: str | Path,
     *,
     base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Writes base + adapter as a checkpoint with the base's keys, shards and side files.
 
-    adapter: a saved adapter.  output: a folder to make; it appears only when it is complete.
-    base: folder or cached hub name, where the adapter says it is when None.
+    adapters: a saved adapter, or several whose deltas are added.  output: a folder to make; it appears only when it is
+    complete.  base: folder or cached hub name, where the adapter says it is when None.
+    weights: what the delta of each adapter is multiplied with, 1 when None.
     dtype: storage of all weights, each tensor's own when None; then tensors without a delta keep their bytes.
+    resume: go on after the last shard that a killed merge of the same inputs finished.
     progress: called with (shard, bytes read so far, bytes in all).
     Raises AdapterError, ModelError or UserError before the first byte is written if anything does not fit.
     """
@@ -89,108 +86,54 @@ def merge(
         raise UserError(Problem("--dtype", f"is none of {', '.join(DTYPES)}", "leave it out to keep the dtype", dtype))
     started = time.perf_counter()
     output = Path(output).absolute()
-    plan = plan_merge(adapter, base)
-    stored = DTYPES[dtype] if dtype else None
-    check_output(output, plan.base)
-    _check_space(output, plan.base, stored)
-    counts = Counts()
-    with finished_folder(output) as folder, exact_workers() as workers:
-        writer = ShardWriter(plan, stored, workers, counts, _progress(progress, plan.base))
-        for shard in plan.base.shards:
-            writer.write(shard, folder / shard)
-        _write_side_files(plan.base, folder, dtype)
-        _write_index(plan.base, folder, stored)
-    return _report(plan, output, dtype, counts, time.perf_counter() - started)
+    plan = plan_merge(adapters, base, weights)
+    stored = stored_dtypes(plan, DTYPES[dtype] if dtype else None)
+    files = plan_files(plan, DTYPES[dtype] if dtype else None)
+    side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None) | _index(plan, stored)
+    job = describe_job("merge", dtype, list(plan.shares), folders=[plan.base.path, *plan.paths])
+    reported = write_folder(Work(output, plan.base, tuple(files), side, job, resume), progress)
+    return _report(plan, output, dtype, stored, reported, time.perf_counter() - started)
 
 
-def check_output(output: Path, base: Checkpoint) -> None:
-    """Raises UserError unless `output` is free, and neither the base nor inside it."""
-    check_target(output)
-    inside, outside = output.resolve(), base.path.resolve()
-    if inside.is_relative_to(outside):
-        raise UserError(Problem(str(output), "lies in the base model's folder", "name a folder outside of it"))
-
-
-def _check_space(output: Path, base: Checkpoint, stored: str | None) -> None:
-    side = sum((base.path / name).stat().st_size for name in base.side_files)
-    needed = side + sum(file.data_start + output_bytes(file, stored) for file in base.files.values())
-    existing = next(parent for parent in output.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed + SPARE_BYTES:
-        what = f"needs {needed / 2**30:.2f} GiB on this disk, where there are {free / 2**30:.2f}"
-        raise UserError(Problem(str(output), what, "free some space, or name a folder on another disk"))
-
-
-def _write_side_files(base: Checkpoint, folder: Path, dtype: str | None) -> None:
-    for name in base.side_files:
-        if name != CONFIG:
-            shutil.copyfile(base.path / name, folder / name)
-            _sync(folder / name)
-    text = (base.path / CONFIG).read_bytes()
-    write_atomic(folder / CONFIG, with_dtype(text, CONFIG_DTYPES[dtype]) if dtype else text)
-
-
-def with_dtype(config: bytes, dtype: str) -> bytes:
-    """config.json with its dtype replaced and every other byte as it was; unchanged where it names no dtype."""
-    before = json.loads(config)
-    for match in re.finditer(rb'"(torch_dtype|dtype)"\s*:\s*("[^"]*"|null)', config):
-        key = match[1].decode()
-        after = config[: match.start(2)] + json.dumps(dtype).encode() + config[match.end(2) :]
-        if key in before and json.loads(after) == {**before, key: dtype} and before[key] != dtype:
-            return with_dtype(after, dtype)
-    return config
-
-
-def _write_index(base: Checkpoint, folder: Path, stored: str | None) -> None:
+def _index(plan: MergePlan, stored: dict[str, str]) -> dict[str, bytes]:
+    """The base's index, byte for byte where all dtypes stay as they are."""
+    base = plan.base
     if base.index is None:
-        return
-    total = sum(output_bytes(file, stored) for file in base.files.values())
-    if total == sum(output_bytes(file, None) for file in base.files.values()):
-        write_atomic(folder / INDEX, (base.path / INDEX).read_bytes())
-        return
-    metadata = {**(base.index.get("metadata") or {}), "total_size": total}
-    content = json.dumps({**base.index, "metadata": metadata}, indent=2, ensure_ascii=False)
-    write_atomic(folder / INDEX, (content + "\n").encode())
+        return {}
+    if all(base.tensors[name].dtype == dtype for name, dtype in stored.items()) and len(stored) == len(base.tensors):
+        return {INDEX: (base.path / INDEX).read_bytes()}
+    metadata = {**(base.index.get("metadata") or {}), "total_size": num_bytes(plan, stored)}
+    weight_map = {name: shard for name, shard in base.index["weight_map"].items() if name in stored}
+    content = json.dumps({**base.index, "metadata": metadata, "weight_map": weight_map}, indent=2, ensure_ascii=False)
+    return {INDEX: (content + "\n").encode()}
 
 
-def _report(plan: MergePlan, output: Path, dtype: str | None, counts: Counts, elapsed_s: float) -> MergeReport:
-    retention = {family: counts.tallies[family].retention() for family in sorted(counts.tallies)}
+def _report(
+    plan: MergePlan, output: Path, dtype: str | None, stored: dict[str, str], reported: dict[str, Any], elapsed_s: float
+) -> MergeReport:
+    tallies: dict[str, Tally] = {}
+    for name in plan.base.tensors:
+        if reported.get(name) is not None:
+            tallies.setdefault(plan.families[name], Tally()).merge(Tally.from_dict(reported[name]))
+    retention = {family: tallies[family].retention() for family in sorted(tallies)}
+    changed = {name for name, tally in reported.items() if tally is not None}
+    changed |= {scales for scales, name in plan.scales.items() if name in changed and scales in stored}
+    converted = sum(plan.base.tensors[name].dtype != kept for name, kept in stored.items() if name not in changed)
     notices = [*plan.warnings, *advice(retention)]
-    if not counts.changed:
+    if not changed:
         notices.append("every delta is zero: the output equals the base")
-    if counts.converted:
-        notices.append(f"{counts.converted} tensors without a delta were converted to {dtype} as well")
+    if converted:
+        notices.append(f"{converted} tensors without a delta were converted to {dtype} as well")
     return MergeReport(
         output=output,
         base=plan.base.path,
-        adapter=plan.adapter.path,
+        adapters=plan.paths,
         dtype=dtype,
-        tensors_changed=counts.changed,
-        tensors_copied=counts.copied,
-        tensors_converted=counts.converted,
+        tensors_changed=len(changed),
+        tensors_copied=len(stored) - len(changed) - converted,
+        tensors_converted=converted,
         bytes_written=sum(file.stat().st_size for file in output.iterdir()),
         elapsed_s=elapsed_s,
         retention=retention,
         warnings=tuple(notices),
     )
-
-
-def _progress(progress: Progress | None, base: Checkpoint) -> Callable[[str, int], None]:
-    total = sum(info.num_bytes for info in base.tensors.values())
-    done = 0
-
-    def advance(shard: str, num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        if progress is not None:
-            progress(shard, done, total)
-
-    return advance
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.adapters.files import AdapterFiles
-from finetune.errors import AdapterError, ModelError, Problem
+import torch
+
+from finetune.adapters.files import AdapterFiles, LowRank
+from finetune.errors import AdapterError, ModelError, Problem, UserError
+from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.tensor_file import WEIGHT_DTYPES
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
-_EXPERT = re.compile(r"(?P<bank>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+EXPERT = re.compile(r"(?P<bank>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 _SHOWN = 8
 
 
@@ -21,35 +26,80 @@ _SHOWN = 8
 class MergePlan:
     """What merging will do: every pair of factors has its tensor in the base, and they fit.
 
+    adapters: one or several, whose deltas are added.  shares: the weight of each one's delta.
     families: tensor name -> "attention", "expert gate", "expert up", "expert down", "mlp", "router" or "other".
-    warnings: what does not stop a merge but should be read.
+    scales: scales of an FP8 weight -> that weight.  warnings: what does not stop a merge but should be read.
     """
 
     base: Checkpoint
-    adapter: AdapterFiles
+    adapters: tuple[AdapterFiles, ...]
+    shares: tuple[float, ...]
     families: dict[str, str]
+    scales: dict[str, str]
     warnings: tuple[str, ...]
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Folders of the adapters."""
+        return tuple(files.path for files in self.adapters)
 
-def plan_merge(adapter: str | Path, base: str | Path | None = None) -> MergePlan:
-    """Opens both, checks that they belong together, and says what will change.
+    def read(self, name: str) -> LowRank | None:
+        """The change of one weight by all adapters together, None where it is zero."""
+        parts = [
+            replace(factors, scale=factors.scale * share)
+            for files, share in zip(self.adapters, self.shares, strict=True)
+            if name in files.pairs and not (factors := files.read(name)).is_zero and share
+        ]
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        return LowRank(
+            torch.cat([part.a for part in parts]), torch.cat([part.b * part.scale for part in parts], dim=1), 1.0
+        )
 
-    base: folder or cached hub name; what the adapter's settings name when None.
-    Raises AdapterError (the adapter does not fit) or ModelError (the base is damaged or of no use).
+
+Adapters = str | Path | Sequence[str | Path]
+
+
+def plan_merge(adapters: Adapters, base: str | Path | None = None, shares: Sequence[float] | None = None) -> MergePlan:
+    """Opens all, checks that they belong together, and says what will change.
+
+    adapters: one folder, or several.  base: folder or cached hub name; what the adapters' settings name when None.
+    shares: what each adapter's delta is multiplied with, 1 when None.
+    Raises AdapterError (an adapter does not fit) or ModelError (the base is damaged or of no use).
     """
-    files = AdapterFiles.open(adapter)
-    checkpoint = Checkpoint.open(_find_base(files, base))
-    _check_model(checkpoint)
-    problems = _check_fit(checkpoint, files) + _check_experts(checkpoint, files) + _check_missing(checkpoint, files)
+    paths = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
+    shares = _check_shares(paths, shares)
+    opened = tuple(AdapterFiles.open(path) for path in paths)
+    checkpoint = Checkpoint.open(_find_base(opened, base))
+    check_model(checkpoint)
+    problems = [
+        problem
+        for files in opened
+        for check in (_check_fit, _check_experts, _check_missing)
+        for problem in check(checkpoint, files)
+    ]
     if problems:
         raise AdapterError(*problems)
-    warnings = _check_identity(checkpoint, files, chosen=base is not None)
-    return MergePlan(checkpoint, files, {name: family_of(name) for name in files.pairs}, warnings)
+    warnings = [text for files in opened for text in _check_identity(checkpoint, files, chosen=base is not None)]
+    families = {name: family_of(name) for files in opened for name in files.pairs}
+    scales = {scales: name for name in checkpoint.tensors if (scales := checkpoint.scales_of(name))}
+    return MergePlan(checkpoint, opened, shares, families, scales, tuple(warnings))
+
+
+def _check_shares(paths: Sequence[str | Path], shares: Sequence[float] | None) -> tuple[float, ...]:
+    if not paths:
+        raise UserError(Problem("adapters", "there is none to merge", "name at least one adapter folder"))
+    if shares is None:
+        return (1.0,) * len(paths)
+    if len(shares) != len(paths) or not all(math.isfinite(share) for share in shares):
+        hint = "give one number per adapter, in their order"
+        raise UserError(Problem("--weights", f"is not one number for each of {len(paths)} adapters", hint, [*shares]))
+    return tuple(float(share) for share in shares)
 
 
 def family_of(name: str) -> str:
     """The group a weight is reported under."""
-    if match := _EXPERT.fullmatch(name):
+    if match := EXPERT.fullmatch(name):
         return f"expert {match['part']}"
     if ".self_attn." in name:
         return "attention"
@@ -58,22 +108,28 @@ def family_of(name: str) -> str:
     return "mlp" if ".mlp." in name else "other"
 
 
-def _find_base(files: AdapterFiles, base: str | Path | None) -> Path:
+def _find_base(opened: Sequence[AdapterFiles], base: str | Path | None) -> Path:
     if base is not None:
         return find_checkpoint(base)
-    if not files.base_model:
+    named = {(files.base_model, files.config.revision) for files in opened}
+    for files in opened:
         where = f"{files.config.path}: base_model_name_or_path"
-        raise AdapterError(Problem(where, "does not say which base model it is for", "name the base with --base"))
-    return find_checkpoint(files.base_model, files.config.revision)
+        if not files.base_model:
+            raise AdapterError(Problem(where, "does not say which base model it is for", "name the base with --base"))
+        if len(named) > 1:
+            what = "the adapters name different base models"
+            raise AdapterError(Problem(where, what, "name the one that is meant with --base", files.base_model))
+    return find_checkpoint(opened[0].base_model or "", opened[0].config.revision)
 
 
-def _check_model(base: Checkpoint) -> None:
+def check_model(base: Checkpoint) -> None:
+    """Raises ModelError unless it is a Qwen3 in 16 or 32 bits, or in FP8 blocks."""
     where = str(base.path / "config.json")
     problems = []
     if base.config.get("model_type") not in MODEL_TYPES:
         hint = f"the base must be one of {', '.join(MODEL_TYPES)}"
         problems.append(Problem(f"{where}: model_type", "is not a Qwen3", hint, base.config.get("model_type")))
-    if base.config.get("quantization_config"):
+    if base.fp8_block is None and base.config.get("quantization_config"):
         method = base.config["quantization_config"]
         hint = "merge into the original 16-bit checkpoint with --base, then quantize the result"
         problems.append(Problem(f"{where}: quantization_config", "the base is quantized", hint, method))
@@ -95,7 +151,7 @@ def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
         elif info.shape != pair.shape:
             what = f"is for {name} of shape {list(pair.shape)}, which has another shape in the base"
             problems.append(Problem(where, what, hint, list(info.shape)))
-        elif info.dtype not in WEIGHT_DTYPES:
+        elif info.dtype not in WEIGHT_DTYPES and not (info.dtype == fp8.DTYPE and base.scales_of(name)):
             what = f"changes {name}, which is stored quantized"
             problems.append(Problem(where, what, "merge into the original 16-bit checkpoint with --base", info.dtype))
         elif name == "lm_head.weight" and tied:
@@ -106,7 +162,7 @@ def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
 
 def _check_experts(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
     """The adapter's number of experts is the base's, so that no expert is left without its factors."""
-    counts = Counter(match["bank"] for name in base.tensors if (match := _EXPERT.fullmatch(name)))
+    counts = Counter(match["bank"] for name in base.tensors if (match := EXPERT.fullmatch(name)))
     problems = []
     for bank, num_experts in files.num_experts.items():
         held, rest = divmod(counts[bank], 3)

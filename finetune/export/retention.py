@@ -15,7 +15,7 @@ THRESHOLD = 0.9
 
 @dataclass(frozen=True)
 class Retention:
-    """Realised against wanted change of one family of weights, over all its elements.
+    """Realised against wanted change of one family of weights, over the rows that were measured of every tensor.
 
     ratio: <realised, wanted> / <wanted, wanted>, 1 when nothing is lost.  cosine: between the two.
     unchanged_share: elements that kept their value.
@@ -35,10 +35,21 @@ class Retention:
 class Tally:
     """Sums for one family: float32 within a piece of a tensor, float64 over all pieces."""
 
-    def __init__(self) -> None:
-        self.tensors = 0
+    def __init__(self, tensors: int = 0) -> None:
+        self.tensors = tensors
         self._elements = self._changed = 0
         self._realised_wanted = self._wanted_wanted = self._realised_realised = 0.0
+
+    @classmethod
+    def from_dict(cls, content: dict[str, float]) -> Tally:
+        """What `to_dict` gave."""
+        tally = cls()
+        vars(tally).update(content)
+        return tally
+
+    def to_dict(self) -> dict[str, float]:
+        """Everything, as plain JSON types."""
+        return dict(vars(self))
 
     def add(self, realised: Tensor, wanted: Tensor) -> None:
         """Adds a piece of a tensor: what was written minus what was there, and the delta asked for (float32)."""

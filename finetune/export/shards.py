@@ -1,129 +1,160 @@
-"""Merge, part two: write one shard of the output, tensor by tensor, piece by piece.
+"""Merge, part two: what fills every tensor of the output, piece by piece.
 
 W' = round(float32(W) + (scale * float32(B)) @ float32(A)), rounded once, to the storage dtype.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, wait
-from dataclasses import dataclass, field
-from pathlib import Path
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune.adapters.files import LowRank
 from finetune.errors import ModelError, Problem
+from finetune.export import safetensors_file
 from finetune.export.plan import MergePlan
 from finetune.export.retention import Tally
-from finetune.models.tensor_file import BITS, METADATA, TORCH_DTYPES, WEIGHT_DTYPES, TensorFile, TensorInfo
+from finetune.export.stream import OutputFile, Place
+from finetune.models import fp8
+from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, TensorFile, TensorInfo
 
-PIECE_ELEMENTS = 2**18
+PIECE_ELEMENTS = 2**17
+TALLIED = 4  # retention is measured on every fourth piece of a tensor: a third of the arithmetic otherwise
 COPY_BYTES = 2**22
+_THREAD = threading.local()
+_FLOATS = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
 
 
-@dataclass
-class Counts:
-    """What was done to the tensors so far, and the tally of each family."""
+def plan_files(plan: MergePlan, dtype: str | None) -> list[OutputFile]:
+    """The output's shards: the base's, tensor by tensor.
 
-    changed: int = 0
-    copied: int = 0
-    converted: int = 0
-    tallies: dict[str, Tally] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ShardWriter:
-    """Writes shards of a plan, several tensors at a time, each at its own place in the file.
-
-    dtype: safetensors name every weight is stored in, None to keep each tensor's own.
-    workers: runs the tensors; each thread should use one core.
-    advance: called with (shard, bytes read) after each tensor, from the calling thread.
+    dtype: safetensors name every weight is stored in, None to keep each tensor's own. FP8 weights that get another
+    dtype lose their scales. What each tensor reports is its Tally as JSON, None where nothing was added to it.
     """
+    return [
+        _plan_file(plan, shard, dtype)
+        for shard in plan.base.shards
+        if any(_stored(plan, name, dtype) for name in plan.base.files[shard].tensors)
+    ]
 
-    plan: MergePlan
-    dtype: str | None
-    workers: Executor
-    counts: Counts
-    advance: Callable[[str, int], None]
 
-    def write(self, shard: str, path: Path) -> None:
-        """Writes `path` from the base's `shard` and makes it durable. Header and order are the base's own."""
-        source = self.plan.base.files[shard]
-        layout = output_layout(source, self.dtype)
-        with path.open("wb", buffering=0) as file:
-            header = _header(source, layout)
-            _write_at(file.fileno(), 0, memoryview(header))
-            tasks = [
-                self.workers.submit(self._write_tensor, name, source, info, _Place(file.fileno(), len(header), info))
-                for name, info in layout.items()
-            ]
-            try:
-                for name, task in zip(layout, tasks, strict=True):
-                    self._count(name, source.tensors[name], layout[name], task.result())
-                    self.advance(shard, source.tensors[name].num_bytes)
-            except BaseException:
-                for task in tasks:
-                    task.cancel()
-                wait(tasks)
-                raise
-            os.fsync(file.fileno())
+def stored_dtypes(plan: MergePlan, dtype: str | None) -> dict[str, str]:
+    """Name -> safetensors dtype of every tensor of the output."""
+    stored = {name: _stored(plan, name, dtype) for name in plan.base.tensors}
+    return {name: kept for name, kept in stored.items() if kept is not None}
 
-    def _count(self, name: str, before: TensorInfo, after: TensorInfo, tally: Tally | None) -> None:
-        if tally is not None:
-            self.counts.changed += 1
-            self.counts.tallies.setdefault(self.plan.families[name], Tally()).merge(tally)
-        elif before.dtype != after.dtype:
-            self.counts.converted += 1
+
+def _stored(plan: MergePlan, name: str, dtype: str | None) -> str | None:
+    info = plan.base.tensors[name]
+    if dtype is None or info.dtype not in _FLOATS:
+        return info.dtype
+    return None if name in plan.scales else dtype
+
+
+def _plan_file(plan: MergePlan, shard: str, dtype: str | None) -> OutputFile:
+    source = plan.base.files[shard]
+    ordered = sorted(source.tensors.items(), key=lambda item: item[1].offsets)
+    tensors = []
+    for name, info in ordered:
+        kept = _stored(plan, name, dtype)
+        if kept is not None:
+            fill = partial(_fill, plan, name, kept)
+            tensors.append(safetensors_file.Tensor(name, kept, info.shape, fill, info.num_bytes))
+    same = [(tensor.name, tensor.dtype) for tensor in tensors] == [(name, info.dtype) for name, info in ordered]
+    return safetensors_file.plan_file(shard, tensors, source.metadata, _header_of(source) if same else None)
+
+
+def _header_of(source: TensorFile) -> bytes:
+    with source.path.open("rb") as file:
+        return file.read(source.data_start)
+
+
+def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any] | None:
+    """Writes one tensor; its tally where the adapters change it."""
+    weight = plan.scales.get(name, name)
+    factors = plan.read(weight) if weight in plan.families else None
+    info = plan.base.tensors[name]
+    if factors is None:  # W + 0 is W to the bit, also where it is -0.0
+        if kept == info.dtype:
+            copy(plan.base.files[info.shard], info, place)
         else:
-            self.counts.copied += 1
-
-    def _write_tensor(self, name: str, source: TensorFile, info: TensorInfo, place: _Place) -> Tally | None:
-        factors = self.plan.adapter.read(name) if name in self.plan.families else None
-        if factors is not None and not factors.is_zero:
-            return _write_merged(name, source, factors, TORCH_DTYPES[info.dtype], place)
-        # W + 0 is W to the bit, also where it is -0.0
-        if info.dtype == source.tensors[name].dtype:
-            _copy(source, source.tensors[name], place)
-        else:
-            for _, w in _pieces(name, source):
-                place.append(_finite(name, source, w.to(TORCH_DTYPES[info.dtype])))
+            for start, stop in row_ranges(info):
+                piece = plan.base.read_float(name, slice(start, stop)) if info.shape else plan.base.read(name)
+                place.append(_finite(plan, name, piece.to(TORCH_DTYPES[kept])))
         return None
+    if name in plan.scales:
+        for _, scales, _ in _merged_blocks(plan, weight, factors):
+            place.append(scales)
+        return None
+    return (_fill_blocks if kept == fp8.DTYPE else partial(_fill_merged, kept))(plan, name, factors, place).to_dict()
 
 
-class _Place:
-    """Where a tensor's next bytes go in the output file; positioned writes, so that threads share the file."""
-
-    def __init__(self, descriptor: int, data_start: int, info: TensorInfo) -> None:
-        self._descriptor, self._position = descriptor, data_start + info.offsets[0]
-
-    def append(self, data: Tensor | memoryview) -> None:
-        if isinstance(data, Tensor):
-            if not data.numel():
-                return
-            data = data.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        _write_at(self._descriptor, self._position, data)
-        self._position += len(data)
-
-
-def _write_merged(name: str, source: TensorFile, factors: LowRank, dtype: torch.dtype, place: _Place) -> Tally:
-    tally = Tally()
-    tally.tensors = 1
-    b_OR = factors.b * factors.scale
-    for start, w in _pieces(name, source):
-        base = w.float()
-        wanted = torch.mm(b_OR[start : start + len(w)], factors.a)
-        stored = _finite(name, source, torch.add(base, wanted).to(dtype))
-        place.append(stored)
-        tally.add(stored.float().sub_(base) if dtype != torch.float32 else stored.sub_(base), wanted)
+def _fill_merged(kept: str, plan: MergePlan, name: str, factors: LowRank, place: Place) -> Tally:
+    tally = Tally(tensors=1)
+    for piece, (base, wanted) in enumerate(_merged(plan, name, factors, 1)):
+        merged = torch.add(base, wanted, out=_scratch("merged", base.shape))
+        stored = merged
+        if kept != "F32":
+            stored = _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
+        place.append(_finite(plan, name, stored))
+        if piece % TALLIED == 0:
+            tally.add(merged.copy_(stored).sub_(base), wanted)
     return tally
 
 
-def _copy(source: TensorFile, info: TensorInfo, place: _Place) -> None:
+def _fill_blocks(plan: MergePlan, name: str, factors: LowRank, place: Place) -> Tally:
+    block = plan.base.fp8_block
+    assert block is not None
+    tally = Tally(tensors=1)
+    for values, scales, (base, wanted) in _merged_blocks(plan, name, factors):
+        place.append(values)
+        tally.add(fp8.dequantize(values, scales, block).sub_(base), wanted)
+    return tally
+
+
+def _merged_blocks(
+    plan: MergePlan, name: str, factors: LowRank
+) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]:
+    """(values, scales, (base, delta)) of a merged FP8 weight, some rows of blocks at a time."""
+    scales, block = plan.base.scales_of(name), plan.base.fp8_block
+    assert scales is not None
+    assert block is not None
+    scale_dtype = TORCH_DTYPES[plan.base.tensors[scales].dtype]
+    for base, wanted in _merged(plan, name, factors, block[0]):
+        merged = _finite(plan, name, torch.add(base, wanted))
+        yield *fp8.quantize(merged, block, scale_dtype), (base, wanted)
+
+
+def _merged(plan: MergePlan, name: str, factors: LowRank, multiple: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(base, delta) in float32, in pieces of a multiple of `multiple` rows, valid until the next one."""
+    b_OR = factors.b * factors.scale
+    info = plan.base.tensors[name]
+    for start, stop in row_ranges(info, multiple):
+        rows, shape = slice(start, stop), torch.Size((stop - start, *info.shape[1:]))
+        if plan.base.scales_of(name):
+            base = plan.base.read_float(name, rows)
+        else:
+            raw = _scratch("read", torch.Size([shape.numel() * BITS[info.dtype] // 8]), torch.uint8)
+            base = _scratch("base", shape).copy_(plan.base.read(name, rows, scratch=raw))
+        yield base, torch.mm(b_OR[rows], factors.a, out=_scratch("wanted", shape))
+
+
+def _scratch(use: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory of this thread that is used over and over: fresh pages would cost more than the arithmetic."""
+    held: dict[str, Tensor] = vars(_THREAD)
+    num_bytes = shape.numel() * dtype.itemsize
+    if use not in held or held[use].numel() < num_bytes:
+        held[use] = torch.empty(num_bytes, dtype=torch.uint8)
+    return held[use][:num_bytes].view(dtype).view(shape)
+
+
+def copy(source: TensorFile, info: TensorInfo, place: Place) -> None:
+    """Writes a tensor's bytes as they are."""
     buffer = memoryview(bytearray(min(COPY_BYTES, info.num_bytes)))
     for start in range(*info.offsets, COPY_BYTES):
         piece = buffer[: min(COPY_BYTES, info.offsets[1] - start)]
@@ -131,62 +162,22 @@ def _copy(source: TensorFile, info: TensorInfo, place: _Place) -> None:
         place.append(piece)
 
 
-def output_layout(source: TensorFile, dtype: str | None) -> dict[str, TensorInfo]:
-    """The output's tensors in data order. Without `dtype`, or where nothing changes, it is the source's layout."""
-    ordered = sorted(source.tensors.items(), key=lambda item: item[1].offsets)
-    kept = {name: _stored_dtype(info, dtype) for name, info in ordered}
-    if all(kept[name] == info.dtype for name, info in ordered):
-        return dict(ordered)
-    ordered.sort(key=lambda item: -BITS[kept[item[0]]])  # wide types first keeps every tensor aligned
-    layout, position = {}, 0
-    for name, info in ordered:
-        end = position + info.numel * BITS[kept[name]] // 8
-        layout[name] = TensorInfo(info.shard, kept[name], info.shape, (position, end))
-        position = end
-    return layout
+def row_ranges(info: TensorInfo, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """First and last row + 1 of pieces that stay in the processor's cache; vectors count as columns."""
+    height = info.shape[0] if info.shape else 1
+    step = max(1, PIECE_ELEMENTS * height // max(info.numel, 1) // multiple) * multiple
+    for start in range(0, height, step):
+        yield start, min(start + step, height)
 
 
-def output_bytes(source: TensorFile, dtype: str | None) -> int:
-    """Data bytes of the output's shard, without its header."""
-    return sum(info.num_bytes for info in output_layout(source, dtype).values())
-
-
-def _stored_dtype(info: TensorInfo, dtype: str | None) -> str:
-    return dtype if dtype is not None and info.dtype in (*WEIGHT_DTYPES, "F64") else info.dtype
-
-
-def _header(source: TensorFile, layout: dict[str, TensorInfo]) -> bytes:
-    if all(layout[name] == info for name, info in source.tensors.items()):
-        with source.path.open("rb") as file:
-            return file.read(source.data_start)
-    content: dict[str, object] = {METADATA: source.metadata} if source.metadata else {}
-    for name, info in layout.items():
-        content[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.offsets}
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _pieces(name: str, source: TensorFile) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of a tensor, in pieces that stay in the processor's cache; vectors count as columns."""
-    shape = source.tensors[name].shape
-    if not shape:
-        yield 0, source.read(name)
-        return
-    step = max(1, PIECE_ELEMENTS * shape[0] // max(source.tensors[name].numel, 1))
-    for start in range(0, shape[0], step):
-        yield start, source.read(name, slice(start, start + step))
-
-
-def _finite(name: str, source: TensorFile, stored: Tensor) -> Tensor:
+def _finite(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
     if stored.numel() and not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(stored)):
         hint = "the base has such values itself, or they do not fit the dtype: use --dtype bf16 or fp32"
         what = f"is not finite as {str(stored.dtype).removeprefix('torch.')}"
-        raise ModelError(Problem(f"{source.path}: {name}", what, hint))
+        raise ModelError(Problem(f"{plan.base.files[plan.base.tensors[name].shard].path}: {name}", what, hint))
     return stored
 
 
-def _write_at(descriptor: int, position: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
+def num_bytes(plan: MergePlan, stored: dict[str, str]) -> int:
+    """Data bytes of an output, without headers."""
+    return sum(plan.base.tensors[name].numel * BITS[dtype] // 8 for name, dtype in stored.items())

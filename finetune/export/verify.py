@@ -13,7 +13,7 @@ from rich.text import Text
 
 from finetune.errors import Problem, VerifyError
 from finetune.export.logits_check import LogitAgreement, check_logits
-from finetune.export.plan import MergePlan, plan_merge
+from finetune.export.plan import Adapters, MergePlan, plan_merge
 from finetune.export.show import Shown, table, warnings
 from finetune.export.weights_check import WeightAgreement, WeightCheck, check_weights
 from finetune.models.checkpoint import CONFIG, Checkpoint
@@ -32,7 +32,7 @@ class VerifyReport(Shown):
     notes: differences that are no error, such as a side file edited after the merge.
     """
 
-    adapter: Path
+    adapters: tuple[Path, ...]
     merged: Path
     base: Path
     dtypes: tuple[str, ...]
@@ -44,7 +44,7 @@ class VerifyReport(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
-        paths = {name: str(getattr(self, name)) for name in ("adapter", "merged", "base")}
+        paths = {"merged": str(self.merged), "base": str(self.base), "adapters": [str(path) for path in self.adapters]}
         return {**asdict(self), **paths, "dtypes": list(self.dtypes), "notes": list(self.notes)}
 
     def headline(self) -> str:
@@ -60,37 +60,38 @@ class VerifyReport(Shown):
         rows = table(title, "family", "tensors", "largest error", "of what rounding allows")
         for family, seen in self.weights.items():
             rows.add_row(family, f"{seen.tensors:,}", f"{seen.max_error:.2e}", f"{seen.worst_share:.1%}")
-        return Group(rows, Text(_logits_line(self.logits)), *warnings(self.notes))
+        return Group(rows, Text(_logits_line(self.logits)), *_layers_line(self.logits), *warnings(self.notes))
 
 
 def verify(
-    adapter: str | Path,
+    adapters: Adapters,
     merged: str | Path,
     *,
     base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
     prompts: Sequence[str] | None = None,
     weights_only: bool = False,
 ) -> VerifyReport:
     """Compares base + adapter with `merged`, tensor by tensor and on the logits of prompts.
 
-    base: as for `merge`.  prompts: texts to compare on, a varied handful when None.
+    adapters, base, weights: as for `merge`.  prompts: texts to compare on, a varied handful when None.
     weights_only: do not load the models (the logits check needs one of them in float32 in memory).
     Raises VerifyError with the numbers when they differ by more than the rounding of the storage dtype, and
     AdapterError or ModelError when one of the three cannot be read.
     """
     started = time.perf_counter()
-    plan = plan_merge(adapter, base)
+    plan = plan_merge(adapters, base, weights)
     checkpoint = Checkpoint.open(merged)
     settings = _different_settings(plan.base, checkpoint)
     check = check_weights(plan, checkpoint)
     problems = settings + _wrong_weights(check, checkpoint)
     if problems:
         raise VerifyError(*problems)
-    logits = None if weights_only else check_logits(plan.adapter.path, plan.base, checkpoint, prompts)
+    logits = None if weights_only else check_logits(plan, checkpoint, prompts)
     if logits is not None and not logits.agrees:
         raise VerifyError(_wrong_logits(logits, checkpoint))
     return VerifyReport(
-        adapter=plan.adapter.path,
+        adapters=plan.paths,
         merged=checkpoint.path,
         base=plan.base.path,
         dtypes=tuple(sorted({info.dtype for info in checkpoint.tensors.values()})),
@@ -112,9 +113,22 @@ def _logits_line(logits: LogitAgreement | None) -> str:
     )
 
 
+def _layers_line(logits: LogitAgreement | None) -> list[Text]:
+    if logits is None or not logits.layers:
+        return []
+    worst = max(range(len(logits.layers)), key=logits.layers.__getitem__)
+    text = (
+        f"hidden states, max |difference|: {logits.layers[0]:.2e} behind layer 0, {logits.layers[-1]:.2e} behind the "
+        f"last, most behind layer {worst}: {logits.layers[worst]:.2e}"
+    )
+    return [Text(text)]
+
+
 def _different_settings(base: Checkpoint, merged: Checkpoint) -> list[Problem]:
     where = str(merged.path / CONFIG)
     keys = (base.config.keys() | merged.config.keys()) - set(_DTYPE_KEYS)
+    if base.fp8_block is not None and merged.fp8_block is None and "quantization_config" not in merged.config:
+        keys -= {"quantization_config"}
     different = sorted(key for key in keys if base.config.get(key) != merged.config.get(key))
     problems = [Problem(where, f"differs from the base's in {', '.join(different)}", _HINT)] if different else []
     stored = {info.dtype for info in merged.tensors.values()} & set(WEIGHT_DTYPES)

@@ -2,13 +2,13 @@
 
 Exact where it can be: a tensor without a delta must have the base's bits (rounded to the new dtype, if it changed),
 and a tensor with one must lie within half a unit in the last place of W + scale * B A computed in float64, plus the
-error that float32 arithmetic may make. Whatever a merge gets wrong by more than rounding shows up here by name.
+error that float32 arithmetic may make; the scales of FP8 blocks must be those of that sum. Whatever a merge gets wrong
+by more than rounding shows up here by name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from finetune.adapters.files import LowRank
 from finetune.export.plan import MergePlan, family_of
+from finetune.export.shards import row_ranges
 from finetune.export.workers import exact_workers
+from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
-from finetune.models.tensor_file import WEIGHT_DTYPES, TensorInfo
+from finetune.models.tensor_file import TORCH_DTYPES, WEIGHT_DTYPES, TensorInfo
 
-PIECE_ELEMENTS = 2**18
 _UNTOUCHED = "without a delta"
 _FLOAT64_EXPONENT = 0x7FF << 52
 _FLOAT32_ROUNDOFF = 2.0**-23
@@ -58,12 +59,12 @@ class WeightCheck:
 
 def check_weights(plan: MergePlan, merged: Checkpoint) -> WeightCheck:
     """Compares all tensors; memory for one piece of one tensor. Raises nothing on disagreement: see `wrong`."""
-    wrong = dict.fromkeys(plan.base.tensors.keys() - merged.tensors.keys(), "is missing")
-    wrong |= dict.fromkeys(merged.tensors.keys() - plan.base.tensors.keys(), "is not in the base")
-    for name in plan.base.tensors.keys() - wrong.keys():
+    here, there = set(plan.base.weights), set(merged.weights)
+    wrong = dict.fromkeys(here - there, "is missing") | dict.fromkeys(there - here, "is not in the base")
+    for name in here & there:
         if mismatch := _header_mismatch(plan.base.tensors[name], merged.tensors[name]):
             wrong[name] = mismatch
-    names = [name for name in plan.base.tensors if name not in wrong]
+    names = [name for name in plan.base.weights if name not in wrong]
     agreement: dict[str, WeightAgreement] = {}
     with exact_workers() as workers:
         results = workers.map(lambda name: _compare(name, plan, merged), names)
@@ -86,7 +87,7 @@ def half_unit(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _header_mismatch(base: TensorInfo, merged: TensorInfo) -> str | None:
     if base.shape != merged.shape:
         return f"has shape {list(merged.shape)}, in the base {list(base.shape)}"
-    floats = (*WEIGHT_DTYPES, "F64")
+    floats = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
     if base.dtype != merged.dtype and not (base.dtype in floats and merged.dtype in floats):
         return f"is stored as {merged.dtype}, in the base as {base.dtype}"
     return None
@@ -94,32 +95,85 @@ def _header_mismatch(base: TensorInfo, merged: TensorInfo) -> str | None:
 
 def _compare(name: str, plan: MergePlan, merged: Checkpoint) -> tuple[bool, float, float]:
     """(has a delta, largest error, largest error / allowed error) of one tensor; NaN in the merged tensor gives inf."""
-    factors = plan.adapter.read(name) if name in plan.families else None
-    if factors is not None and factors.is_zero:
-        factors = None
+    factors = plan.read(name) if name in plan.families else None
     compare = _error_without_delta if factors is None else partial(_error_with_delta, factors)
+    block = (merged.fp8_block or plan.base.fp8_block or (1, 1))[0]
     worst_error = worst_share = 0.0
-    for start, rows in _row_ranges(plan.base.tensors[name].shape):
-        error, share = compare(start, plan.base.read(name, rows), merged.read(name, rows))
+    for start, stop in row_ranges(plan.base.tensors[name], block):
+        error, share = compare(_Rows(plan.base, merged, name, start, stop))
         worst_error, worst_share = max(worst_error, error), max(worst_share, share)
     return factors is not None, worst_error, worst_share
 
 
-def _error_without_delta(_: int, w: Tensor, m: Tensor) -> tuple[float, float]:
-    expected = w.to(m.dtype)
-    if torch.equal(_bits(expected), _bits(m)):
+@dataclass(frozen=True)
+class _Rows:
+    """The same rows of a tensor in base and merged checkpoint; a scalar has none."""
+
+    base: Checkpoint
+    merged: Checkpoint
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> slice | None:
+        return slice(self.start, self.stop) if self.base.tensors[self.name].shape else None
+
+    @property
+    def scales(self) -> Tensor | None:
+        """Scale of every value of an FP8 weight of the merged checkpoint, float64."""
+        block, scales = self.merged.fp8_block, self.merged.scales_of(self.name)
+        if scales is None or block is None:
+            return None
+        width = self.merged.tensors[self.name].shape[1]
+        ones = torch.ones(self.stop - self.start, width).to(torch.float8_e4m3fn)
+        return fp8.dequantize(ones, self.merged.read(scales), block, self.start).double()
+
+
+def _error_without_delta(rows: _Rows) -> tuple[float, float]:
+    base, merged = rows.base.tensors[rows.name], rows.merged.tensors[rows.name]
+    m = rows.merged.read(rows.name, rows.rows)
+    expected = rows.base.read(rows.name, rows.rows)
+    if base.dtype != merged.dtype:
+        expected = rows.base.read_float(rows.name, rows.rows).to(m.dtype)
+    same_scales = rows.scales is None or torch.equal(_scales(rows.base, rows.name), _scales(rows.merged, rows.name))
+    if torch.equal(_bits(expected), _bits(m)) and same_scales:
         return 0.0, 0.0
-    return _largest((m.double() - expected.double()).abs()), math.inf
+    return _largest((rows.merged.read_float(rows.name, rows.rows).double() - expected.double()).abs()), math.inf
 
 
-def _error_with_delta(factors: LowRank, start: int, w: Tensor, m: Tensor) -> tuple[float, float]:
-    b_OR, a_RI = factors.b[start : start + len(w)], factors.a
+def _scales(checkpoint: Checkpoint, name: str) -> Tensor:
+    scales = checkpoint.scales_of(name)
+    return checkpoint.read(scales) if scales else torch.empty(0)
+
+
+def _error_with_delta(factors: LowRank, rows: _Rows) -> tuple[float, float]:
+    w, m = rows.base.read_float(rows.name, rows.rows), rows.merged.read_float(rows.name, rows.rows)
+    b_OR, a_RI = factors.b[rows.start : rows.stop], factors.a
     exact = torch.mm(b_OR.double(), a_RI.double()).mul_(factors.scale).add_(w)
     error = exact.sub(m).abs_()
     # what float32 arithmetic may add to one rounding: every product and sum off by one unit of its size
-    size = torch.mm(b_OR.abs(), a_RI.abs()).mul_((len(a_RI) + 2) * abs(factors.scale)).add_(w.float().abs())
-    allowed = half_unit(exact, m.dtype).add_(size, alpha=_FLOAT32_ROUNDOFF)
-    return _largest(error), _largest(error / allowed)
+    size = torch.mm(b_OR.abs(), a_RI.abs()).mul_((len(a_RI) + 2) * abs(factors.scale)).add_(w.abs())
+    dtype, scales = TORCH_DTYPES[rows.merged.tensors[rows.name].dtype], rows.scales
+    if scales is None:
+        allowed = half_unit(exact, dtype)
+    else:
+        allowed = half_unit(exact / scales, dtype).mul_(scales)
+        if not _right_scales(rows, exact, scales):
+            return _largest(error), math.inf
+    return _largest(error), _largest(error / allowed.add_(size, alpha=_FLOAT32_ROUNDOFF))
+
+
+def _right_scales(rows: _Rows, exact: Tensor, scales: Tensor) -> bool:
+    """Whether the largest value of every block is 448 of its units, up to the rounding of the scale."""
+    block = rows.merged.fp8_block
+    assert block is not None
+    name = rows.merged.scales_of(rows.name)
+    assert name is not None
+    wanted = fp8.quantize(exact.float(), block, torch.float32)[1]
+    found = scales[:: block[0], :: block[1]]
+    unit = torch.finfo(TORCH_DTYPES[rows.merged.tensors[name].dtype]).eps
+    return bool(((found / wanted - 1).abs() <= max(unit, 1e-4)).all())
 
 
 def _largest(values: Tensor) -> float:
@@ -128,13 +182,3 @@ def _largest(values: Tensor) -> float:
 
 def _bits(values: Tensor) -> Tensor:
     return values.reshape(-1).view(torch.uint8)
-
-
-def _row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, slice | None]]:
-    if not shape:
-        yield 0, None
-        return
-    row = max(1, torch.Size(shape[1:]).numel())
-    step = max(1, PIECE_ELEMENTS // row)
-    for start in range(0, shape[0], step):
-        yield start, slice(start, start + step)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune.errors import ModelError, Problem
+from finetune.models import fp8
 from finetune.models.files import safe_child
 from finetune.models.tensor_file import TensorFile, TensorInfo
 
@@ -27,7 +28,7 @@ class Checkpoint:
 
     config: config.json.  tensors: every tensor by name, shard by shard in header order.  shards: file names in
     order of first use.  side_files: what belongs to the model besides weights and index (tokenizer, template,
-    licence ...); pickles and subfolders are not among them.
+    licence ...); pickles and subfolders are not among them.  fp8_block: size of a block where weights are FP8.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Checkpoint:
     side_files: tuple[str, ...]
     index: dict[str, Any] | None
     files: dict[str, TensorFile]
+    fp8_block: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -51,11 +53,35 @@ class Checkpoint:
         if index:
             _check_index(path, index["weight_map"], files)
         tensors = {name: info for shard in names for name, info in files[shard].tensors.items()}
-        return cls(path, config, tensors, tuple(names), _side_files(path), index, files)
+        block = None
+        if any(info.dtype == fp8.DTYPE for info in tensors.values()):
+            block = fp8.block_of(config, str(path / CONFIG))
+            _check_scales(path, tensors, block)
+        return cls(path, config, tensors, tuple(names), _side_files(path), index, files, block)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or rows [start, stop) of it, in its stored dtype."""
-        return self.files[self.tensors[name].shard].read(name, rows)
+    def read(self, name: str, rows: slice | None = None, *, scratch: Tensor | None = None) -> Tensor:
+        """One tensor, or rows [start, stop) of it, in its stored dtype; into `scratch`, bytes, if there is one."""
+        return self.files[self.tensors[name].shard].read(name, rows, scratch=scratch)
+
+    def read_float(self, name: str, rows: slice | None = None) -> Tensor:
+        """The same in float32; FP8 blocks are multiplied by their scales."""
+        stored = self.read(name, rows)
+        scales = self.scales_of(name)
+        if scales is None or self.fp8_block is None:
+            return stored.float()
+        first_row = rows.indices(self.tensors[name].shape[0])[0] if rows else 0
+        return fp8.dequantize(stored, self.read(scales), self.fp8_block, first_row)
+
+    def scales_of(self, name: str) -> str | None:
+        """Name of the tensor that holds the scales of an FP8 weight, None for any other tensor."""
+        scales = f"{name}{fp8.SCALE_SUFFIX}"
+        return scales if self.tensors[name].dtype == fp8.DTYPE and scales in self.tensors else None
+
+    @property
+    def weights(self) -> list[str]:
+        """Every tensor but the scales of FP8 weights, in the order of `tensors`."""
+        scales = {self.scales_of(name) for name in self.tensors}
+        return [name for name in self.tensors if name not in scales]
 
     @property
     def num_bytes(self) -> int:
@@ -178,6 +204,20 @@ def _check_index(path: Path, weight_map: dict[str, str], files: dict[str, Tensor
     for name, shard in weight_map.items():
         if found.get(name) != shard:
             problems.append(Problem(f"{path / INDEX}: {name}", "is not in the shard the index names", _COMPLETE, shard))
+    if problems:
+        raise ModelError(*problems)
+
+
+def _check_scales(path: Path, tensors: dict[str, TensorInfo], block: tuple[int, int] | None) -> None:
+    """Every FP8 matrix has its scales, of the right number."""
+    problems = []
+    for name, info in tensors.items():
+        if info.dtype != fp8.DTYPE or block is None:
+            continue
+        scales = tensors.get(f"{name}{fp8.SCALE_SUFFIX}")
+        if len(info.shape) != 2 or scales is None or scales.shape != fp8.scales_shape(info.shape, block):
+            what = f"is FP8 without one {fp8.SCALE_SUFFIX} per block of {block[0]} x {block[1]}"
+            problems.append(Problem(f"{path}: {name}", what, _COMPLETE, scales and list(scales.shape)))
     if problems:
         raise ModelError(*problems)
 

@@ -78,12 +78,13 @@ def _hub_blobs(snapshot: Path, target: Path) -> bool:
 
 
 @contextmanager
-def finished_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def finished_folder(target: str | Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """A folder to fill, which becomes `target` in one rename when the block ends without an error.
 
     Until then it is called `.<name>.unfinished` beside the target, so a kill at any moment leaves nothing
-    that looks finished; what a killed run left is removed by the next one. `target` may be absent or an empty
-    folder, and with `overwrite` any folder; a symlink or a file is refused.
+    that looks finished; what a killed or interrupted run left is removed by the next one, or found in the folder
+    with `resume`. `target` may be absent or an empty folder, and with `overwrite` any folder; a symlink or a file is
+    refused.
     Raises UserError when the target is taken, or another process is filling it.
     """
     target = Path(target).absolute()
@@ -96,7 +97,8 @@ def finished_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[
     lock = os.open(building, os.O_RDONLY)
     try:
         _lock(lock, building)
-        _empty(building)
+        if not resume:
+            _empty(building)
         try:
             yield building
             sync_folder(building)

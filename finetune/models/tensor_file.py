@@ -95,10 +95,10 @@ class TensorFile:
                     raise self.error(Problem(str(self.path), "ends before its tensors do", _REDOWNLOAD))
                 done += count
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, name: str, rows: slice | None = None, *, scratch: Tensor | None = None) -> Tensor:
         """One tensor, or a range of rows of it, in its stored dtype; memory for nothing else.
 
-        rows: `slice(start, stop)` over the first dimension.
+        rows: `slice(start, stop)` over the first dimension.  scratch: bytes to read into, at least as many as needed.
         """
         info = self.tensors[name]
         if info.dtype not in TORCH_DTYPES:
@@ -109,7 +109,7 @@ class TensorFile:
             first, last, _ = rows.indices(shape[0])
             start, stop = start + first * row_bytes, start + last * row_bytes
             shape = (last - first, *shape[1:])
-        raw = torch.empty(stop - start, dtype=torch.uint8)
+        raw = torch.empty(stop - start, dtype=torch.uint8) if scratch is None else scratch[: stop - start]
         if stop > start:
             self.read_into(raw.numpy().data, start)
         return raw.view(TORCH_DTYPES[info.dtype]).view(shape)

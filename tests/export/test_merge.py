@@ -6,7 +6,9 @@ import torch
 from rich.console import Console
 
 from finetune.errors import AdapterError, ModelError, UserError
-from finetune.export.merge import merge, with_dtype
+from finetune.export.folder import with_dtype
+from finetune.export.merge import merge
+from finetune.export.verify import verify
 from tests.export.checkpoints import (
     ATTENTION,
     DENSE,
@@ -85,6 +87,9 @@ def test_merged_equals_stock_peft(name, tmp_path):
     assert (wanted - found).abs().max() <= 1e-4
     assert report.tensors_changed == sum(kept.tensors for kept in report.retention.values()) > 0
     assert report.tensors_changed + report.tensors_copied == len(read_all(base))
+    proof = verify(adapter, tmp_path / "merged").logits
+    assert proof.max_difference <= 1e-4
+    assert len(proof.layers) == config["num_hidden_layers"]
 
 
 def test_files_are_the_bases(moe, adapter, tmp_path):

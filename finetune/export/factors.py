@@ -1,0 +1,94 @@
+"""What adapter exports have in common: the factors of every weight, shaped as one file wants them.
+
+Names of modules are those of a hub checkpoint without `.weight`; experts are `...mlp.experts.3.up_proj`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune.adapters.files import LowRank
+from finetune.errors import AdapterError, Problem
+from finetune.export.plan import EXPERT, MergePlan
+
+PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of a plan.
+
+    plain: modules outside of expert banks.  banks: banks (`model.layers.0.mlp.experts`) of which some expert has
+    factors.  num_experts: of every bank.  ranks: rank of each weight that has factors.
+    scale: what all of them share, None when they differ.
+    """
+
+    plan: MergePlan
+    plain: tuple[str, ...]
+    banks: tuple[str, ...]
+    num_experts: int
+    ranks: dict[str, int]
+    scale: float | None
+
+    @classmethod
+    def of(cls, plan: MergePlan) -> Factors:
+        """The factors of one adapter. Several are to be merged, not exported."""
+        (files,) = plan.adapters
+        matches = {name: EXPERT.fullmatch(name) for name in files.pairs}
+        plain = tuple(name.removesuffix(".weight") for name, match in matches.items() if match is None)
+        banks = tuple(dict.fromkeys(match["bank"] for match in matches.values() if match is not None))
+        config = plan.base.config
+        num_experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
+        scales = {pair.scale for pair in files.pairs.values()}
+        ranks = {name: pair.rank for name, pair in files.pairs.items()}
+        scale = scales.pop() if len(scales) == 1 else None
+        return cls(plan, plain, banks, num_experts, ranks, scale)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of any weight."""
+        return max(self.ranks.values())
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(out, in) of a weight, whether it has factors or not."""
+        out, width = self.plan.base.tensors[f"{module}.weight"].shape
+        return out, width
+
+    def expert_modules(self, bank: str, part: str) -> list[str]:
+        """Modules of one projection of a bank, in the order of the experts."""
+        return [f"{bank}.{expert}.{part}" for expert in range(self.num_experts)]
+
+    def padded(self, module: str, rank: int, *, fold: float | None) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) of a module: zero beyond its own rank, and where it has no factors.
+
+        fold: what the reader will multiply B A with; B is divided by it and multiplied with the true scale. None
+        leaves B as it is.
+        """
+        out, width = self.shape(module)
+        a_RI, b_OR = torch.zeros(rank, width), torch.zeros(out, rank)
+        name = f"{module}.weight"
+        if name in self.ranks:
+            factors: LowRank = self.plan.adapters[0].read(name)
+            own = len(factors.a)
+            if own > rank:
+                hint = "export with a rank at least as large as the adapter's"
+                raise AdapterError(Problem(name, f"has rank {own}, which does not fit into {rank}", hint))
+            a_RI[:own] = factors.a
+            b_OR[:, :own] = factors.b if fold is None or fold == factors.scale else factors.b * (factors.scale / fold)
+        return a_RI, b_OR
+
+    def shares_gate_and_up(self, bank: str) -> bool:
+        """Whether gate and up of every expert have the same A, as in a fused bank."""
+        files = self.plan.adapters[0]
+        for expert in range(self.num_experts):
+            gate, up = (files.pairs.get(f"{bank}.{expert}.{part}.weight") for part in PARTS[:2])
+            if (gate is None) != (up is None):
+                return False
+            if gate is None or up is None or gate.a_name == up.a_name:
+                continue
+            if gate.rank != up.rank or not torch.equal(files.file.read(gate.a_name), files.file.read(up.a_name)):
+                return False
+        return True

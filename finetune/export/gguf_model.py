@@ -1,0 +1,211 @@
+"""A whole model as one GGUF: settings, tokenizer, chat template and weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.errors import ModelError, Problem, UserError
+from finetune.export.gguf_file import GgufTensor, architecture, load_gguf, plan_gguf, tensor_name
+from finetune.export.plan import EXPERT
+from finetune.export.shards import row_ranges
+from finetune.export.stream import OutputFile, Place
+from finetune.models.checkpoint import Checkpoint
+
+FILE = "model.gguf"
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+
+
+def plan_model(source: Checkpoint, kind: str, name: str) -> OutputFile:
+    """The file of a checkpoint, with its matrices in ggml type `kind`; norms and routers stay float32.
+
+    Matrices whose rows are no whole number of blocks are stored as F16.
+    Raises ModelError when the tokenizer or a setting is missing.
+    """
+    experts: dict[str, list[str]] = {}
+    for weight in source.weights:
+        if EXPERT.fullmatch(weight):
+            experts.setdefault(tensor_name(weight), []).append(weight)
+    single = [weight for weight in source.weights if not EXPERT.fullmatch(weight)]
+    tensors = [_tensor(source, tensor_name(weight), [weight], kind) for weight in single]
+    for stacked, weights in experts.items():
+        ordered = sorted(weights, key=lambda weight: int(_expert_id(weight)))
+        if [int(_expert_id(weight)) for weight in ordered] != list(range(_num_experts(source))):
+            hint = "config.json and weights do not belong together"
+            raise ModelError(Problem(f"{source.path}: {stacked}", "lacks some experts", hint, len(ordered)))
+        tensors.append(_tensor(source, stacked, ordered, kind))
+    return plan_gguf(FILE, architecture(source), partial(_add_settings, source, kind, name), _in_order(tensors))
+
+
+def _in_order(tensors: list[GgufTensor]) -> list[GgufTensor]:
+    """By layer, as llama.cpp walks them."""
+
+    def key(tensor: GgufTensor) -> tuple[int, str]:
+        parts = tensor.name.split(".")
+        return (int(parts[1]), tensor.name) if parts[0] == "blk" else (-1, tensor.name)
+
+    return sorted(tensors, key=key)
+
+
+def _expert_id(weight: str) -> str:
+    match = EXPERT.fullmatch(weight)
+    assert match is not None
+    return match["expert"]
+
+
+def _num_experts(source: Checkpoint) -> int:
+    return int(source.config.get("num_experts") or source.config.get("num_local_experts") or 0)
+
+
+def _tensor(source: Checkpoint, name: str, weights: list[str], kind: str) -> GgufTensor:
+    info = source.tensors[weights[0]]
+    block = load_gguf().GGML_QUANT_SIZES[load_gguf().GGMLQuantizationType[kind]][0]
+    if len(info.shape) < 2 or ".ffn_gate_inp." in name:
+        kind = "F32"
+    elif info.shape[-1] % block:
+        kind = "F16"
+    shape = (len(weights), *info.shape) if len(weights) > 1 or EXPERT.fullmatch(weights[0]) else info.shape
+    read_bytes = sum(source.tensors[weight].num_bytes for weight in weights)
+    return GgufTensor(name, kind, shape, partial(_fill, source, weights, kind), read_bytes)
+
+
+def _fill(source: Checkpoint, weights: list[str], kind: str, place: Place) -> None:
+    for weight in weights:
+        for start, stop in row_ranges(source.tensors[weight]):
+            rows = source.read_float(weight, slice(start, stop))
+            if not torch.isfinite(rows).all():
+                hint = "the training that made it diverged, or the file is damaged"
+                raise ModelError(Problem(f"{source.path}: {weight}", "has values that are not finite", hint))
+            place.append(_encode(rows, kind, f"{source.path}: {weight}"))
+
+
+def _encode(rows: torch.Tensor, kind: str, where: str) -> torch.Tensor:
+    """Rows of float32 as the bytes of a ggml type."""
+    if kind in ("F32", "F16", "BF16"):
+        stored = rows.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
+        if not torch.isfinite(stored).all():
+            raise ModelError(Problem(where, f"does not fit into {kind}", "use --type BF16 or F32"))
+        return stored
+    gguf = load_gguf()
+    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of zeros
+        packed: np.ndarray[Any, Any] = gguf.quantize(rows.numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(packed)
+
+
+def _add_settings(source: Checkpoint, kind: str, name: str, writer: Any) -> None:
+    config = source.config
+    for key, add in _settings(writer).items():
+        if config.get(key) is None:
+            hint = "the checkpoint is incomplete: download it again"
+            raise ModelError(Problem(f"{source.path / 'config.json'}: {key}", "is missing", hint))
+        add(config[key])
+    rope = config.get("rope_parameters") or {}
+    theta = config.get("rope_theta", rope.get("rope_theta"))
+    if theta is None:
+        hint = "the checkpoint is incomplete: download it again"
+        raise ModelError(Problem(f"{source.path / 'config.json'}: rope_theta", "is missing", hint))
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_rope_freq_base(float(theta))
+    _add_rope_scaling(source, config.get("rope_scaling") or rope, writer)
+    if architecture(source) == "qwen3moe":
+        writer.add_expert_count(_num_experts(source))
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(load_gguf().GGML_QUANT_VERSION)
+    _add_tokenizer(source, writer)
+
+
+def _settings(writer: Any) -> dict[str, Callable[[Any], None]]:
+    return {
+        "num_hidden_layers": writer.add_block_count,
+        "max_position_embeddings": writer.add_context_length,
+        "hidden_size": writer.add_embedding_length,
+        "intermediate_size": writer.add_feed_forward_length,
+        "num_attention_heads": writer.add_head_count,
+        "num_key_value_heads": writer.add_head_count_kv,
+        "head_dim": lambda size: (writer.add_key_length(size), writer.add_value_length(size)),
+        "rms_norm_eps": writer.add_layer_norm_rms_eps,
+        "vocab_size": writer.add_vocab_size,
+    }
+
+
+def _add_rope_scaling(source: Checkpoint, scaling: dict[str, Any], writer: Any) -> None:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "yarn":
+        writer.add_rope_scaling_type(load_gguf().RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(scaling["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
+    elif kind != "default":
+        where = f"{source.path / 'config.json'}: rope_scaling"
+        raise ModelError(Problem(where, "cannot be said in a GGUF", "remove it from a copy of the checkpoint", kind))
+
+
+def _add_tokenizer(source: Checkpoint, writer: Any) -> None:
+    """Vocabulary, merges, special tokens and chat template of a byte-level BPE as Qwen3 has it."""
+    gguf = load_gguf()
+    content, settings = _read_json(source, "tokenizer.json"), _read_json(source, "tokenizer_config.json")
+    model = content.get("model") or {}
+    if model.get("type") != "BPE":
+        hint = "only the byte-level BPE of Qwen3 can be written"
+        raise ModelError(Problem(f"{source.path / 'tokenizer.json'}", "is no BPE", hint, model.get("type")))
+    size = int(source.config["vocab_size"])
+    tokens = [f"[PAD{index}]" for index in range(size)]  # embedding rows that no token uses
+    types = [gguf.TokenType.UNUSED] * size
+    entries = [(index, token, gguf.TokenType.NORMAL) for token, index in model["vocab"].items()]
+    for added in content.get("added_tokens") or []:
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        entries.append((added["id"], added["content"], kind))
+    for index, token, kind in entries:
+        if not 0 <= index < size:
+            hint = "tokenizer and weights do not belong together"
+            raise ModelError(Problem(f"{source.path / 'tokenizer.json'}", f"{token!r} has no embedding", hint, index))
+        tokens[index], types[index] = token, kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    special = {"eos_token": writer.add_eos_token_id, "pad_token": writer.add_pad_token_id}
+    for key, add in special.items():
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in tokens:
+            add(tokens.index(token))
+    writer.add_add_bos_token(False)
+    template = settings.get("chat_template")
+    if (source.path / "chat_template.jinja").is_file():
+        template = (source.path / "chat_template.jinja").read_text(encoding="utf-8")
+    if not isinstance(template, str):
+        hint = "copy chat_template.jinja of the instruct model into the folder"
+        raise ModelError(Problem(str(source.path), "has no chat template", hint))
+    writer.add_chat_template(template)
+
+
+def _read_json(source: Checkpoint, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((source.path / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = "copy the tokenizer of the base model into the folder"
+        raise ModelError(Problem(str(source.path / name), "is missing", hint)) from None
+    except ValueError:
+        raise ModelError(Problem(str(source.path / name), "is not JSON", "copy it again")) from None
+    if not isinstance(content, dict):
+        raise ModelError(Problem(str(source.path / name), "is not a JSON object", "copy it again"))
+    return content
+
+
+def check_type(kind: str) -> None:
+    """Raises UserError for a type that cannot be written from here."""
+    if kind in FILE_TYPES:
+        return
+    hint = f"use one of {', '.join(FILE_TYPES)}"
+    if "_K" in kind:
+        hint = "K-quants are made from a written GGUF: llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M"
+    raise UserError(Problem("--type", "cannot be written", hint, kind))

@@ -1,0 +1,122 @@
+"""`finetune export MODEL`: a checkpoint as one GGUF, in 8 or 4 bits, or in other shards."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import Problem, UserError
+from finetune.export import gguf_model, quantized
+from finetune.export.adapter_export import DTYPES, ExportReport
+from finetune.export.folder import CONFIG_DTYPES, Progress, Work, describe_job, side_contents, write_folder
+from finetune.export.plan import check_model
+from finetune.export.safetensors_file import MAX_SHARD_BYTES, plan_shards, split
+from finetune.export.serving_note import NOTE, model_note
+from finetune.export.stream import OutputFile
+from finetune.models.checkpoint import CONFIG, Checkpoint, find_checkpoint
+
+ModelFormat = Literal["gguf", "fp8", "fp8-ct", "int4", "hf"]
+MODEL_FORMATS: tuple[ModelFormat, ...] = ("gguf", "fp8", "fp8-ct", "int4", "hf")
+_MIN_SHARD_BYTES = 1000
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What some formats can be told.
+
+    type: of the matrices in a GGUF.  dtype: of all weights with hf, as stored when None.
+    max_shard_bytes: of each file, but for GGUF.  group: values per scale with int4.
+    thinking: whether the model was trained to reason before it answers.
+    """
+
+    type: str = "F16"
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    group: int = quantized.GROUP
+    thinking: bool = False
+
+
+def export_model(
+    model: str | Path,
+    output: str | Path,
+    to: ModelFormat,
+    options: ModelOptions | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Writes a checkpoint, such as merge made, in another form; one piece of one tensor is in memory at a time.
+
+    model: folder or cached hub name.  output: a folder to make.
+    Raises ModelError or UserError before the first byte is written if anything does not fit.
+    """
+    options = options or ModelOptions()
+    _check_options(to, options)
+    started = time.perf_counter()
+    output = Path(output).absolute()
+    source = Checkpoint.open(find_checkpoint(model))
+    check_model(source)
+    files, side, facts = _plan(source, output, to, options)
+    side[NOTE] = model_note(to, output, thinking=options.thinking).encode()
+    job = describe_job("export", to, vars(options), folders=[source.path])
+    write_folder(Work(output, source, tuple(files), side, job, resume), progress)
+    return ExportReport(
+        output=output,
+        source=source.path,
+        to=to,
+        dtype=options.type if to == "gguf" else options.dtype or to,
+        files={path.name: path.stat().st_size for path in sorted(output.iterdir())},
+        tensors=sum(len(file.outputs) for file in files),
+        facts=facts,
+        elapsed_s=time.perf_counter() - started,
+        warnings=(),
+    )
+
+
+def _check_options(to: str, options: ModelOptions) -> None:
+    problems = []
+    if to not in MODEL_FORMATS:
+        problems.append(Problem("--to", f"is none of {', '.join(MODEL_FORMATS)}", "name one of them", to))
+    if options.dtype is not None and options.dtype not in DTYPES:
+        problems.append(Problem("--dtype", f"is none of {', '.join(DTYPES)}", "name one of them", options.dtype))
+    if options.dtype is not None and to != "hf":
+        hint = "use --type for GGUF; the other formats have one type"
+        problems.append(Problem("--dtype", f"has no meaning for {to}", hint, options.dtype))
+    if options.max_shard_bytes < _MIN_SHARD_BYTES:
+        problems.append(Problem("--shard-gb", "is too small", "name a size such as 4", options.max_shard_bytes / 1e9))
+    if problems:
+        raise UserError(*problems)
+    if to == "gguf":
+        gguf_model.check_type(options.type)
+
+
+def _plan(
+    source: Checkpoint, output: Path, to: str, options: ModelOptions
+) -> tuple[list[OutputFile], dict[str, bytes | Path], dict[str, Any]]:
+    if to == "gguf":
+        return [gguf_model.plan_model(source, options.type, output.name)], {}, {}
+    if to == "hf":
+        stored = DTYPES[options.dtype] if options.dtype else None
+        groups = [quantized.keep(source, name, stored) for name in source.weights]
+        side = side_contents(source, CONFIG_DTYPES[options.dtype] if options.dtype else None)
+    else:
+        dialect = {
+            "fp8": quantized.fp8_blocks,
+            "fp8-ct": quantized.fp8_rows,
+            "int4": lambda: quantized.int4_groups(options.group),
+        }[to]()
+        if source.fp8_block is not None:
+            hint = "export it to hf with --dtype bf16 first, or from the 16-bit model"
+            raise UserError(Problem(str(source.path), "is quantized already", hint))
+        groups = quantized.plan_quantized(source, dialect)
+        config = {**source.config, "quantization_config": dialect.config}
+        side = side_contents(source, None, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    files, index = plan_shards(split(groups, options.max_shard_bytes))
+    side.pop(NOTE, None)
+    facts: dict[str, Any] = {"shards": len(files)}
+    if to != "hf":
+        facts["quantized matrices"] = quantized.expected_matrices(source.config)
+    return files, {**side, CONFIG: side[CONFIG], **index}, facts

@@ -1,0 +1,68 @@
+"""FP8 weights in the hub's block dialect: e4m3 values, and one scale per block of the matrix beside them.
+
+`....up_proj.weight` (out, in) is F8_E4M3, and `....up_proj.weight_scale_inv` (ceil(out / 128), ceil(in / 128)) holds
+the scales: weight = value * scale.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import ModelError, Problem
+
+SCALE_SUFFIX = "_scale_inv"
+DTYPE = "F8_E4M3"
+LARGEST = 448.0
+BLOCK = (128, 128)
+
+
+def block_of(config: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """Rows and columns of a block, None for a checkpoint that is not stored in FP8 blocks.
+
+    Raises ModelError for any other kind of quantization.
+    """
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    told = settings if isinstance(settings, dict) else {}
+    block: Any = told.get("weight_block_size")
+    fits = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    if not fits or told.get("quant_method") != "fp8" or told.get("fmt", "e4m3") != "e4m3":
+        hint = "give the original 16-bit checkpoint, or one in FP8 blocks; quantize the result afterwards"
+        raise ModelError(Problem(f"{where}: quantization_config", "the model is quantized", hint, settings))
+    return block[0], block[1]
+
+
+def scales_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    """Shape of the scales of a matrix."""
+    return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
+
+
+def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int], first_row: int = 0) -> Tensor:
+    """Rows of a matrix as float32.
+
+    values: (rows, in) e4m3, from row `first_row` of the matrix on.  scales: those of the whole matrix.
+    """
+    rows = (torch.arange(len(values)) + first_row) // block[0]
+    columns = torch.arange(values.shape[1]) // block[1]
+    return values.float().mul_(scales.float()[rows][:, columns])
+
+
+def quantize(weight: Tensor, block: tuple[int, int], scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(values, scales) of float32 rows that begin at a block: the largest value of a block becomes 448.
+
+    A block of zeros gets the scale 1.
+    """
+    height, width = scales_shape(tuple(weight.shape), block)
+    padded = weight.new_zeros(height * block[0], width * block[1])
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = padded.view(height, block[0], width, block[1])
+    scales = (blocks.abs().amax((1, 3)) / LARGEST).to(scale_dtype)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scaled = blocks / scales.float()[:, None, :, None]
+    values = scaled.clamp_(-LARGEST, LARGEST).reshape(padded.shape)[: weight.shape[0], : weight.shape[1]]
+    return values.to(torch.float8_e4m3fn), scales

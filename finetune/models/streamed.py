@@ -1,0 +1,123 @@
+"""A model that is never in memory as a whole: one decoder layer at a time, for models larger than the machine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import ModelError, Problem
+from finetune.models.checkpoint import Checkpoint
+
+_BANKS = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+class StreamedModel:
+    """A Qwen3 of transformers in which only the parts in use are real; everything is float32 on the CPU.
+
+    A model of `part(index)` has the names of the whole one, but decoder layer `index` alone computes; that of
+    `part(None)` has no layer, but the final norm and the head. `run` calls either.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint = checkpoint
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config  # weights are read in float32
+        with torch.device("meta"):
+            self._model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        self._model.eval().requires_grad_(False)
+        inner = self._model.model
+        inner.rotary_emb = type(inner.rotary_emb)(config=config)
+        self._layers, self._norm, self._head = list(inner.layers), inner.norm, self._model.lm_head
+        if self._model.config.model_type == "qwen3_moe":
+            self._model.config.output_router_logits = False
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self._layers)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (S, H) of token ids (S,); reads their rows only."""
+        rows = {index: self.checkpoint.read_float(EMBEDDING, slice(index, index + 1)) for index in set(tokens.tolist())}
+        return torch.cat([rows[index] for index in tokens.tolist()])
+
+    def part(self, index: int | None) -> nn.Module:
+        """The model with layer `index`, or norm and head, read from the checkpoint and all the rest absent."""
+        inner = self._model.model
+        skipped = [_Skipped() for _ in self._layers]
+        inner.layers = nn.ModuleList(skipped)
+        inner.norm = _Skipped()
+        if index is None:
+            inner.norm = self._load(self._norm, {"weight": self.checkpoint.read_float(NORM)})
+            name = HEAD if HEAD in self.checkpoint.tensors else EMBEDDING
+            self._model.lm_head = self._load(self._head, {"weight": self.checkpoint.read_float(name)})
+        else:
+            self._model.lm_head = nn.Identity()
+            inner.layers[index] = self._load(self._layers[index], self._read_layer(index))
+        return self._model
+
+    def clear(self) -> None:
+        """Lets go of the part in memory."""
+        self._model.model.layers, self._model.model.norm = nn.ModuleList(), _Skipped()
+        self._model.lm_head = nn.Identity()
+
+    @staticmethod
+    @torch.no_grad()
+    def run(part: Any, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """What a part makes of each sequence (S, H): the next (S, H), or logits (S, V)."""
+        return [part(inputs_embeds=x_SH[None], use_cache=False).logits[0] for x_SH in hidden]
+
+    def _load(self, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+        loaded = copy.deepcopy(module)  # on the meta device: costs nothing
+        try:
+            loaded.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            text = " ".join(str(error).split())[:300]
+            hint = "config.json and weights do not belong together"
+            raise ModelError(Problem(str(self.checkpoint.path), f"does not fit its config ({text})", hint)) from None
+        return loaded.eval().requires_grad_(False)
+
+    def _read_layer(self, index: int) -> dict[str, Tensor]:
+        """The layer's tensors under the names of the live module: experts of a layer in two banks."""
+        wanted = self._layers[index].state_dict()
+        prefix = f"model.layers.{index}."
+        held = {name for name in self.checkpoint.weights if name.startswith(prefix)}
+        tensors = {}
+        for name, like in wanted.items():
+            parts = _BANKS.get(name)
+            sources = [[f"{prefix}{name}"]]
+            if parts is not None:
+                experts = [f"{prefix}mlp.experts.{expert}" for expert in range(like.shape[0])]
+                sources = [[f"{expert}.{part}.weight" for part in parts] for expert in experts]
+            lacking = [source for row in sources for source in row if source not in held]
+            if lacking:
+                hint = "config.json and weights do not belong together"
+                raise ModelError(Problem(f"{self.checkpoint.path}: {lacking[0]}", "is missing", hint))
+            held -= {source for row in sources for source in row}
+            tensors[name] = self._read_bank(sources, like) if parts else self.checkpoint.read_float(f"{prefix}{name}")
+        if held:
+            hint = "config.json and weights do not belong together"
+            raise ModelError(Problem(f"{self.checkpoint.path}: {min(held)}", "has no place in the model", hint))
+        return tensors
+
+    def _read_bank(self, sources: list[list[str]], like: Tensor) -> Tensor:
+        bank = torch.empty(like.shape)
+        for matrix, row in zip(bank, sources, strict=True):
+            for target, source in zip(matrix.chunk(len(row)), row, strict=True):
+                target.copy_(self.checkpoint.read_float(source))
+        return bank
+
+
+class _Skipped(nn.Module):
+    """A layer or norm that hands its input on."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
