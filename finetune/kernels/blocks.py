@@ -43,10 +43,13 @@ def room_of(bank_EOI: Tensor) -> int:
     room: int = getattr(bank_EOI, _ROOM, 0)
     _, height, width = bank_EOI.shape
     in_place = bank_EOI.stride() == ((height + room) * (width + room), width + room, 1)
-    return room if in_place and bank_EOI.storage_offset() == 0 else 0
+    return room if in_place else 0
 
 
 def blocks_of(bank_EOI: Tensor, room: int) -> Tensor:
-    """The block matrices around a bank that has `room`, (E, out + room, in + room), in the same memory."""
+    """The block matrices around a bank that has `room`, (E, out + room, in + room), in the same memory.
+
+    Writing to their borders does not count as a change of the bank, which autograd may have saved.
+    """
     num_experts, height, width = bank_EOI.shape
-    return bank_EOI.as_strided((num_experts, height + room, width + room), bank_EOI.stride())
+    return bank_EOI.data.as_strided((num_experts, height + room, width + room), bank_EOI.stride())

@@ -50,7 +50,7 @@ class TorchRowWork:
         silu_PI = silu(gate_PI)
         h_PI = silu_PI * up_PI
         torch.mul(h_PI, weight_P1, out=into.weighted_h_PI)
-        into.weight_P.copy_(h_PI.mul_(d_h_PI).sum(1))
+        into.weight_P.copy_(h_PI.mul_(d_h_PI).sum(1, dtype=torch.float32))
         weighted_PI = d_h_PI * weight_P1
         torch.mul(weighted_PI, silu_PI, out=d_up_PI)
         d_gate_PI.copy_(torch.ops.aten.silu_backward(weighted_PI.mul_(up_PI), gate_PI))

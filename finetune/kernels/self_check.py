@@ -88,7 +88,7 @@ def _compare(case: Case) -> str | None:
     got, want = ([out, *torch.autograd.grad(out, leaves, d_out_TH)] for out in outs)
     names = ("output", "gradient of x", "gradient of the routing weights", *(["gradient of a factor"] * 4))
     for name, a, b in zip(names, got, want, strict=False):
-        error = float((a.float() - b.float()).norm() / b.float().norm())
+        error = float((a - b).detach().float().norm() / b.detach().float().norm())
         if not error <= TOLERANCE[case.dtype]:
             return f"{name} is wrong by {error:.2g}"
     return None

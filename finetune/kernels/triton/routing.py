@@ -24,7 +24,7 @@ def count_pairs(index_ptr, count_ptr, num_pairs, E: tl.constexpr, E2: tl.constex
     """`count[b, e] = |{p in block b: index[p] = e}|`."""
     block, expert_E = tl.program_id(0), tl.arange(0, E2)
     total_E = tl.zeros((E2,), dtype=tl.int32)
-    for start in range(0, B, C):
+    for start in range(0, tl.minimum(B, num_pairs - block * B), C):
         pair_C = block * B + start + tl.arange(0, C)
         index_C = tl.load(index_ptr + pair_C, mask=pair_C < num_pairs, other=-1).to(tl.int32)
         total_E += tl.sum((index_C[:, None] == expert_E[None, :]).to(tl.int32), axis=0)
@@ -61,7 +61,7 @@ def place_pairs(
     """`row[p] = start[b, e] + |{p' < p in block b: index[p'] = e}|` with e = index[p], and `pair[row[p]] = p`."""
     block, expert_E = tl.program_id(0), tl.arange(0, E2)
     next_E = tl.load(start_ptr + block * E + expert_E, mask=expert_E < E, other=0)
-    for start in range(0, B, C):
+    for start in range(0, tl.minimum(B, num_pairs - block * B), C):
         pair_C = block * B + start + tl.arange(0, C)
         index_C = tl.load(index_ptr + pair_C, mask=pair_C < num_pairs, other=-1).to(tl.int32)
         hit_CE = (index_C[:, None] == expert_E[None, :]).to(tl.int32)

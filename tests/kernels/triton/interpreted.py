@@ -1,4 +1,7 @@
-"""Triton's interpreter with current numpy: it turns arrays of one element into ints, which numpy 2.4 refuses."""
+"""Triton's interpreter with current numpy: it turns arrays of one element into ints, which numpy 2.4 refuses.
+
+Import it before the first kernel runs.
+"""
 
 from triton.runtime import interpreter
 
