@@ -39,11 +39,8 @@ class Case:
     def __init__(self, shape: Shape, tokens: int, device: torch.device) -> None:
         self.shape, self.tokens, self.device = shape, tokens, device
         self._generator = torch.Generator(device).manual_seed(0)
-        bank_shapes = (
-            (shape.experts, 2 * shape.intermediate, shape.hidden),
-            (shape.experts, shape.hidden, shape.intermediate),
-        )
-        self.banks = [self._normal(size, 0.02, shape.dtype) for size in bank_shapes]
+        bank_shapes = (2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+        self.banks = [self._normal((shape.experts, *size), 0.02, shape.dtype) for size in bank_shapes]
         self.x = self._normal((tokens, shape.hidden), 1.0, shape.dtype).requires_grad_()
         logits = self._normal((tokens, shape.experts), 1.0, torch.float32)
         weights, self.index = logits.softmax(-1).topk(shape.top_k)

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("peft")
 
-from benchmarks.gpu import check, run  # noqa: E402
+from benchmarks.gpu import check, run
 
 
 @pytest.fixture
