@@ -71,17 +71,24 @@ def _choose(backend: Backend, layer: ExpertLayer) -> str:
     on_gpu = layer.down_EHI.device.type == "cuda"
     if backend == "reference" or (not on_gpu and backend != "triton"):
         return _log_once("slices") if backend == "auto" else "slices" if backend == "torch" else backend
-    return _choose_products(backend, _case(layer))
+    return _products(backend, *_key(layer))
 
 
-def _case(layer: ExpertLayer) -> self_check.Case:
-    """What decides between products; the room counts where it holds both factors."""
+def _key(layer: ExpertLayer) -> tuple[str, torch.dtype, int, int, int, int, int]:
+    """What decides between products, as torch.compile can hold it; the room counts where it holds both factors."""
     loras, banks = (layer.gate_up_lora, layer.down_lora), (layer.gate_up_EGH, layer.down_EHI)
-    fits = all(lora is None or room_of(bank) >= lora.a_XRI.shape[1] for lora, bank in zip(loras, banks, strict=True))
-    return self_check.Case.of("", layer, min(map(room_of, banks)) if fits else 0)
+    ranks = [0 if lora is None else lora.a_XRI.shape[1] for lora in loras]
+    rooms = [room_of(bank) for bank in banks]
+    room = min(rooms) if rooms[0] >= ranks[0] and rooms[1] >= ranks[1] else 0
+    _, hidden, intermediate = layer.down_EHI.shape
+    return str(layer.down_EHI.device), layer.compute_dtype(), hidden, intermediate, ranks[0], ranks[1], room
 
 
 @torch.compiler.assume_constant_result
+def _products(backend: Backend, device: str, dtype: torch.dtype, *sizes: int) -> str:
+    return _choose_products(backend, self_check.Case("", torch.device(device), dtype, *sizes))
+
+
 @cache
 def _choose_products(backend: Backend, case: self_check.Case) -> str:
     """The products for an accelerator. A fault is loud, and an error when the backend was asked for by name."""

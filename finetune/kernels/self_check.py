@@ -34,13 +34,6 @@ class Case:
     down_rank: int
     room: int
 
-    @classmethod
-    def of(cls, products: str, layer: ExpertLayer, room: int) -> Case:
-        """The case of a layer."""
-        _, hidden, intermediate = layer.down_EHI.shape
-        gate_up, down = (0 if lora is None else lora.a_XRI.shape[1] for lora in (layer.gate_up_lora, layer.down_lora))
-        return cls(products, layer.down_EHI.device, layer.compute_dtype(), hidden, intermediate, gate_up, down, room)
-
 
 @cache
 def fault(case: Case) -> str | None:

@@ -15,6 +15,7 @@ from finetune.errors import TrainingError
 from finetune.kernels import device_op, grouped
 from finetune.kernels.blocks import make_room_
 from finetune.kernels.layer import Dropout, ExpertLayer
+from finetune.kernels.ops import expert_mlp
 from finetune.kernels.triton import tiles
 from tests.kernels.problems import ODD_SHAPES, make, output_gradient
 
@@ -27,8 +28,13 @@ WAYS = {
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
-def way(request):
+def every_way(request):
     return request.param
+
+
+@pytest.fixture(params=["triton", "grouped", "grouped in blocks"])
+def way(request):
+    return WAYS[request.param]
 
 
 @pytest.fixture(params=["grouped in blocks", pytest.param("triton", marks=pytest.mark.slow)])
@@ -68,9 +74,9 @@ def small(dtype=torch.float32, **shape):
 
 
 @pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
-def test_equals_the_reference(shape, way):
+def test_equals_the_reference(shape, every_way):
     problem = small(**shape)
-    assert_close(with_gradients(problem, way), problem.with_gradients("reference"))
+    assert_close(with_gradients(problem, every_way), problem.with_gradients("reference"))
 
 
 ODD_WIDTHS = {
@@ -96,8 +102,8 @@ def test_triton_takes_any_width(shape):
 @pytest.mark.parametrize("name", ["DECODE", "SPARSE", "BUSY"])
 def test_every_tile_shape(name, monkeypatch):
     monkeypatch.setattr(tiles, "shape_for", lambda rows, experts: getattr(tiles, name))
-    index = torch.tensor([[1, 0]] * 140 + [[1, 3]] * 10)
-    problem = make(tokens=150, hidden=130, intermediate=70, experts=5, index=index, slots=(1, 3), dtype=torch.float32)
+    index = torch.tensor([[1, 0]] * 70 + [[1, 3]] * 3)
+    problem = make(tokens=73, hidden=70, intermediate=70, experts=5, index=index, slots=(1, 3), dtype=torch.float32)
     assert_close(with_gradients(problem, WAYS["triton"]), problem.with_gradients("reference"))
 
 
@@ -122,7 +128,7 @@ def test_recomputed_is_the_same(way):
         assert torch.equal(a, b)
 
 
-def test_same_whatever_the_memory_held_before(way):
+def test_same_whatever_the_memory_held_before(every_way):
     problem = small(tokens=20, slots=(1, 4), dropout=Dropout(0.3, 1))
     want = problem.with_gradients("reference")
     plain = replace(problem, dropout=None)
@@ -130,14 +136,14 @@ def test_same_whatever_the_memory_held_before(way):
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
     try:
-        assert_close(with_gradients(problem, way), want)
-        assert_close(with_gradients(plain, way), plain_want)
+        assert_close(with_gradients(problem, every_way), want)
+        assert_close(with_gradients(plain, every_way), plain_want)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_same_bits_every_time(way):
-    problem = small(tokens=40)
+    problem = small(tokens=12)
     for a, b in zip(with_gradients(problem, way), with_gradients(problem, way), strict=True):
         assert torch.equal(a, b)
 
@@ -272,6 +278,18 @@ def test_compiles_to_one_graph(recompute, one_way):
     out = forward(problem.x, problem.index, problem.weights)
     got = [out.detach(), *torch.autograd.grad(out, problem.leaves, output_gradient(out))]
     assert_close(got, want)
+
+
+def test_the_dispatch_compiles_too():
+    problem = small(tokens=2)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def forward(x, index, weights):
+        loras = {"gate_up_lora": problem.gate_up_lora, "down_lora": problem.down_lora}
+        return expert_mlp(x * 1, index, weights, problem.gate_up, problem.down, **loras, backend="triton")
+
+    out = forward(problem.x, problem.index, problem.weights)
+    assert_close([out.detach()], [problem.run("reference").detach()])
 
 
 @pytest.mark.parametrize("keep", [False, True])
