@@ -5,6 +5,8 @@ The operators are functional: what forward saves for backward is among its outpu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +115,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call, (index_TK, keep_gate_up) = _Call(*inputs[:-2]), inputs[-2:]
     if index_TK.numel() == 0:
         return _outputs(call, index_TK, keep_gate_up)
-    with torch.autocast(call.x_TH.device.type, enabled=False):
+    with _on_device_of(call.x_TH):
         layer, num_experts = call.layer(), len(call.down_EHI)
         rows = _sort_rows(call.products, index_TK.contiguous(), num_experts)
         out_TH, gate_up_PG = device_path.forward(
@@ -147,7 +149,7 @@ def _backward(d_out_TH: Tensor, gate_up_PG: Tensor, pair_P: Tensor, row_P: Tenso
     call, needs = _Call(*rest[:-1]), rest[-1]
     if pair_P.numel() == 0:
         return _gradients(call, needs)
-    with torch.autocast(call.x_TH.device.type, enabled=False):
+    with _on_device_of(call.x_TH):
         layer, rows = call.layer(), SortedRows(pair_P, row_P, end_E, call.weights_TK.shape[1])
         saved = (*call.values(), gate_up_PG if gate_up_PG.ndim == 2 else None)
         grads = device_path.backward(
@@ -191,6 +193,13 @@ def _derivative(ctx: Any, d_out_TH: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_derivative, setup_context=_save)
+
+
+@contextmanager
+def _on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the tensor's; the types are chosen, so no autocast."""
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+        yield
 
 
 def _sort_rows(products: str, index_TK: Tensor, num_experts: int) -> SortedRows:

@@ -15,8 +15,9 @@ from finetune.kernels.sorted_rows import SortedRows
 
 
 class RowWork(Protocol):
-    """What is done between the products; every output is given."""
+    """What is done around the products; every output is given."""
 
+    def write_borders(self, lora: Factors, a_ERI: Tensor, b_EOR: Tensor) -> None: ...  # noqa: D102
     def gather(self, x_TH: Tensor, token_P: Tensor, out_PH: Tensor) -> None: ...  # noqa: D102
     def swiglu(self, gate_up_PG: Tensor, h_PI: Tensor) -> None: ...  # noqa: D102
     def swiglu_back(  # noqa: D102
@@ -30,6 +31,11 @@ class RowWork(Protocol):
 
 class TorchRowWork:
     """Row work in torch's own operations."""
+
+    def write_borders(self, lora: Factors, a_ERI: Tensor, b_EOR: Tensor) -> None:
+        """A and scale B of every expert, zero for frozen ones."""
+        a_ERI.copy_(_per_expert(lora.a_XRI, lora, a_ERI.dtype))
+        torch.mul(_per_expert(lora.b_XOR.mT, lora, b_EOR.dtype).mT, lora.scale, out=b_EOR)
 
     def gather(self, x_TH: Tensor, token_P: Tensor, out_PH: Tensor) -> None:
         """`out = x[token]`."""
@@ -77,21 +83,20 @@ class GroupedProjection:
     The factors are written around the bank where there is room, else laid out per expert, zero for frozen experts.
     """
 
-    def __init__(self, weight_EOI: Tensor, lora: Factors | None, dtype: torch.dtype, room: int) -> None:
-        self.weight_EOI, self.rank, self._blocks = weight_EOI.to(dtype), 0, None
+    def __init__(self, bank_EOI: Tensor, lora: Factors | None, dtype: torch.dtype, room: int, work: RowWork) -> None:
+        self.weight_EOI, self.rank, self._blocks = bank_EOI.to(dtype), 0, None
         if lora is None:
             return
         self.rank = rounded_rank(lora.a_XRI.shape[1])
-        self._height, self._width = weight_EOI.shape[1:]
-        a_ERI, b_EOR = _per_expert(lora.a_XRI, lora, dtype), _per_expert(lora.b_XOR.mT, lora, dtype).mT * lora.scale
-        if room < self.rank or weight_EOI.dtype != dtype:
-            self.a_ERI, self.b_EOR = a_ERI, b_EOR
-            return
-        self._blocks = blocks_of(weight_EOI, room)
-        self.a_ERI = self._blocks[:, self._height : self._height + self.rank, : self._width]
-        self.b_EOR = self._blocks[:, : self._height, self._width : self._width + self.rank]
-        self.a_ERI.copy_(a_ERI)
-        self.b_EOR.copy_(b_EOR)
+        num_experts, self._height, self._width = bank_EOI.shape
+        if room >= self.rank and bank_EOI.dtype == dtype:
+            self._blocks = blocks_of(bank_EOI, room)
+            self.a_ERI = self._blocks[:, self._height : self._height + self.rank, : self._width]
+            self.b_EOR = self._blocks[:, : self._height, self._width : self._width + self.rank]
+        else:
+            self.a_ERI = self.weight_EOI.new_empty(num_experts, self.rank, self._width)
+            self.b_EOR = self.weight_EOI.new_empty(num_experts, self._height, self.rank)
+        work.write_borders(lora, self.a_ERI, self.b_EOR)
 
     @property
     def border(self) -> int:
@@ -125,8 +130,8 @@ class GroupedProducts:
         self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype, room: list[int], work: RowWork
     ) -> None:
         self.rows, self._token_P, self._work = rows, rows.token_P, work
-        self._gate_up = GroupedProjection(layer.gate_up_EGH, layer.gate_up_lora, dtype, room[0])
-        self._down = GroupedProjection(layer.down_EHI, layer.down_lora, dtype, room[1])
+        self._gate_up = GroupedProjection(layer.gate_up_EGH, layer.gate_up_lora, dtype, room[0], work)
+        self._down = GroupedProjection(layer.down_EHI, layer.down_lora, dtype, room[1], work)
         self._of = {id(layer.gate_up_lora): self._gate_up, id(layer.down_lora): self._down}
 
     def inputs(self, x_TH: Tensor) -> Inputs:

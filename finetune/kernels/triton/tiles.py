@@ -33,7 +33,7 @@ class Shape:
 
 BUSY = Shape(128, 128, 64, num_warps=8, num_stages=3)
 SPARSE = Shape(64, 128, 64, num_warps=4, num_stages=3)
-DECODE = Shape(16, 64, 64, num_warps=4, num_stages=3)
+DECODE = Shape(16, 64, 128, num_warps=4, num_stages=3)
 
 THIN_DEPTH = 64
 MIN_RANK = 16

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from finetune.kernels.blocks import rounded_rank
 from finetune.kernels.device_path import SwigluGradients
+from finetune.kernels.grouped import TorchRowWork
+from finetune.kernels.layer import Factors
 from finetune.kernels.sorted_rows import sort_rows
 from finetune.kernels.triton import rows, swiglu
+from finetune.kernels.triton.row_work import TritonRowWork
 from tests.kernels.triton.test_routing import random_index
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -85,3 +89,22 @@ def test_swiglu_back(width, dtype):
     tolerance = {"rtol": 3e-3, "atol": 3e-3} if dtype == torch.float16 else {}
     torch.testing.assert_close(got.gate_up_PG.float(), d_gate_up, **tolerance)
     torch.testing.assert_close(got.weight_P, d_weights.reshape(-1)[pair_P.long()])
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [1, 8, 13])
+def test_borders(rank, dtype):
+    slot_E = torch.tensor([1, -1, 0, 2])
+    lora = Factors(normal(3, rank, 140), normal(3, 24, rank, seed=1), 0.7, slot_E)
+    rounded = rounded_rank(rank)
+
+    def borders():
+        blocks = torch.full((4, 24 + rounded, 140 + rounded), torch.nan, dtype=dtype)
+        return blocks, blocks[:, 24:, :140], blocks[:, :24, 140:]
+
+    (got, *parts), (want, *want_parts) = borders(), borders()
+    TritonRowWork().write_borders(lora, *parts)
+    TorchRowWork().write_borders(lora, *want_parts)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    assert not parts[0][1].any()
+    assert not parts[0][:, rank:].any()
