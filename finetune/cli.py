@@ -114,6 +114,10 @@ def train(
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; continue with: finetune train {recipe} --resume", err=True)
         raise typer.Exit(130) from None
+    from finetune.training.processes import is_main_process
+
+    if not is_main_process():
+        return
     if as_json:
         _print_json(run.summary)
     else:
@@ -211,15 +215,19 @@ def _print_facts(title: str, facts: dict[str, Any]) -> None:
 
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts.items():
+        if value is None or value in ([], {}, ()):
+            continue
         table.add_row(name.replace("_", " "), _plain(value))
     _console().print(table)
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+        known = {key: item for key, item in value.items() if item is not None and item not in ([], ())}
+        return ", ".join(f"{key} {_plain(item)}" for key, item in known.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_plain(item) for item in value)
+        separator = "\n" if any(isinstance(item, dict) for item in value) else ", "
+        return separator.join(_plain(item) for item in value)
     if isinstance(value, float):
         return f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from finetune.config.schema import Recipe
-from finetune.report.progress import bytes_done, rows_read
+from finetune.report.progress import TrainingProgress, bytes_done, rows_read
 from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.table import render_table, target_table
     from finetune.models.loading import load_model
-    from finetune.training.run import is_main_process, open_run, summarize
+    from finetune.training.processes import is_main_process
+    from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
 
     console = console or Console(stderr=True)
@@ -93,7 +94,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     if is_main_process():
         console.print(prepared.report.render())
         console.print(render_table(target_table(adapted)))
-    train_sft(adapted, tokenizer, Rows(prepared.train, prepared.eval), recipe, folder, resume=resume, console=console)
+    rows = Rows(prepared.train, prepared.eval)
+    train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=TrainingProgress(console))
     if is_main_process():
         save_adapter(adapted, folder.adapter)
     return Run(folder.path, summarize(folder, adapted))

@@ -20,9 +20,9 @@ def metrics_frame(rows: Sequence[dict[str, Any]]) -> Any:
 def plot_loss(rows: Sequence[dict[str, Any]], title: str = "") -> Any:
     """Training loss against steps, and held-out loss where it was measured. Returns a matplotlib Figure."""
     _need("matplotlib")
-    from matplotlib.figure import Figure
+    from finetune.report.figure import Plot
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = Plot(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
