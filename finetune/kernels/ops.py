@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from finetune.errors import AdapterError, Problem
-from finetune.kernels import reference, torch_path
+from finetune.kernels import device_op, reference, self_check, torch_path
+from finetune.kernels.blocks import make_room_, room_of
 from finetune.kernels.layer import Dropout, ExpertLayer, Factors
 
-__all__ = ["Backend", "Dropout", "Factors", "expert_mlp"]
+__all__ = ["Backend", "Dropout", "Factors", "expert_mlp", "make_room_"]
 
 Backend = Literal["auto", "reference", "torch", "triton"]
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ def expert_mlp(
     gate_up_lora, down_lora: low-rank factors; x, the routing weights and the factors are differentiable once.
         Factors that no token reaches get zeros as gradients, not None.
     dropout: on what the factors read.
-    backend: `reference` (readable, slow), `torch` (any device), `triton` (not there yet), `auto`.
+    backend: `reference` (readable, slow), `torch` (any device: products per expert on CPU, grouped on CUDA), `triton`
+        (CUDA; products in torch where `make_room_` laid out the experts), `auto`.
     recompute: save x alone for backward and compute gate_up again there.
 
     Raises AdapterError for shapes that do not fit, experts that require gradients, or a backend that cannot run.
@@ -52,24 +55,77 @@ def expert_mlp(
     problems = _problems(x_TH, top_k_index_TK, top_k_weights_TK, layer)
     if problems:
         raise AdapterError(*problems)
-    if _choose(backend) == "reference":
+    way = _choose(backend, layer)
+    if way == "reference":
         return reference.expert_mlp(x_TH, top_k_index_TK, top_k_weights_TK, layer)
+    if way in device_op.PRODUCTS:
+        return device_op.expert_mlp(x_TH, top_k_index_TK, top_k_weights_TK, layer, recompute, way)
     return torch_path.expert_mlp(x_TH, top_k_index_TK, top_k_weights_TK, layer, recompute)
 
 
-def _choose(backend: Backend) -> str:
-    if backend == "auto":
-        return _log_once("torch")
-    if backend not in BACKENDS:
+def _choose(backend: Backend, layer: ExpertLayer) -> str:
+    """`reference`, `slices`, or one of device_op.PRODUCTS."""
+    if backend not in ("auto", *BACKENDS):
         hint = f"use one of {', '.join(BACKENDS)}, or auto"
         raise AdapterError(Problem("backend", "cannot run here", hint, backend))
-    return backend
+    on_gpu = layer.down_EHI.device.type == "cuda"
+    if backend == "reference" or (not on_gpu and backend != "triton"):
+        return _log_once("slices") if backend == "auto" else "slices" if backend == "torch" else backend
+    return _products(backend, *_key(layer))
+
+
+def _key(layer: ExpertLayer) -> tuple[str, torch.dtype, int, int, int, int, int]:
+    """What decides between products, as torch.compile can hold it; the room counts where it holds both factors."""
+    loras, banks = (layer.gate_up_lora, layer.down_lora), (layer.gate_up_EGH, layer.down_EHI)
+    ranks = [0 if lora is None else lora.a_XRI.shape[1] for lora in loras]
+    rooms = [room_of(bank) for bank in banks]
+    room = min(rooms) if rooms[0] >= ranks[0] and rooms[1] >= ranks[1] else 0
+    _, hidden, intermediate = layer.down_EHI.shape
+    return str(layer.down_EHI.device), layer.compute_dtype(), hidden, intermediate, ranks[0], ranks[1], room
+
+
+@torch.compiler.assume_constant_result
+def _products(backend: Backend, device: str, dtype: torch.dtype, *sizes: int) -> str:
+    return _choose_products(backend, self_check.Case("", torch.device(device), dtype, *sizes))
 
 
 @cache
-def _log_once(backend: str) -> str:
-    logger.info("expert MLP runs on the %s backend", backend)
-    return backend
+def _choose_products(backend: Backend, case: self_check.Case) -> str:
+    """The products for an accelerator. A fault is loud, and an error when the backend was asked for by name."""
+    ways = {"torch": ["grouped"], "triton": [], "auto": []}[backend]
+    if backend != "torch":
+        ways = ["hybrid" if case.room else "triton", "grouped"][: 2 if backend == "auto" else 1]
+    for way in ways:
+        fault = _triton_fault(case) if way != "grouped" else None
+        fault = fault or self_check.fault(replace(case, products=way))
+        if fault is None:
+            return _log_once(way)
+        if backend == "triton":
+            hint = f"use one of {', '.join(BACKENDS[:2])}, or auto"
+            raise AdapterError(Problem("backend", f"cannot run here: {fault}", hint, backend))
+        logger.warning("expert MLP: %s products are not used on %s: %s", way, case.device, fault)
+    return _log_once("slices")
+
+
+def _triton_fault(case: self_check.Case) -> str | None:
+    """Why Triton's kernels cannot run on a device."""
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    if triton.knobs.runtime.interpret:
+        return None
+    if case.device.type != "cuda":
+        return "Triton's kernels need a CUDA device"
+    if torch.cuda.get_device_capability(case.device) < (8, 0):
+        return "Triton's kernels need compute capability 8.0"
+    return None
+
+
+@cache
+def _log_once(way: str) -> str:
+    logger.info("expert MLP runs on %s products", way)
+    return way
 
 
 def _problems(x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, layer: ExpertLayer) -> list[Problem]:

@@ -1,0 +1,158 @@
+"""The GPU tables: one expert layer in every way, then a whole training step, on the card that is here.
+
+    python -m benchmarks.gpu.run                     # under ten minutes on one H200
+    python -m benchmarks.gpu.run --layers-only
+    python -m benchmarks.gpu.run --smoke             # tiny shapes, any machine: does the script work
+
+Needs torch, transformers, peft and, for Triton's products, triton; nothing of trl, datasets or bitsandbytes. Every way
+is compared with the reference first; when one is wrong no number is printed and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from datetime import date
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import check, layers, model_step, timing
+from benchmarks.gpu.layers import LIMIT, WAYS, Case, Shape
+
+RESULTS = Path(__file__).parent.parent / "results"
+TOKENS = (2048, 8192, 32768)
+TILES = {"128x128": (128, 128, 64, 8, 3), "128x128, 4 stages": (128, 128, 64, 8, 4), "128x256": (128, 256, 64, 8, 3)}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--layers-only", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Date, card and versions."""
+    versions = {}
+    for name in ("torch", "triton", "transformers", "peft"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, a trial of the script"
+    return {"date": date.today().isoformat(), "device": card, **versions}
+
+
+def usable_products(device: torch.device) -> list[str]:
+    """Triton's need a GPU or its interpreter."""
+    triton = importlib.util.find_spec("triton") is not None and device.type == "cuda"
+    return ["triton", "hybrid", "grouped"] if triton else ["grouped"]
+
+
+def layer_rows(
+    shape: Shape, tokens: int, device: torch.device, products: list[str], rate: float
+) -> list[dict[str, Any]]:
+    """One table: time, share of the card's matmul rate, and memory of a step in every way."""
+    case = Case(shape, tokens, device)
+    chosen = {n: way for n, way in WAYS.items() if not n.startswith("ours") or any(f", {p}" in n for p in products)}
+    steps = {name: partial(layers.step, case, way(case)) for name, way in chosen.items()}
+    rounds, repeats = (5, 5) if device.type == "cuda" else (1, 1)
+    times = timing.alternating(steps, device, rounds, repeats)
+    return [
+        {
+            "tokens": tokens,
+            "way": name,
+            "step_ms": 1e3 * times[name],
+            "of_frozen": times[name] / times[LIMIT],
+            "tflop_per_s": shape.flop(tokens) / times[name] / 1e12,
+            "of_matmul_rate": shape.flop(tokens) / times[name] / rate,
+            "peak_gib": timing.peak_gib(run, device),
+        }
+        for name, run in steps.items()
+    ]
+
+
+def tile_rows(shape: Shape, tokens: int, device: torch.device) -> list[dict[str, Any]]:
+    """The step on Triton's products with other tiles than those we ship."""
+    from finetune.kernels.triton import tiles
+
+    shipped, case, rows = tiles.BUSY, Case(shape, tokens, device), []
+    for name, (m, n, depth, num_warps, num_stages) in TILES.items():
+        tiles.BUSY = tiles.Shape(m, n, depth, num_warps=num_warps, num_stages=num_stages)
+        forward = layers.ours(case, "triton", room=False)
+        elapsed = timing.alternating({name: partial(layers.step, case, forward)}, device, 5, 5)[name]
+        rows.append({"tokens": tokens, "tiles": name, "step_ms": 1e3 * elapsed, "shipped": shipped == tiles.BUSY})
+    tiles.BUSY = shipped
+    return rows
+
+
+def model_rows(device: torch.device, products: list[str], *, smoke: bool) -> list[dict[str, Any]]:
+    """Whole training steps."""
+    if smoke:
+        return [model_step.measure(model_step.tiny(), device, torch.float32, backend="torch", batch=(1, 64), rank=4)]
+    config, backends = model_step.qwen3_30b_a3b(), ["triton", "torch"] if "triton" in products else ["torch"]
+    return [
+        model_step.measure(config, device, torch.bfloat16, backend=backend, batch=(sequences, 4096), rank=16)
+        for backend in backends
+        for sequences in ((1, 4) if backend == backends[0] else (1,))
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    if not rows:
+        return "(not run)\n"
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def report(found: dict[str, Any]) -> str:
+    """The whole result as Markdown."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in found["conditions"].items())
+    rate = f"- measured matmul rate: {found['matmul_tflop_per_s']:.4g} TFLOP/s"
+    parts = [f"# One GPU, {found['conditions']['date']}\n\n{facts}\n{rate}\n"]
+    for title, key in (("Expert layer, forward and backward", "layers"), ("Tiles", "tiles"), ("Whole model", "model")):
+        parts.append(f"## {title}\n\n{table(found[key])}")
+    return "\n".join(parts)
+
+
+def main() -> int:
+    options = arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.smoke else "cpu")
+    if device.type == "cpu" and not options.smoke:
+        print("no CUDA device: try --smoke", file=sys.stderr)
+        return 2
+    shape, products = (layers.tiny(Shape()) if options.smoke else Shape()), usable_products(device)
+    if wrong := check.faults(shape, products, device):
+        print("not measured, the results are wrong:", *wrong, sep="\n  ", file=sys.stderr)
+        return 1
+    rate = timing.matmul_flop_per_s(device, shape.dtype, 64 if options.smoke else 8192)
+    tokens = (16, 64) if options.smoke else TOKENS
+    found = {
+        "conditions": conditions(device),
+        "matmul_tflop_per_s": rate / 1e12,
+        "layers": [row for count in tokens for row in layer_rows(shape, count, device, products, rate)],
+        "tiles": tile_rows(shape, 8192, device) if "triton" in products else [],
+        "model": [] if options.layers_only else model_rows(device, products, smoke=options.smoke),
+    }
+    name = f"{found['conditions']['date']}-gpu{'-smoke' if options.smoke else ''}"
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.output / f"{name}.md").write_text(report(found))
+    print(report(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

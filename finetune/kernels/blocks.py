@@ -1,0 +1,55 @@
+"""Frozen banks with room for their low-rank factors around them, so that one product computes both.
+
+    W+ = [[ W , scale B ],
+          [ A ,    0    ]]      per expert, (out + room, in + room)
+
+`[x | z] [W | scale B]^T` is the projection with its factors, `[dy | dz] [[W], [A]]` its gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+RANK_MULTIPLE = 8
+"""Ranks are rounded up to this: rows of 16-bit borders then start at multiples of 16 bytes."""
+
+_ROOM = "_finetune_room"
+
+
+def rounded_rank(rank: int) -> int:
+    """The rank as grouped products see it."""
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+@torch.no_grad()
+def make_room_(bank_EOI: nn.Parameter, rank: int) -> None:
+    """Move a frozen bank into block matrices with room for factors up to `rank`; its values and shape stay.
+
+    Takes the memory of a second copy of this bank while it runs. Moving the bank to another device or type loses the
+    room, and nothing else.
+    """
+    if room_of(bank_EOI) >= rank:
+        return
+    (num_experts, height, width), room = bank_EOI.shape, rounded_rank(rank)
+    blocks = bank_EOI.new_zeros(num_experts, height + room, width + room)
+    blocks[:, :height, :width] = bank_EOI
+    bank_EOI.data = blocks[:, :height, :width]
+    setattr(bank_EOI, _ROOM, room)
+
+
+def room_of(bank_EOI: Tensor) -> int:
+    """The rank that fits around a bank, 0 for one that `make_room_` did not lay out."""
+    room: int = getattr(bank_EOI, _ROOM, 0)
+    _, height, width = bank_EOI.shape
+    in_place = bank_EOI.stride() == ((height + room) * (width + room), width + room, 1)
+    return room if in_place else 0
+
+
+def blocks_of(bank_EOI: Tensor, room: int) -> Tensor:
+    """The block matrices around a bank that has `room`, (E, out + room, in + room), in the same memory.
+
+    Writing to their borders does not count as a change of the bank, which autograd may have saved.
+    """
+    num_experts, height, width = bank_EOI.shape
+    return bank_EOI.data.as_strided((num_experts, height + room, width + room), bank_EOI.stride())

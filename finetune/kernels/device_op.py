@@ -1,0 +1,222 @@
+"""The device path as one opaque operator with a derivative: torch.compile, checkpointing and autocast see one call.
+
+The operators are functional: what forward saves for backward is among its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from finetune.errors import Problem, TrainingError
+from finetune.kernels import device_path
+from finetune.kernels.blocks import room_of
+from finetune.kernels.device_path import Needs, Products
+from finetune.kernels.grouped import GroupedProducts, TorchRowWork
+from finetune.kernels.layer import Dropout, ExpertLayer, Factors
+from finetune.kernels.sorted_rows import SortedRows, sort_rows
+
+PRODUCTS = ("triton", "grouped", "hybrid")
+"""Triton's products; torch's grouped_mm; grouped_mm with Triton's work between the products."""
+
+NUM_DIFFERENTIABLE = 6
+CALL = """Tensor x, Tensor weights, Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b,
+    Tensor gate_up, Tensor down, Tensor? gate_up_slot, Tensor? down_slot, float gate_up_scale, float down_scale,
+    int[] room, float dropout_rate, int dropout_seed, ScalarType dtype, str products"""
+
+
+class _Call(NamedTuple):
+    """A call in the types an operator can take; the first NUM_DIFFERENTIABLE may need gradients."""
+
+    x_TH: Tensor
+    weights_TK: Tensor
+    gate_up_a_XRI: Tensor | None
+    gate_up_b_XOR: Tensor | None
+    down_a_XRI: Tensor | None
+    down_b_XOR: Tensor | None
+    gate_up_EGH: Tensor
+    down_EHI: Tensor
+    gate_up_slot_E: Tensor | None
+    down_slot_E: Tensor | None
+    gate_up_scale: float
+    down_scale: float
+    room: list[int]
+    dropout_rate: float
+    dropout_seed: int
+    dtype: torch.dtype
+    products: str
+
+    @classmethod
+    def of(cls, x_TH: Tensor, weights_TK: Tensor, layer: ExpertLayer, products: str) -> _Call:
+        """The call of a layer."""
+        gate_up, down, dropout = layer.gate_up_lora, layer.down_lora, layer.dropout
+        return cls(
+            x_TH,
+            weights_TK,
+            gate_up.a_XRI if gate_up else None,
+            gate_up.b_XOR if gate_up else None,
+            down.a_XRI if down else None,
+            down.b_XOR if down else None,
+            layer.gate_up_EGH,
+            layer.down_EHI,
+            gate_up.slot_of_expert if gate_up else None,
+            down.slot_of_expert if down else None,
+            gate_up.scale if gate_up else 1.0,
+            down.scale if down else 1.0,
+            [room_of(layer.gate_up_EGH), room_of(layer.down_EHI)],
+            dropout.rate if dropout else 0.0,
+            dropout.seed if dropout else 0,
+            layer.compute_dtype(),
+            products,
+        )
+
+    @property
+    def differentiable(self) -> list[Any]:
+        """What may need gradients, in the order of the operator's arguments."""
+        return list(self[:NUM_DIFFERENTIABLE])
+
+    def layer(self) -> ExpertLayer:
+        """The layer of the call, dropout's gain in the scales."""
+        gate_up, down = (
+            None if a is None or b is None or slot is None else Factors(a, b, scale, slot)
+            for a, b, scale, slot in (
+                (self.gate_up_a_XRI, self.gate_up_b_XOR, self.gate_up_scale, self.gate_up_slot_E),
+                (self.down_a_XRI, self.down_b_XOR, self.down_scale, self.down_slot_E),
+            )
+        )
+        dropout = Dropout(self.dropout_rate, self.dropout_seed) if self.dropout_rate else None
+        return device_path.with_gain(ExpertLayer(self.gate_up_EGH, self.down_EHI, gate_up, down, dropout))
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Tokens and routing weights as the products take them."""
+        return self.x_TH.to(self.dtype).contiguous(), self.weights_TK.contiguous()
+
+
+def expert_mlp(
+    x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor, layer: ExpertLayer, recompute: bool, products: str
+) -> Tensor:
+    """The expert MLP, (T, H); arguments as in `ops.expert_mlp`. products: one of PRODUCTS."""
+    call = _Call.of(x_TH, top_k_weights_TK, layer, products)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.differentiable)
+    out_TH: Tensor = _forward(*call, top_k_index_TK, needs_grad and not recompute)[0]
+    return out_TH
+
+
+@torch.library.custom_op(
+    "finetune::expert_mlp", mutates_args=(),
+    schema=f"({CALL}, Tensor index, bool keep_gate_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, the gate_up output (empty unless kept), and the rows' order: pair, row, end."""
+    call, (index_TK, keep_gate_up) = _Call(*inputs[:-2]), inputs[-2:]
+    if index_TK.numel() == 0:
+        return _outputs(call, index_TK, keep_gate_up)
+    with _on_device_of(call.x_TH):
+        layer, num_experts = call.layer(), len(call.down_EHI)
+        rows = _sort_rows(call.products, index_TK.contiguous(), num_experts)
+        out_TH, gate_up_PG = device_path.forward(
+            *call.values(), layer, _products(call, layer, rows), keep_gate_up=keep_gate_up
+        )
+    if not keep_gate_up:
+        gate_up_PG = gate_up_PG.new_empty(0)
+    return out_TH.to(call.x_TH.dtype), gate_up_PG, *rows.tensors
+
+
+@_forward.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(_Call(*inputs[:-2]), *inputs[-2:])
+
+
+def _outputs(call: _Call, index_TK: Tensor, keep_gate_up: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the right shapes, zero in the one that is seen."""
+    num_pairs, (num_experts, _, intermediate) = index_TK.numel(), call.down_EHI.shape
+    pair_P, row_P, end_E = (index_TK.new_empty(n, dtype=torch.int32) for n in (num_pairs, num_pairs, num_experts))
+    gate_up_shape = (num_pairs, 2 * intermediate) if keep_gate_up else (0,)
+    out_TH = call.x_TH.new_zeros(call.x_TH.shape)
+    return out_TH, call.x_TH.new_empty(gate_up_shape, dtype=call.dtype), pair_P, row_P, end_E
+
+
+@torch.library.custom_op(
+    "finetune::expert_mlp_backward", mutates_args=(),
+    schema=f"(Tensor d_out, Tensor gate_up, Tensor pair, Tensor row, Tensor end, {CALL}, bool[] needs) -> Tensor[]",
+)  # fmt: skip
+def _backward(d_out_TH: Tensor, gate_up_PG: Tensor, pair_P: Tensor, row_P: Tensor, end_E: Tensor, *rest: Any) -> Any:
+    """One gradient for each differentiable input, empty where none is needed."""
+    call, needs = _Call(*rest[:-1]), rest[-1]
+    if pair_P.numel() == 0:
+        return _gradients(call, needs)
+    with _on_device_of(call.x_TH):
+        layer, rows = call.layer(), SortedRows(pair_P, row_P, end_E, call.weights_TK.shape[1])
+        saved = (*call.values(), gate_up_PG if gate_up_PG.ndim == 2 else None)
+        grads = device_path.backward(
+            d_out_TH.to(call.dtype).contiguous(), saved, layer, _products(call, layer, rows),
+            Needs(needs[0], needs[1], any(needs[2:4]), any(needs[4:6])),
+        )  # fmt: skip
+        return [
+            pair_P.new_empty(0) if grad is None or not need else grad.to(tensor.dtype)
+            for grad, need, tensor in zip(grads, needs, call.differentiable, strict=True)
+        ]
+
+
+@_backward.register_fake
+def _(d_out_TH: Tensor, gate_up_PG: Tensor, pair_P: Tensor, row_P: Tensor, end_E: Tensor, *rest: Any) -> list[Tensor]:
+    return _gradients(_Call(*rest[:-1]), rest[-1])
+
+
+def _gradients(call: _Call, needs: list[bool]) -> list[Tensor]:
+    """Gradients of the right shapes, zero."""
+    like = zip(call.differentiable, needs, strict=True)
+    return [tensor.new_zeros(tensor.shape) if need else call.x_TH.new_empty(0) for tensor, need in like]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    call = _Call(*inputs[:-2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], *call[:10])
+    ctx.others = call[10:]
+
+
+def _derivative(ctx: Any, d_out_TH: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # create_graph: a second derivative would silently lack what flows through here
+        hint = "call backward without create_graph, or use the reference backend"
+        raise TrainingError(Problem("expert MLP", "is differentiable once only", hint))
+    nothing = (None,) * (len(_Call._fields) + 2)
+    if d_out_TH is None:
+        return nothing
+    needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
+    grads = _backward(d_out_TH, *ctx.saved_tensors, *ctx.others, needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing[NUM_DIFFERENTIABLE:])
+
+
+_forward.register_autograd(_derivative, setup_context=_save)
+
+
+@contextmanager
+def _on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the tensor's; the types are chosen, so no autocast."""
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+        yield
+
+
+def _sort_rows(products: str, index_TK: Tensor, num_experts: int) -> SortedRows:
+    if products != "grouped":
+        from finetune.kernels.triton import routing
+
+        return routing.sort_rows(index_TK, num_experts)
+    return sort_rows(index_TK, num_experts)
+
+
+def _products(call: _Call, layer: ExpertLayer, rows: SortedRows) -> Products:
+    if call.products == "triton":
+        from finetune.kernels.triton.products import TritonProducts
+
+        return TritonProducts(layer, rows, call.dtype)
+    if call.products == "grouped":
+        return GroupedProducts(layer, rows, call.dtype, call.room, TorchRowWork())
+    from finetune.kernels.triton.row_work import TritonRowWork
+
+    return GroupedProducts(layer, rows, call.dtype, call.room, TritonRowWork())

@@ -1,0 +1,144 @@
+"""What the grouped products share: how rows are cut into tiles, and the inner loops of one tile.
+
+A tile is up to M rows of one expert times N columns. Rows past the expert's last are computed from its last row and
+not stored, so loads need no row mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finetune.kernels.device_path import Inputs
+from finetune.kernels.sorted_rows import SortedRows
+from finetune.kernels.triton import routing
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tile sizes and launch options of the grouped products.
+
+    rows, columns, depth: M, N and the depth of one step of the inner loop.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+BUSY = Shape(128, 128, 64, num_warps=8, num_stages=3)
+SPARSE = Shape(64, 128, 64, num_warps=4, num_stages=3)
+DECODE = Shape(16, 64, 128, num_warps=4, num_stages=3)
+
+THIN_DEPTH = 64
+MIN_RANK = 16
+"""The narrowest operand of a tensor-core product; lower ranks are padded with zeros inside the tile."""
+
+
+def shape_for(num_rows: int, num_experts: int) -> Shape:
+    """Tiles for an average load; the host knows no other."""
+    load = num_rows / num_experts
+    return DECODE if load <= 8 else SPARSE if load <= 64 else BUSY
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of all rows of one call: expert and first row of each, expert -1 for tiles that are not needed."""
+
+    shape: Shape
+    rows: SortedRows
+    expert_M: Tensor
+    row_M: Tensor
+
+    @classmethod
+    def of(cls, rows: SortedRows) -> Tiling:
+        """Tiles of the shape for the average load."""
+        shape = shape_for(len(rows.pair_P), len(rows.end_E))
+        return cls(shape, rows, *routing.tile_rows(rows.end_E, len(rows.pair_P), shape.rows))
+
+    @property
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `rows_of_tile` reads."""
+        return self.expert_M, self.row_M, self.rows.end_E
+
+    def grid(self, num_column_tiles: int) -> tuple[int]:
+        """One program for each tile; those of one block of rows are neighbors and share it in cache."""
+        return (len(self.expert_M) * num_column_tiles,)
+
+
+def padded_rank(rank: int) -> int:
+    """The rank as a tile sees it."""
+    return max(MIN_RANK, triton.next_power_of_2(rank))
+
+
+def source_index(inputs: Inputs, rows: SortedRows) -> tuple[Tensor, bool]:
+    """A pointer for the index and whether to follow it."""
+    return (rows.pair_P, False) if inputs.source is None else (inputs.source, True)
+
+
+@triton.jit
+def rows_of_tile(tile, expert, row_ptr, end_ptr, M: tl.constexpr):
+    """The first row of a tile, all of them with those past the expert's last replaced by it, and which are its own."""
+    first = tl.load(row_ptr + tile)
+    row_M, end = first + tl.arange(0, M), tl.load(end_ptr + expert)
+    return first.to(tl.int64), tl.minimum(row_M, end - 1), row_M < end
+
+
+@triton.jit
+def stored(own_M, ok_N, M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr):
+    """Which cells of a tile to store; no test of columns when all are there."""
+    return own_M[:, None] if WHOLE else own_M[:, None] & ok_N[None, :]
+
+
+@triton.jit
+def sources(row_M, index_ptr, FOLLOW: tl.constexpr):
+    """Where the rows are read: `index[row]` or the row itself."""
+    return tl.load(index_ptr + row_M).to(tl.int64) if FOLLOW else row_M.to(tl.int64)
+
+
+@triton.jit
+def base_product(
+    x_ptrs_M, w_ptrs_N, ok_N, stride_wk, depth,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """`acc[m, n] = sum_k x[m, k] w[n, k]` in fp32. EVEN: D divides the depth. WHOLE: all columns are there."""
+    step_D = tl.arange(0, D)
+    x_ptrs = x_ptrs_M[:, None] + step_D[None, :]
+    w_ptrs = w_ptrs_N[None, :] + step_D[:, None] * stride_wk
+    acc_MN = tl.zeros((M, N), dtype=tl.float32)
+    for start in range(0, depth, D):
+        ok_D = step_D < depth - start
+        x_MD = tl.load(x_ptrs) if EVEN else tl.load(x_ptrs, mask=ok_D[None, :], other=0.0)
+        if EVEN and WHOLE:
+            w_DN = tl.load(w_ptrs)
+        elif EVEN:
+            w_DN = tl.load(w_ptrs, mask=ok_N[None, :], other=0.0)
+        else:
+            w_DN = tl.load(w_ptrs, mask=ok_N[None, :] & ok_D[:, None], other=0.0)
+        acc_MN = tl.dot(x_MD, w_DN, acc_MN, input_precision="ieee")
+        x_ptrs += D
+        w_ptrs += D * stride_wk
+    return acc_MN
+
+
+@triton.jit
+def low_rank_product(
+    acc_MN, z_ptr, first, own_M, factor_ptr, column_N, ok_N, slot, stride_x, stride_n, stride_r, scale,
+    M: tl.constexpr, R: tl.constexpr, R2: tl.constexpr,
+):  # fmt: skip
+    """`acc[m, n] + sum_r z[m, r] scale F[slot, n, r]`, one more step of the sum; a frozen expert adds zero.
+
+    slot: of the tile's expert, -1 for a frozen one, whose rows of z are not read.
+    """
+    rank_R = tl.arange(0, R2)
+    ok_R = (rank_R < R) & (slot >= 0)
+    z_ptrs = z_ptr + first * R + (tl.arange(0, M)[:, None] * R + rank_R[None, :])
+    z_MR = tl.load(z_ptrs, mask=own_M[:, None] & ok_R[None, :], other=0.0)
+    factor_ptrs = factor_ptr + slot.to(tl.int64) * stride_x + column_N[None, :] * stride_n + rank_R[:, None] * stride_r
+    factor_RN = tl.load(factor_ptrs, mask=ok_R[:, None] & ok_N[None, :], other=0.0) * scale
+    return tl.dot(z_MR, factor_RN.to(z_MR.dtype), acc_MN, input_precision="ieee")

@@ -1,0 +1,83 @@
+"""Products that are wrong or missing on a device are found before they are used, and said aloud."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from finetune.errors import AdapterError
+from finetune.kernels import grouped, ops, self_check
+
+CASE = self_check.Case("grouped", torch.device("cpu"), torch.float32, 16, 8, 4, 4, 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    for cached in (self_check.fault, ops._choose_products, ops._log_once):
+        getattr(cached, "__wrapped__", cached)
+    self_check.fault.cache_clear()
+    ops._choose_products.cache_clear()
+    ops._log_once.cache_clear()
+    yield
+    self_check.fault.cache_clear()
+    ops._choose_products.cache_clear()
+
+
+@pytest.mark.parametrize("room", [0, 8])
+@pytest.mark.parametrize("ranks", [(4, 4), (5, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_right_products_pass(dtype, ranks, room):
+    gate_up, down = ranks
+    case = replace(CASE, dtype=dtype, gate_up_rank=gate_up, down_rank=down, room=room)
+    assert self_check.fault(case) is None
+
+
+def without_transposes(a, b, *, offs):
+    """A grouped product that takes a transposed view for what it was transposed from, where the shape lets it."""
+    if b.ndim == 3 and b.stride(-1) != 1 and b.shape[1] == b.shape[2]:
+        b = b.mT
+    return torch.nn.functional.grouped_mm(a, b, offs=offs)
+
+
+def test_wrong_products_are_found(monkeypatch):
+    monkeypatch.setattr(grouped, "grouped_mm", without_transposes)
+    assert "wrong by" in self_check.fault(replace(CASE, hidden=16, intermediate=16, room=0))
+
+
+def missing(*_, **__):
+    raise RuntimeError("grouped gemm is not supported on this device\nand more")
+
+
+def test_missing_products_are_found(monkeypatch):
+    monkeypatch.setattr(grouped, "grouped_mm", missing)
+    assert self_check.fault(CASE) == "RuntimeError: grouped gemm is not supported on this device"
+
+
+def test_what_cannot_be():
+    assert "divisible by 8" in self_check.fault(replace(CASE, hidden=12))
+    assert "torch.float64" in self_check.fault(replace(CASE, dtype=torch.float64))
+
+
+def test_a_fault_is_said_aloud_and_the_slices_take_over(monkeypatch, caplog):
+    monkeypatch.setattr(grouped, "grouped_mm", missing)
+    monkeypatch.setattr(ops, "_triton_fault", lambda case: "no compiler")
+    with caplog.at_level(logging.WARNING, logger="finetune"):
+        assert ops._choose_products("auto", CASE) == "slices"
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "hybrid products are not used on cpu: no compiler" in caplog.text
+    assert "grouped products are not used on cpu: RuntimeError: grouped gemm" in caplog.text
+
+
+def test_a_backend_asked_for_by_name_fails(monkeypatch):
+    monkeypatch.setattr(ops, "_triton_fault", lambda case: "no compiler")
+    with pytest.raises(AdapterError, match="backend: cannot run here: no compiler"):
+        ops._choose_products("triton", CASE)
+
+
+@pytest.mark.parametrize(("room", "way"), [(0, "triton"), (8, "hybrid")])
+def test_room_decides_between_products(room, way, monkeypatch):
+    monkeypatch.setattr(self_check, "fault", lambda case: None)
+    monkeypatch.setattr(ops, "_triton_fault", lambda case: None)
+    assert ops._choose_products("triton", replace(CASE, room=room)) == way
+    assert ops._choose_products("torch", replace(CASE, room=room)) == "grouped"

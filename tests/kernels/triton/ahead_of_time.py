@@ -1,0 +1,195 @@
+"""Compiles the shipped kernels for GPUs that are not here and prints what they use, one JSON object.
+
+    python -m tests.kernels.triton.ahead_of_time [--arch 90] [--rank 16] [--only gate_up]
+
+Run as a process of its own, with Triton's interpreter off. Shapes are those of Qwen3-30B-A3B, bfloat16.
+`stack` above zero means that registers were spilled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from finetune.kernels.triton import (
+    borders,
+    down_back,
+    factor_grads,
+    gate_up,
+    project,
+    routing,
+    rows,
+    swiglu,
+    thin,
+    tiles,
+)
+
+H, I, E, K = 2048, 768, 128, 8  # noqa: E741
+FP32, BF16, I32, I64 = "*fp32", "*bf16", "*i32", "*i64"
+TILES = {"expert_ptr": I32, "row_ptr": I32, "end_ptr": I32}
+FACTOR = {"z_ptr": BF16, "factor_ptr": FP32, "slot_ptr": I64}
+
+
+def _shape(shape: tiles.Shape) -> tuple[dict[str, int], dict[str, int]]:
+    return {"M": shape.rows, "N": shape.columns, "D": shape.depth, "EVEN": True, "WHOLE": True}, {
+        "num_warps": shape.num_warps,
+        "num_stages": shape.num_stages,
+    }
+
+
+def _strides(width: int, height: int, rank: int, *, transposed: bool) -> dict[str, int]:
+    """Strides of a (E, height, width) bank and of the factors on it; 1 is a constant, as at run time."""
+    n, k = (1, height) if transposed else (width, 1)
+    factor_n, factor_r = (1, height) if transposed else (rank, 1)
+    stride = {"stride_we": width * height, "stride_wn": n, "stride_wk": k}
+    return stride | {
+        "stride_fx": rank * height,
+        "stride_fn": factor_n,
+        "stride_fr": factor_r,
+        "depth": width,
+        "width": height,
+    }
+
+
+def cases(rank: int) -> dict:
+    """Kernel, pointers, constants and strides (equal to 1, or divisible by 16), launch options."""
+    low_rank = {"FOLLOW": True, "R": rank, "R2": tiles.padded_rank(rank)}
+    routed = {"E": E, "E2": E, "C": routing.CHUNK}
+    found = {
+        "count_pairs": (
+            routing.count_pairs, {"index_ptr": I64, "count_ptr": I32}, routed | {"B": routing.BLOCK}, {}, {},
+        ),
+        "prefix_pairs": (
+            routing.prefix_pairs, {"count_ptr": I32, "start_ptr": I32, "end_ptr": I32},
+            routed | {"C": routing.PREFIX_CHUNK}, {}, {"num_warps": 8},
+        ),
+        "place_pairs": (
+            routing.place_pairs,
+            {"index_ptr": I64, "start_ptr": I32, "pair_ptr": I32, "row_ptr": I32},
+            routed | {"B": routing.BLOCK}, {}, {},
+        ),
+        "map_tiles": (routing.map_tiles, dict(TILES), routed | {"M": 128}, {}, {}),
+        "gather_rows": (
+            rows.gather_rows, {"x_ptr": BF16, "index_ptr": I32, "out_ptr": BF16}, {"C": 2048},
+            {"stride_x": H, "stride_out": H + rank, "width": H}, {},
+        ),
+        "combine_rows": (
+            rows.combine_rows, {"rows_ptr": BF16, "row_ptr": I32, "weight_ptr": BF16, "out_ptr": BF16},
+            {"K": K, "HAS_WEIGHT": True, "C": 2048}, {"stride_rows": H, "stride_out": H, "width": H}, {},
+        ),
+        "swiglu_rows": (
+            swiglu.swiglu_rows, {"gate_up_ptr": BF16, "h_ptr": BF16}, {"C": 1024},
+            {"stride_gate_up": 2 * I, "stride_h": I, "width": I}, {},
+        ),
+        "swiglu_back_rows": (
+            swiglu.swiglu_back_rows,
+            dict.fromkeys(("gate_up_ptr", "d_h_ptr", "weight_ptr", "d_gate_up_ptr", "weighted_h_ptr"), BF16)
+            | {"pair_ptr": I32, "d_weight_ptr": FP32},
+            {"C": 1024},
+            dict.fromkeys(("stride_gate_up", "stride_d_h", "stride_d_gate_up", "stride_weighted_h", "width"), I), {},
+        ),
+        "copy_factor": (
+            borders.copy_factor, {"factor_ptr": FP32, "slot_ptr": I64, "border_ptr": BF16},
+            {"R": rank, "R2": tiles.padded_rank(rank), "N": borders.COLUMNS},
+            {"stride_x": rank * H, "stride_r": H, "stride_n": 1, "stride_e": (2 * I + 16) * (H + 16),
+             "stride_br": H + 16, "stride_bn": 1, "width": H}, {"num_warps": 4},
+        ),
+        "sum_outer": (
+            factor_grads.sum_outer,
+            {"thin_ptr": BF16, "wide_ptr": BF16, "index_ptr": I32, "slot_ptr": I64, "end_ptr": I32, "grad_ptr": FP32},
+            low_rank | {"N": factor_grads.COLUMNS, "D": factor_grads.DEPTH},
+            {"stride_thin": rank, "stride_wide": H, "stride_gx": rank * H, "stride_gr": H, "stride_gn": 1, "width": H},
+            {"num_warps": 4},
+        ),
+    }  # fmt: skip
+    for name in ("BUSY", "SPARSE", "DECODE"):
+        shape, options = _shape(getattr(tiles, name))
+        thin_shape = {**{k: v for k, v in shape.items() if k not in ("N", "WHOLE")}, "D": tiles.THIN_DEPTH}
+        found |= {
+            f"into_rank {name}": (
+                thin.into_rank,
+                {"x_ptr": BF16, "index_ptr": I32, **{**FACTOR, "z_ptr": BF16}, **TILES},
+                low_rank | thin_shape,
+                {"stride_x": H, "stride_fx": rank * H, "stride_fr": H, "stride_fk": 1, "depth": H}, {"num_warps": 4},
+            ),
+            f"gate_up_rows {name}": (
+                gate_up.gate_up_rows,
+                {"x_ptr": BF16, "index_ptr": I32, "w_ptr": BF16, **FACTOR, "gate_up_ptr": BF16, "h_ptr": BF16, **TILES},
+                low_rank | shape | {"KEEP": True},
+                {"stride_x": H} | _strides(H, 2 * I, rank, transposed=False) | {"width": I}, options,
+            ),
+            f"project_rows down {name}": (
+                project.project_rows,
+                {"x_ptr": BF16, "index_ptr": I32, "w_ptr": BF16, **FACTOR, "y_ptr": BF16, **TILES},
+                low_rank | shape | {"FOLLOW": False},
+                {"stride_x": I, "stride_y": H} | _strides(I, H, rank, transposed=False), options,
+            ),
+            f"project_rows gate_up_back {name}": (
+                project.project_rows,
+                {"x_ptr": BF16, "index_ptr": I32, "w_ptr": BF16, **FACTOR, "y_ptr": BF16, **TILES},
+                low_rank | shape | {"FOLLOW": False},
+                {"stride_x": 2 * I, "stride_y": H} | _strides(2 * I, H, rank, transposed=True), options,
+            ),
+            f"down_back_rows {name}": (
+                down_back.down_back_rows,
+                {"d_y_ptr": BF16, "index_ptr": I32, "w_ptr": BF16, **FACTOR, "gate_up_ptr": BF16, "weight_ptr": BF16,
+                 "pair_ptr": I32, "d_gate_up_ptr": BF16, "weighted_h_ptr": BF16, "d_weight_ptr": FP32, **TILES},
+                low_rank | shape | {"C": down_back.CHUNK},
+                {"stride_d_y": H} | _strides(H, I, rank, transposed=True), options,
+            ),
+        }  # fmt: skip
+    return found
+
+
+def compiled(arch: int, kernel, pointers: dict, constants: dict, sizes: dict, options: dict) -> dict[str, int]:
+    """Registers, stack bytes, shared memory bytes and tensor-core instructions of one kernel."""
+    names, ones = kernel.arg_names, {n: v for n, v in sizes.items() if v == 1}
+    constants = constants | ones
+    signature = {
+        n: "constexpr" if n in constants else pointers.get(n, "fp32" if n == "scale" else "i32") for n in names
+    }
+    aligned = [n for n in names if n in pointers or (n in sizes and n not in ones)]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(n),): v for n, v in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    ptx = built.asm["ptx"]
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": built.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "cp_async": ptx.count("cp.async."),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    chosen = {name: case for name, case in cases(arguments.rank).items() if arguments.only in name}
+    print(json.dumps({name: compiled(arguments.arch, *case) for name, case in chosen.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
