@@ -72,7 +72,9 @@ def check_agreement(facts: dict[str, Any], shape: Shape) -> None:
                 if shape.trained_share < 1 and name == "stock":
                     continue  # its factors of the other experts are zero, its arithmetic is not ours
                 if not error <= TOLERANCE[shape.dtype]:
-                    sys.exit(f"error: {name} and {present[0]} differ in {what} by {error:.2g}: no numbers from wrong code")
+                    sys.exit(
+                        f"error: {name} and {present[0]} differ in {what} by {error:.2g}: no numbers from wrong code"
+                    )
 
 
 def render(found: dict[str, Any]) -> str:

@@ -121,7 +121,7 @@ class Frozen(Layer):
 
 
 class Ours(Layer):
-    """This package."""
+    """The layer of this package."""
 
     def forward(self) -> Tensor:
         a1, b1, a2, b2 = self.factors
@@ -140,13 +140,11 @@ class Ours(Layer):
 
 
 class OursFrozen(Layer):
-    """This package without factors."""
+    """The layer of this package without factors."""
 
     def forward(self) -> Tensor:
         bank = self.bank
-        return expert_mlp(
-            self.x, self.index, self.weights, bank.gate_up_proj, bank.down_proj, backend=self.backend
-        )
+        return expert_mlp(self.x, self.index, self.weights, bank.gate_up_proj, bank.down_proj, backend=self.backend)
 
 
 class Stock(Layer):

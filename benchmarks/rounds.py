@@ -55,7 +55,7 @@ class Contest:
         self._stack.close()
 
     def ask(self, name: str, question: str, *arguments: Any) -> Any:
-        """`step` a case (seconds), `memory` of a case (bytes the step added to resident memory at its peak), `facts`."""
+        """`step` a case (seconds), `memory` of a case (bytes added to resident memory at its peak), or `facts`."""
         self._pipes[name].send((question, *arguments))
         answer = self._pipes[name].recv()
         if isinstance(answer, BaseException):
