@@ -11,8 +11,8 @@ from finetune.kernels.layer import ExpertLayer, Factors
 from finetune.kernels.pairs import Block, BlockCosts, PairRows, lay_out, plan_blocks, sort_pairs
 from finetune.kernels.projection import Projection
 
-BLOCK_ROWS = 2048
-"""Rows computed together, which bounds the memory of what lies between saved tensors."""
+BLOCK_VALUES = 2**22
+"""Most values, rows times hidden size, computed together, which bounds the memory between saved tensors."""
 
 BLOCK_ELEMENTS = 2**23
 """Elements of weight that are multiplied by one row in the time that starting a block takes."""
@@ -47,7 +47,7 @@ class Arrangement:
         dtype, elements = layer.compute_dtype(), layer.gate_up_EGH.shape[1:].numel()
         batched = elements <= SMALL_EXPERT.get(dtype.itemsize, 0) and len(order_P) > 0
         few_sizes = order_P.device.type == "cpu" and dtype.itemsize == 2
-        costs = BlockCosts(BLOCK_ROWS, BLOCK_ELEMENTS // elements, few_sizes)
+        costs = BlockCosts(BLOCK_VALUES // layer.down_EHI.shape[1], BLOCK_ELEMENTS // elements, few_sizes)
         blocks = plan_blocks(counts, _kinds(layer), costs)
         layer = replace(layer, gate_up_lora=_detached(layer.gate_up_lora), down_lora=_detached(layer.down_lora))
         num_tokens, num_k = top_k_index_TK.shape

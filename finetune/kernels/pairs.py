@@ -6,6 +6,7 @@ share a block, so that this pads few rows.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,13 @@ class Block:
     """Consecutive rows of some experts, `size` rows of each.
 
     start: first row in the whole row buffer.
+    used: of each expert's rows, how many the product with its frozen weight is computed for.
     """
 
     start: int
     experts: tuple[int, ...]
     size: int
+    used: tuple[int, ...]
 
     @property
     def stop(self) -> int:
@@ -64,8 +67,8 @@ class BlockCosts:
 
     max_rows: of a block, unless it is one expert.
     block_rows: rows whose computation takes as long as starting a block.
-    few_sizes: round rows up to few different numbers, by 3 % on average where experts have a hundred rows. On CPU,
-        16-bit products are compiled for each new shape, which takes longer than a small product itself.
+    few_sizes: round rows up to few different numbers. On CPU, 16-bit products are compiled for each new shape, which
+        takes longer than a small product itself, and there are many products with a block's size in them.
     """
 
     max_rows: int
@@ -73,11 +76,18 @@ class BlockCosts:
     few_sizes: bool
 
     def size(self, count: int) -> int:
-        """Rows of an expert that has `count` pairs."""
-        if not self.few_sizes:
-            return count
-        multiple = 1 if count <= 8 else 8 if count <= 256 else 32 if count <= 1024 else 128
-        return -(-count // multiple) * multiple
+        """Rows to set aside for an expert that has `count` pairs."""
+        return _round_up(count, (1, 8, 16, 64, 256)) if self.few_sizes else count
+
+    def used(self, count: int) -> int:
+        """Rows to multiply by the frozen weights, which takes most of the time: at most `size`."""
+        return _round_up(count, (1, 2, 2, 8, 32)) if self.few_sizes else count
+
+
+def _round_up(count: int, multiples: Sequence[int]) -> int:
+    """`count` rounded up to the multiple for counts up to 8, 64, 256, 1024 or more."""
+    multiple = multiples[bisect_left((8, 64, 256, 1024), count)]
+    return -(-count // multiple) * multiple
 
 
 def plan_blocks(counts: Sequence[int], kinds: Sequence[Hashable], costs: BlockCosts) -> list[Block]:
@@ -94,7 +104,9 @@ def plan_blocks(counts: Sequence[int], kinds: Sequence[Hashable], costs: BlockCo
         sizes = [costs.size(counts[expert]) for expert in experts]
         for first, width in _widths(sizes, costs):
             start = blocks[-1].stop if blocks else 0
-            blocks.append(Block(start, tuple(sorted(experts[first : first + width])), sizes[first]))
+            members = tuple(sorted(experts[first : first + width]))
+            used = tuple(costs.used(counts[expert]) for expert in members)
+            blocks.append(Block(start, members, sizes[first], used))
     return blocks
 
 

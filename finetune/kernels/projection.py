@@ -6,6 +6,7 @@ The product with W is one product per expert where experts are big, and batched 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class _Slots(NamedTuple):
     b_YOR: Tensor
     scale: float
     slots: list[int]
+    index_Y: Tensor
 
 
 class Projection:
@@ -43,17 +45,18 @@ class Projection:
     def __init__(self, weight_EOI: Tensor, lora: Factors | None, dtype: torch.dtype, *, batched: bool) -> None:
         self._weight_EOI, self._lora, self._dtype, self._batched = weight_EOI, lora, dtype, batched
         self._slot_of_expert = [] if lora is None else lora.slot_of_expert.tolist()
+        self._parts = () if lora is None else (lora.a_XRI.unbind(), lora.b_XOR.unbind())
         self._at: tuple[Block, _Slots | None] | None = None
 
     def through_a(self, block: Block, x_lora_NI: Tensor) -> Tensor | None:
         """`z = x_lora A^T`."""
         slots = self._slots(block)
-        return None if slots is None else torch.bmm(block.batched(x_lora_NI), slots.a_YRI.mT)
+        return None if slots is None else self._thin(block.batched(x_lora_NI), slots.a_YRI.mT)
 
     def through_b(self, block: Block, dy_NO: Tensor) -> Tensor | None:
         """`dz = dy B`, without the scale."""
         slots = self._slots(block)
-        return None if slots is None else torch.bmm(block.batched(dy_NO), slots.b_YOR)
+        return None if slots is None else self._thin(block.batched(dy_NO), slots.b_YOR)
 
     def project_(self, block: Block, y_NO: Tensor, x_NI: Tensor, z: Tensor | None) -> None:
         """`y = x W^T + scale z B^T`."""
@@ -88,15 +91,24 @@ class Projection:
             return
         (dz, x_lora_NI), (z, dy_NO) = a_side, b_side
         d_a_YRI = torch.bmm(dz.mT, block.batched(x_lora_NI))
-        d_b_YOR = torch.bmm(block.batched(dy_NO).mT, z)
+        d_b_YOR = self._thin(block.batched(dy_NO).mT, z)
         for grad, product in ((grads.a_XRI, d_a_YRI), (grads.b_XOR, d_b_YOR)):
-            parts = grad.unbind()
-            torch._foreach_copy_([parts[slot] for slot in slots.slots], product.unbind())
+            if grad.dtype == product.dtype:
+                grad.index_copy_(0, slots.index_Y, product)
+            else:
+                parts = grad.unbind()
+                torch._foreach_copy_([parts[slot] for slot in slots.slots], product.unbind())
 
     def scaled(self, thin: Tensor, block: Block, weight_N1: Tensor | None) -> Tensor:
         """Thin rows (z or dz) times the scale and, if given, the routing weights of the block's rows."""
         scale = 1.0 if self._lora is None else self._lora.scale
         return thin * (scale if weight_N1 is None else block.batched(weight_N1) * scale)
+
+    def _thin(self, rows: Tensor, factor: Tensor) -> Tensor:
+        """`rows factor`, whose last size is the rank: in float32 up to four times as fast with the rank first."""
+        if self._dtype == torch.float32:
+            return torch.bmm(factor.mT, rows.mT).mT
+        return torch.bmm(rows, factor)
 
     def _multiply_(self, block: Block, out: Tensor, rows: Tensor, *, transpose: bool) -> None:
         """`out = rows W^T`, or `rows W`."""
@@ -106,9 +118,12 @@ class Projection:
             weight_YOI = (self._weight_EOI if whole else self._weight_EOI.index_select(0, index)).to(self._dtype)
             torch.bmm(block.batched(rows), weight_YOI.mT if transpose else weight_YOI, out=block.batched(out))
             return
-        for expert, x, y in zip(block.experts, rows.split(block.size), out.split(block.size), strict=True):
+        every = zip(block.experts, block.used, rows.split(block.size), out.split(block.size), strict=True)
+        for expert, used, x, y in every:
             weight_OI = self._weight_EOI[expert].to(self._dtype)
-            torch.mm(x, weight_OI.t() if transpose else weight_OI, out=y)
+            torch.mm(x[:used], weight_OI.t() if transpose else weight_OI, out=y[:used])
+            if used < block.size:
+                y[used:].zero_()
 
     def _slots(self, block: Block) -> _Slots | None:
         if self._at is None or self._at[0] is not block:
@@ -119,12 +134,17 @@ class Projection:
         if self._lora is None or self._slot_of_expert[block.experts[0]] < 0:
             return None
         slots = [self._slot_of_expert[expert] for expert in block.experts]
-        a_YRI, b_YOR = (self._gather(factor, slots) for factor in (self._lora.a_XRI, self._lora.b_XOR))
-        return _Slots(a_YRI, b_YOR, self._lora.scale, slots)
+        index_Y = torch.tensor(slots, device=self._lora.a_XRI.device)
+        a_YRI, b_YOR = (
+            self._gather(factor, parts, slots, index_Y)
+            for factor, parts in zip((self._lora.a_XRI, self._lora.b_XOR), self._parts, strict=True)
+        )
+        return _Slots(a_YRI, b_YOR, self._lora.scale, slots, index_Y)
 
-    def _gather(self, factor: Tensor, slots: list[int]) -> Tensor:
-        """Some slots of a factor, cast as they are copied."""
+    def _gather(self, factor: Tensor, parts: Sequence[Tensor], slots: Sequence[int], index_Y: Tensor) -> Tensor:
+        """Some slots of a factor in the compute dtype: where it has to be cast, slots are cast as they are copied."""
+        if factor.dtype == self._dtype:
+            return factor.index_select(0, index_Y)
         gathered = factor.new_empty(len(slots), *factor.shape[1:], dtype=self._dtype)
-        parts = factor.unbind()
         torch._foreach_copy_(gathered.unbind(), [parts[slot] for slot in slots])
         return gathered

@@ -86,7 +86,7 @@ def problems(draw):
 def test_equals_the_reference(name, shape, max_rows):
     with pytest.MonkeyPatch.context() as patch:
         force_layout(patch, name)
-        patch.setattr(arrangement, "BLOCK_ROWS", max_rows)
+        patch.setattr(arrangement, "BLOCK_VALUES", max_rows * shape["hidden"])
         problem = make(**shape)
         assert_close(problem.with_gradients("torch"), problem.with_gradients("reference"))
 
