@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from finetune.kernels.layer import ExpertLayer, Factors
-from finetune.kernels.pairs import Block, BlockCosts, PairRows, lay_out, plan_blocks, sort_pairs
+from finetune.kernels.pairs import (
+    ALIGNED,
+    EXACT,
+    FEW_SIZES,
+    Block,
+    BlockCosts,
+    PairRows,
+    lay_out,
+    plan_blocks,
+    sort_pairs,
+)
 from finetune.kernels.projection import Projection
 
 BLOCK_VALUES = 2**22
@@ -46,8 +56,9 @@ class Arrangement:
         order_P, counts = sort_pairs(top_k_index_TK, layer.num_experts)
         dtype, elements = layer.compute_dtype(), layer.gate_up_EGH.shape[1:].numel()
         batched = elements <= SMALL_EXPERT.get(dtype.itemsize, 0) and len(order_P) > 0
-        few_sizes = order_P.device.type == "cpu" and dtype.itemsize == 2
-        costs = BlockCosts(BLOCK_VALUES // layer.down_EHI.shape[1], BLOCK_ELEMENTS // elements, few_sizes)
+        compiled = order_P.device.type == "cpu" and dtype.itemsize == 2
+        rounding = FEW_SIZES if compiled else ALIGNED if batched else EXACT
+        costs = BlockCosts(BLOCK_VALUES // layer.down_EHI.shape[1], BLOCK_ELEMENTS // elements, rounding)
         blocks = plan_blocks(counts, _kinds(layer), costs)
         layer = replace(layer, gate_up_lora=_detached(layer.gate_up_lora), down_lora=_detached(layer.down_lora))
         num_tokens, num_k = top_k_index_TK.shape

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,32 +62,49 @@ def sort_pairs(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, list[i
     return torch.sort(expert_P, stable=True).indices, torch.bincount(expert_P, minlength=num_experts).tolist()
 
 
+ROUNDING_STEPS = (8, 64, 256, 1024)
+
+
+class Rounding(NamedTuple):
+    """What numbers of rows are multiples of, for up to 8, 64, 256, 1024 pairs of an expert, and for more."""
+
+    size: tuple[int, ...]
+    used: tuple[int, ...]
+
+
+EXACT = Rounding((1, 1, 1, 1, 1), (1, 1, 1, 1, 1))
+ALIGNED = Rounding((1, 8, 8, 8, 8), (1, 1, 1, 1, 1))
+"""Batched float32 products of 153 rows take longer than of 160."""
+
+FEW_SIZES = Rounding((1, 8, 16, 64, 256), (1, 2, 2, 8, 32))
+"""On CPU, 16-bit products are compiled for each new shape, which takes longer than a small product itself; there are
+more products with a block's size in them than with one expert's rows."""
+
+
 @dataclass(frozen=True)
 class BlockCosts:
     """What decides how experts are put together.
 
     max_rows: of a block, unless it is one expert.
     block_rows: rows whose computation takes as long as starting a block.
-    few_sizes: round rows up to few different numbers. On CPU, 16-bit products are compiled for each new shape, which
-        takes longer than a small product itself, and there are many products with a block's size in them.
+    rounding: how numbers of rows are rounded up.
     """
 
     max_rows: int
     block_rows: int
-    few_sizes: bool
+    rounding: Rounding
 
     def size(self, count: int) -> int:
         """Rows to set aside for an expert that has `count` pairs."""
-        return _round_up(count, (1, 8, 16, 64, 256)) if self.few_sizes else count
+        return _round_up(count, self.rounding.size)
 
     def used(self, count: int) -> int:
         """Rows to multiply by the frozen weights, which takes most of the time: at most `size`."""
-        return _round_up(count, (1, 2, 2, 8, 32)) if self.few_sizes else count
+        return _round_up(count, self.rounding.used)
 
 
 def _round_up(count: int, multiples: Sequence[int]) -> int:
-    """`count` rounded up to the multiple for counts up to 8, 64, 256, 1024 or more."""
-    multiple = multiples[bisect_left((8, 64, 256, 1024), count)]
+    multiple = multiples[bisect_left(ROUNDING_STEPS, count)]
     return -(-count // multiple) * multiple
 
 

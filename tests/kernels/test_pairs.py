@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.kernels.pairs import BlockCosts, PairRows, lay_out, plan_blocks, sort_pairs
+from finetune.kernels.pairs import ALIGNED, EXACT, FEW_SIZES, BlockCosts, PairRows, lay_out, plan_blocks, sort_pairs
 
 
 @st.composite
@@ -31,7 +31,7 @@ def rows_by_expert(rows: PairRows) -> dict[int, list[int]]:
 @settings(max_examples=200, deadline=None)
 @given(
     routing=routings(),
-    costs=st.builds(BlockCosts, max_rows=st.integers(1, 80), block_rows=st.integers(0, 100), few_sizes=st.booleans()),
+    costs=st.builds(BlockCosts, st.integers(1, 80), st.integers(0, 100), st.sampled_from([EXACT, ALIGNED, FEW_SIZES])),
 )
 def test_every_pair_has_a_row_of_its_expert(routing, costs):
     index, kinds = routing
@@ -62,13 +62,13 @@ def test_no_other_blocks_cost_less(counts, block_rows):
             return 0
         return min(w * sizes[0] + block_rows + cheapest(sizes[w:]) for w in (1, 2, 4, 8) if w <= len(sizes))
 
-    blocks = plan_blocks(counts, [0] * len(counts), BlockCosts(10**6, block_rows, few_sizes=False))
+    blocks = plan_blocks(counts, [0] * len(counts), BlockCosts(10**6, block_rows, EXACT))
     cost = sum(len(block.experts) * block.size + block_rows for block in blocks)
     assert cost == cheapest(sorted((count for count in counts if count), reverse=True))
 
 
 def test_few_sizes_waste_little_and_are_few():
-    costs = BlockCosts(1, 0, few_sizes=True)
+    costs = BlockCosts(1, 0, FEW_SIZES)
     sizes, used = ({count: of(count) for count in range(1, 5000)} for of in (costs.size, costs.used))
     assert all(sizes[count] >= used[count] >= count for count in sizes)
     assert max(size / count for count, size in used.items()) <= 10 / 9
@@ -79,7 +79,7 @@ def test_few_sizes_waste_little_and_are_few():
 
 
 def test_even_loads_make_one_block_and_one_hot_expert_does_not_pad_the_others():
-    costs = BlockCosts(10**6, 500, few_sizes=False)
+    costs = BlockCosts(10**6, 500, EXACT)
     even = plan_blocks([128] * 32, [0] * 32, costs)
     assert [(len(block.experts), block.size) for block in even] == [(32, 128)]
     uneven = plan_blocks([4016] + [16] * 31, [0] * 32, costs)

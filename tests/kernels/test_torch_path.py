@@ -214,6 +214,7 @@ def test_what_is_saved_for_backward(dtype):
 
         with pytest.MonkeyPatch.context() as patch:
             force_layout(patch, "by expert")
+            patch.setattr(arrangement, "BLOCK_ELEMENTS", 0)  # as for big experts
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 out = problem.run(**options)
         return sum(sizes.values()), out.grad_fn.arrangement.rows
@@ -221,7 +222,7 @@ def test_what_is_saved_for_backward(dtype):
     num_bytes, rows = saved()
     x, weights, per_row = (n * dtype.itemsize for n in (tokens * hidden, tokens * top_k, 2 * intermediate))
     assert num_bytes == x + weights + len(rows.pair_N) * per_row
-    assert len(rows.pair_N) <= tokens * top_k * 1.15  # small experts are padded to one another
+    assert len(rows.pair_N) <= tokens * top_k * (1 if dtype == torch.float32 else 1.08)
     assert (rows.pair_N.dtype, rows.row_P.dtype) == (torch.int64, torch.int64)
     assert saved(recompute=True)[0] == x + weights
 
