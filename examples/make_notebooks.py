@@ -29,7 +29,7 @@ import finetune as ft""",
     """## The recipe
 
 Everything a run needs stands in one YAML file. Any value can be overridden.""",
-    """recipe = ft.load_recipe("recipes/quickstart.yaml", "train.steps=60", "output.dir=runs/notebook")
+    """recipe = ft.load_recipe("recipes/quickstart.yaml", "train.steps=100", "output.dir=runs/notebook")
 recipe.adapter""",
     """## Before training
 
@@ -60,8 +60,10 @@ that it is base + adapter, or raises an error.""",
 shutil.rmtree("runs/notebook-merged", ignore_errors=True)
 ft.merge(run.adapter, "runs/notebook-merged")
 ft.verify(run.adapter, "runs/notebook-merged")""",
-    """from transformers import AutoModelForCausalLM, AutoTokenizer
+    """import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+transformers.logging.disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained("runs/notebook-merged")
 tokenizer = AutoTokenizer.from_pretrained("runs/notebook-merged")
 question = [{"role": "user", "content": "encode: c a t"}]
@@ -72,24 +74,26 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))""",
 ]
 
 
-def write(name: str, cells: list[str]) -> None:
-    """One notebook: text cells start with `#` or plain words, code cells are what compiles."""
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+NOTEBOOKS = {"01_quickstart.ipynb": QUICKSTART}
+
+
+def notebook(cells: list[str]) -> nbformat.NotebookNode:
+    """A notebook of these cells, not run; a cell that starts with a heading is text."""
+    made = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     for index, source in enumerate(cells):
-        kind = nbformat.v4.new_code_cell if is_code(source) else nbformat.v4.new_markdown_cell
-        cell = kind(source)
-        cell["id"] = f"cell-{index}"
-        notebook.cells.append(cell)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
-    for cell in notebook.cells:
+        kind = nbformat.v4.new_markdown_cell if source.startswith("#") else nbformat.v4.new_code_cell
+        made.cells.append(kind(source, id=f"cell-{index}"))
+    return made
+
+
+def run(made: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Run every cell, in this folder; the first error ends it."""
+    NotebookClient(made, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    for cell in made.cells:
         cell.metadata.pop("execution", None)
-    nbformat.write(notebook, FOLDER / name)
-
-
-def is_code(source: str) -> bool:
-    """Whether a cell is Python; text cells start with a heading."""
-    return not source.startswith("#")
+    return made
 
 
 if __name__ == "__main__":
-    write("01_quickstart.ipynb", QUICKSTART)
+    for name, cells in NOTEBOOKS.items():
+        nbformat.write(run(notebook(cells)), FOLDER / name)

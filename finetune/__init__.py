@@ -20,6 +20,13 @@ _HOMES = {
     "Recipe": "config.schema",
     "load_recipe": "config.load",
     "ExpertPlan": "routing.plan",
+    "read_plan": "routing.plan_file",
+    "write_plan": "routing.plan_file",
+    "RoutingProfile": "routing.profile",
+    "read_profile": "routing.profile_file",
+    "select": "routing.select",
+    "plot_profile": "report.routing_plots",
+    "profile": "pipeline",
     "attach": "adapters.attach",
     "save_adapter": "adapters.attach",
     "load_adapter": "adapters.attach",
@@ -40,6 +47,7 @@ __all__ = [
     "ExpertPlan",
     "FinetuneError",
     "Recipe",
+    "RoutingProfile",
     "Run",
     "RunError",
     "UserError",
@@ -50,10 +58,16 @@ __all__ = [
     "load_adapter",
     "load_recipe",
     "merge",
+    "plot_profile",
     "prepare",
+    "profile",
+    "read_plan",
+    "read_profile",
     "save_adapter",
+    "select",
     "train",
     "verify",
+    "write_plan",
 ]
 
 if TYPE_CHECKING:
@@ -61,8 +75,13 @@ if TYPE_CHECKING:
     from finetune.config.load import load_recipe
     from finetune.config.schema import AdapterSection, Recipe
     from finetune.errors import FinetuneError, RunError, UserError
-    from finetune.pipeline import Run, evaluate, merge, prepare, train, verify
+    from finetune.pipeline import Run, evaluate, merge, prepare, profile, train, verify
+    from finetune.report.routing_plots import plot_profile
     from finetune.routing.plan import ExpertPlan
+    from finetune.routing.plan_file import read_plan, write_plan
+    from finetune.routing.profile import RoutingProfile
+    from finetune.routing.profile_file import read_profile
+    from finetune.routing.select import select
 
 
 def __getattr__(name: str) -> Any:

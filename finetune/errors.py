@@ -75,6 +75,10 @@ class ModelError(UserError):
     """A model folder or checkpoint is missing, truncated or not a Qwen3."""
 
 
+class RoutingError(UserError):
+    """A routing profile cannot be read, or does not hold what a plan is to be made of."""
+
+
 class AdapterError(UserError):
     """An adapter, its targets or its files do not fit the model."""
 

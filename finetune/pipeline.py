@@ -1,4 +1,4 @@
-"""The walks: recipe -> model -> adapters -> data -> train -> adapter -> merge -> verify -> use.
+"""The walks: recipe -> model -> profile -> experts -> adapters -> data -> train -> adapter -> merge -> verify -> use.
 
 Each function is one command of the command line and one call of the notebook API.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from finetune.config.schema import Recipe
-from finetune.report.progress import bytes_done, rows_read
+from finetune.report.progress import TrainingProgress, bytes_done, rows_done, rows_read
 from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from finetune.export.verify import VerifyReport
     from finetune.inference.evaluate import EvalReport
     from finetune.models.generation import Generation
+    from finetune.routing.profile import RoutingProfile
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished training run.
 
-    path: its folder, with recipe.yaml, metrics.jsonl, checkpoints/ and adapter/.
+    path: its folder, with recipe.yaml, routing.json, plan.json, metrics.jsonl, checkpoints/ and adapter/.
     summary: what `finetune train --json` prints.
     """
 
@@ -46,6 +47,21 @@ class Run:
         from finetune.report.plots import metrics_frame
 
         return metrics_frame(RunFolder(self.path).read_metrics())
+
+    def plot_experts(self) -> Any:
+        """Load of every expert on the training rows, and which ones train, as a matplotlib Figure."""
+        from finetune.report.routing_plots import plot_profile
+        from finetune.routing.plan_file import read_plan
+        from finetune.routing.profile_file import read_profile
+
+        folder = RunFolder(self.path)
+        return plot_profile(read_profile(folder.routing), read_plan(folder.plan))
+
+    def plot_routing(self) -> Any:
+        """Load of every expert on the same rows before and after training, and its drift, as a matplotlib Figure."""
+        from finetune.report.routing_plots import plot_routing
+
+        return plot_routing(RunFolder(self.path).read_metrics(), title=self.path.name)
 
     def plot_loss(self) -> Any:
         """Training and held-out loss against steps, as a matplotlib Figure."""
@@ -65,35 +81,53 @@ def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared
         return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress), tokenizer
 
 
+def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
+    """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
+    from finetune.report.routing_table import render_profile
+    from finetune.routing.measure import profile_for
+    from finetune.routing.profile_file import write_profile
+    from finetune.routing.select import split_half_stability
+
+    console = console or Console(stderr=True)
+    prepared, _ = prepare(recipe, console=console)
+    model = _load_frozen(recipe)
+    with rows_done(console, "profiling") as progress:
+        measured = profile_for(recipe, model, prepared.train, thorough=True, progress=progress)
+    if output is not None:
+        write_profile(output, measured)
+    console.print(render_profile(measured, split_half_stability(measured, recipe.experts.select)))
+    return measured
+
+
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Run:
     """Train an adapter as the recipe says.
 
     resume: continue the run in `output.dir` from its newest complete checkpoint.
     overwrite: replace a run that is in `output.dir`.
     """
-    import torch
-
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.table import render_table, target_table
-    from finetune.models.loading import load_model
-    from finetune.training.run import is_main_process, open_run, summarize
+    from finetune.report.routing_table import render_choice
+    from finetune.training.experts import ExpertFiles, choose_experts
+    from finetune.training.processes import is_main_process
+    from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
 
     console = console or Console(stderr=True)
+    files = ExpertFiles.read(recipe)
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
-    model = load_model(
-        recipe.model.path,
-        dtype=getattr(torch, recipe.model.dtype),
-        revision=recipe.model.revision,
-        attention_implementation=recipe.model.attention_implementation,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    adapted = attach(model, recipe.adapter, seed=recipe.train.seed)
+    model = _load_frozen(recipe)
+    with rows_done(console, "profiling") as progress:
+        choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=progress)
+    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed)
     if is_main_process():
         console.print(prepared.report.render())
+        console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_table(target_table(adapted)))
-    train_sft(adapted, tokenizer, Rows(prepared.train, prepared.eval), recipe, folder, resume=resume, console=console)
+    rows = Rows(prepared.train, prepared.eval)
+    progress_line = TrainingProgress(console)
+    train_sft(adapted, tokenizer, rows, recipe, folder, plan=choice.plan, resume=resume, progress=progress_line)
     if is_main_process():
         save_adapter(adapted, folder.adapter)
     return Run(folder.path, summarize(folder, adapted))
@@ -151,6 +185,21 @@ def chat(
 
     model, tokenizer = load(path, _torch_dtype(dtype))
     converse(model, tokenizer, generation, prompt, system, console)
+
+
+def _load_frozen(recipe: Recipe) -> Any:
+    """The model of a recipe as it is before adapters."""
+    import torch
+
+    from finetune.models.loading import load_model
+
+    return load_model(
+        recipe.model.path,
+        dtype=getattr(torch, recipe.model.dtype),
+        revision=recipe.model.revision,
+        attention_implementation=recipe.model.attention_implementation,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
 
 
 def _torch_dtype(name: str | None) -> Any:

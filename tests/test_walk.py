@@ -209,3 +209,18 @@ def test_verify_eval_and_chat_take_what_was_made(run, merged, capsys):
 def test_verify_refuses_the_base_as_merged(run, capsys):
     assert main(["verify", str(run[0] / "adapter"), BASE]) == 1
     assert "error:" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_steps_and_write_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "finetune"]
+    arguments = ["train", RECIPE, "train.steps=3", "train.save_every=2", f"output.dir={tmp_path / 'run'}", "--json"]
+    result = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == 3
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert steps[0]["tokens"] > 1900  # a block of 1,024 each
+    checkpoints = tmp_path / "run" / "checkpoints"
+    sizes = json.loads((checkpoints / "checkpoint-2" / "complete.json").read_text())["sizes"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(sizes)

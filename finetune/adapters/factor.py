@@ -37,8 +37,13 @@ class Factor(nn.Module):
         self.register_buffer("slot_of_expert", slot_of_expert, persistent=False)
 
     def fill_uniform_(self, bound: float) -> None:
-        """Draw the weight from U(-bound, bound) with torch's generator."""
-        nn.init.uniform_(self.weight, -bound, bound)
+        """Draw the weight from U(-bound, bound) with torch's generator.
+
+        Numbers are drawn for every expert, so that an expert starts the same whichever others train beside it.
+        """
+        every = self.weight.new_empty(self.num_experts, *self.weight.shape[1:], requires_grad=False)
+        with torch.no_grad():
+            self.weight.copy_(every.uniform_(-bound, bound)[list(self.experts)])
 
     @property
     def stock_shape(self) -> tuple[int, int]:

@@ -13,9 +13,6 @@ from finetune.errors import RecipeError
 
 NOT_BUILT_YET: dict[FieldPath, str] = {
     ("quantize", "scheme"): "4-bit and 8-bit storage of the frozen weights",
-    ("experts", "score"): "scoring experts by anything but tokens",
-    ("experts", "select"): "training a part of the experts",
-    ("experts", "against"): "comparing with a profile of general data",
     ("experts", "mode"): "training the experts' own weights",
     ("router", "train"): "training the router",
     ("router", "aux_loss"): "the load-balance loss",
@@ -89,6 +86,10 @@ def _experts(recipe: Recipe) -> Iterator[Finding]:
     if experts.score == "contrast" and experts.against is None:
         hint = "name the routing profile to contrast with: against: general/routing.json"
         yield _clash("experts.score", "is contrast, but experts.against is missing", hint, "experts.against")
+    elif experts.score != "tokens" and (experts.select is None or experts.select.file is not None):
+        what = f"is {experts.score}, but no rule turns scores into a plan"
+        hint = "write a rule, such as experts.select: {top_fraction: 0.25}, or remove experts.score"
+        yield _clash("experts.score", what, hint, "experts.select")
     if experts.against is not None and experts.score != "contrast":
         yield _clash(
             "experts.against", "is only read with score: contrast", "set the score, or remove the line", "experts.score"

@@ -54,11 +54,10 @@ class ModelShape:
         """Parameters of the LoRA factors when every expert trains: rank * (in + out) per matrix."""
         wide, narrow, hidden = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden
         attention = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow, "o_proj": wide}
-        expert = {"gate_up_proj": 2 * self.expert_intermediate, "down_proj": self.expert_intermediate}
         per_rank = self.layers * sum(hidden + attention[name] for name in adapter.attention)
         per_rank += self.dense_layers * len(adapter.mlp) * (hidden + self.intermediate)
-        per_expert_rank = self.moe_layers * self.experts * sum(hidden + expert[name] for name in adapter.experts)
-        return adapter.rank * per_rank + adapter.rank_of_experts * per_expert_rank
+        per_expert = adapter.expert_parameters(hidden, self.expert_intermediate)
+        return adapter.rank * per_rank + self.moe_layers * self.experts * per_expert
 
     def smallest_side(self, experts: bool) -> int:
         """The smallest in or out size of an adapted matrix; a rank above it buys nothing."""

@@ -108,6 +108,11 @@ class AdapterSection(Section):
         """Rank of the expert factors."""
         return self.expert_rank or self.rank
 
+    def expert_parameters(self, hidden: int, intermediate: int) -> int:
+        """Parameters of the factors of one expert of one layer: rank * (in + out) per projection."""
+        height = {"gate_up_proj": 2 * intermediate, "down_proj": intermediate}
+        return self.rank_of_experts * sum(hidden + height[name] for name in self.experts)
+
     @property
     def alpha_of_experts(self) -> float:
         """Scale numerator of the expert factors."""
@@ -132,21 +137,31 @@ class SelectRule(Section):
         default=None, description="smallest set of experts that carries this share of the score"
     )
     budget: Amount | Annotated[int, Field(ge=1, lt=2**63)] | None = Field(
-        default=None, description="trainable parameters in all, as a number or like 100M"
+        default=None, description="most parameters the experts' factors may have, as a number or like 100M"
     )
     file: PathName | None = Field(default=None, description="an expert plan written before")
+    budget_per: Literal["model", "layer"] = Field(
+        default="model", description="one budget for the hottest experts anywhere, or an equal part for each layer"
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> SelectRule:
-        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+        if sum(getattr(self, name) is not None for name in ("top_fraction", "top_p", "budget", "file")) != 1:
             raise refusal(
                 "needs exactly one rule", "give one of top_fraction, top_p, budget, file and set the others to null"
             )
+        if self.budget is None and self.budget_per != "model":
+            raise refusal("budget_per is given, but there is no budget", "remove budget_per, or give a budget")
         return self
+
+    def count_of(self, num_experts: int) -> int:
+        """How many of a layer's experts `top_fraction` means: the nearest whole number, at least one."""
+        assert self.top_fraction is not None
+        return max(1, int(self.top_fraction * num_experts + 0.5))
 
 
 class ExpertsSection(Section):
-    """Which experts of each layer get adapters; the others stay frozen."""
+    """Which experts of each layer train; the others stay frozen."""
 
     score: Literal["tokens", "gate", "mass", "gradient", "contrast", "random"] = Field(
         default="tokens", description="what makes an expert matter"
@@ -155,6 +170,11 @@ class ExpertsSection(Section):
         default=None, description="rule that turns scores into a plan; every expert trains when null"
     )
     against: PathName | None = Field(default=None, description="routing profile of general data, for score: contrast")
+    profile_tokens: Count = Field(default=65_536, description="tokens of training rows that are looked at, about")
+    profile_rows: Count | None = Field(default=None, description="training rows that are looked at, at most")
+    profile_on: Literal["all", "loss"] = Field(
+        default="all", description="count all tokens, or those that carry loss only"
+    )
     mode: Literal["lora", "full"] = Field(
         default="lora", description="train factors, or the chosen experts' weights themselves"
     )

@@ -15,8 +15,8 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     """Facts that `json.dumps` takes, in walk order.
 
     steps is null when epochs decide; tokens_per_step counts one device; trainable_parameters, total_parameters and
-    trainable_share are there when the model's config.json is local and every expert trains. warnings are things that
-    are allowed but seldom meant.
+    trainable_share are there when the model's config.json is local and they do not depend on what the router does.
+    warnings are things that are allowed but seldom meant.
     """
     train, data = recipe.train, recipe.data
     shape = _shape(recipe)
@@ -25,6 +25,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         facts |= _counts(recipe, shape)
     facts |= {
         "adapter": _adapter(recipe),
+        **_experts(recipe),
         "data": {"train": _files(data.train), "eval": _files(data.eval), "eval_fraction": data.eval_fraction},
         "steps": train.steps,
         "epochs": None if train.steps is not None else train.epochs,
@@ -53,10 +54,21 @@ def _counts(recipe: Recipe, shape: ModelShape) -> dict[str, Any]:
         "experts_per_token": shape.experts_per_token,
         "total_parameters": shape.parameters(),
     }
-    if recipe.experts.select is None:
-        trainable = shape.trainable(recipe.adapter)
+    trainable = _trainable(recipe, shape)
+    if trainable is not None:
         facts |= {"trainable_parameters": trainable, "trainable_share": trainable / shape.parameters()}
     return facts
+
+
+def _trainable(recipe: Recipe, shape: ModelShape) -> int | None:
+    """Trainable parameters; None when they depend on what the router does."""
+    every, select = shape.trainable(recipe.adapter), recipe.experts.select
+    if select is None:
+        return every
+    if select.top_fraction is None:
+        return None
+    frozen = shape.experts - select.count_of(shape.experts)
+    return every - shape.moe_layers * frozen * recipe.adapter.expert_parameters(shape.hidden, shape.expert_intermediate)
 
 
 def _adapter(recipe: Recipe) -> dict[str, Any]:
@@ -75,6 +87,15 @@ def _adapter(recipe: Recipe) -> dict[str, Any]:
             "expert_dropout": adapter.dropout_of_experts,
         }
     return facts
+
+
+def _experts(recipe: Recipe) -> dict[str, Any]:
+    """The rule that chooses experts, when not all train."""
+    experts = recipe.experts
+    if experts.select is None:
+        return {}
+    rule = experts.select.model_dump(exclude_none=True, exclude_defaults=True)
+    return {"experts_that_train": rule if experts.select.file is not None else {"score": experts.score, **rule}}
 
 
 def _files(files: tuple[DataFile, ...]) -> list[dict[str, Any]]:

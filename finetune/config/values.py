@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from os.path import expanduser
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 _AMOUNT = re.compile(r"[0-9]+|[0-9]+(\.[0-9]+)?[KMB]")
 
 
@@ -32,6 +34,12 @@ def amount(text: str) -> str:
     if not _AMOUNT.fullmatch(text):
         raise refusal("is no amount of parameters", "write a number such as 5000000, or 5M, 1.5B, 800K")
     return text
+
+
+def parameters_in(value: str | int) -> int:
+    """An amount as a number: `1.5M` is 1,500,000."""
+    text = str(value)
+    return int(Decimal(text[:-1]) * _UNITS[text[-1]]) if text[-1] in _UNITS else int(text)
 
 
 def as_tuple(value: Any) -> Any:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from finetune.config.schema import DataFile, DataSection
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.encode import Encoder, Encoding, OverLong
-from finetune.data.mix import choose, count_blocks, draw_counts, hold_out
+from finetune.data.mix import choose, draw_counts, hold_out
+from finetune.data.packing import pack
 from finetune.data.prepare_report import FileReport, PrepareReport, SplitReport
 from finetune.data.rows import Row, place, read_rows
 from finetune.data.templates import load_template
@@ -201,7 +202,7 @@ class _Mix:
         tokens, loss_tokens = int(lengths.sum()), int(self.loss_tokens[rows].sum())
         if not self.section.packing:
             return SplitReport(len(rows), tokens, loss_tokens, len(rows), 1.0)
-        blocks = count_blocks(lengths, self.section.max_length)
+        blocks = len(pack(lengths.tolist(), self.section.max_length))
         return SplitReport(len(rows), tokens, loss_tokens, blocks, tokens / (blocks * self.section.max_length))
 
     def _select(self, rows: NDArray[np.int64]) -> datasets.Dataset:

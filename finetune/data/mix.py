@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
-
-PACKED_TOGETHER = 1000
-"""Rows that TRL packs at a time (the default batch of `datasets.map`)."""
 
 
 def draw_counts(num_rows: Sequence[int], weights: Sequence[float | None]) -> list[int]:
@@ -44,25 +40,3 @@ def hold_out(hashes: NDArray[np.uint64], fraction: float) -> tuple[Indices, Indi
     if not count:
         return np.arange(len(hashes)), np.zeros(0, np.int64)
     return np.flatnonzero(hashes > unique[count - 1]), np.sort(first[:count])
-
-
-def count_blocks(lengths: Sequence[int] | Indices, max_length: int) -> int:
-    """Packed blocks of rows of these lengths in this order: best fit, longest first, as TRL's `bfd` packs them."""
-    lengths = np.minimum(np.asarray(lengths, np.int64), max_length)
-    parts = (lengths[i : i + PACKED_TOGETHER] for i in range(0, len(lengths), PACKED_TOGETHER))
-    return sum(_best_fit(np.sort(part)[::-1].tolist(), max_length) for part in parts)
-
-
-def _best_fit(lengths: list[int], max_length: int) -> int:
-    spaces: list[int] = []
-    blocks = 0
-    for length in lengths:
-        fit = bisect_left(spaces, length)
-        if fit < len(spaces):
-            space = spaces.pop(fit)
-        else:
-            space = max_length
-            blocks += 1
-        if space > length:
-            insort(spaces, space - length)
-    return blocks

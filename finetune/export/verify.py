@@ -52,7 +52,7 @@ class VerifyReport(Shown):
         weights = f"{self.tensors:,} tensors exact to their dtype"
         if self.logits is None:
             return weights
-        return f"{weights}, top-1 agrees at {self.logits.top1_agreement:.1%} of {self.logits.positions:,} positions"
+        return f"{weights}, logits of {self.logits.prompts} prompts within its rounding"
 
     def render(self) -> Group:
         """The agreement of weights and logits, and notes."""

@@ -49,6 +49,15 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, bank)}
 
 
+def expert_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Whatever answers for the experts of each decoder layer that has any, by its index, in layer order.
+
+    That is the bank of a plain model, its packed form, or the adapters around either: all are called with tokens
+    (T, H), expert ids (T, K) and routing weights (T, K).
+    """
+    return {layer_index(name): module for name, module in model.named_modules() if name.endswith(f".{EXPERTS}")}
+
+
 def layer_index(name: str) -> int:
     """Index of the decoder layer a module or tensor name lies in. Raises ModelError when it lies in none."""
     match = _LAYER.search(name)

@@ -9,20 +9,24 @@ from finetune.errors import Problem, UserError
 
 
 def metrics_frame(rows: Sequence[dict[str, Any]]) -> Any:
-    """`metrics.jsonl` as a pandas DataFrame, one row per step, evaluation columns beside the training ones."""
-    pandas = _need("pandas")
+    """`metrics.jsonl` as a pandas DataFrame, one row per step, evaluation columns beside the training ones.
+
+    What is there by layer (`routing`) is left out, see `report.routing_plots`.
+    """
+    pandas = need("pandas")
     by_step: dict[int, dict[str, Any]] = {}
     for row in rows:
-        by_step.setdefault(row["step"], {}).update(row)
+        flat = {name: value for name, value in row.items() if name not in ("routing", "warnings")}
+        by_step.setdefault(row["step"], {}).update(flat)
     return pandas.DataFrame([by_step[step] for step in sorted(by_step)])
 
 
 def plot_loss(rows: Sequence[dict[str, Any]], title: str = "") -> Any:
     """Training loss against steps, and held-out loss where it was measured. Returns a matplotlib Figure."""
-    _need("matplotlib")
-    from matplotlib.figure import Figure
+    need("matplotlib")
+    from finetune.report.figure import Plot
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = Plot(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
@@ -54,7 +58,8 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def _need(library: str) -> Any:
+def need(library: str) -> Any:
+    """An optional library. Raises UserError that says how to get it."""
     import importlib
 
     try:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from finetune.config.schema import Recipe
@@ -17,7 +18,7 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     """Every default of TRL that would surprise is spelled out here.
 
-    Rows arrive tokenized and masked, so nothing of TRL's own templating applies. Evaluation and checkpoint
+    Rows arrive tokenized, masked and packed, so nothing of TRL's own preparation applies. Evaluation and checkpoint
     rotation are callbacks of ours, which is why both are off.
     """
     train, data = recipe.train, recipe.data
@@ -32,17 +33,20 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "optim": OPTIMIZERS[train.optimizer],
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": train.precision == "bf16",
         "seed": train.seed,
         "data_seed": train.seed,
-        "packing": data.packing,
+        "packing": data.packing,  # asks for the collator of packed rows
         "packing_strategy": "bfd",
         "max_length": data.max_length,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
         "logging_steps": train.log_every,
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "eval_strategy": "no",
         "router_aux_loss_coef": recipe.router.aux_loss,
+        "ddp_find_unused_parameters": False,  # factors without tokens get zeros
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

@@ -16,6 +16,7 @@ from finetune.errors import Problem, TrainingError
 from finetune.models.scoring import Score, score_rows
 from finetune.training.checkpoints import mark_complete, remove_older
 from finetune.training.memory import peak_memory_gib
+from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
 Row = dict[str, Any]
@@ -75,7 +76,9 @@ class Metrics(TrainerCallback):
         )
 
     def write(self, row: Row) -> None:
-        """Append one row and flush it."""
+        """Append one row and flush it; of several processes the main one writes."""
+        if not is_main_process():
+            return
         with self._folder.metrics.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         self._listener(row)
@@ -88,7 +91,6 @@ class Evaluation(TrainerCallback):
         self._rows = rows
         self._every = every
         self._metrics = metrics
-        self.last: Score | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate when it is time."""
@@ -96,14 +98,9 @@ class Evaluation(TrainerCallback):
         if last_step or (self._every and state.global_step % self._every == 0):
             self._evaluate(kwargs["model"], state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate a run that had no step left to do."""
-        if self.last is None:
-            self._evaluate(kwargs["model"], state.global_step)
-
     def _evaluate(self, model: Any, step: int) -> None:
-        self.last = Score.of(score_rows(model, self._rows))
-        self._metrics.write({"step": step, "eval_loss": self.last.loss, "eval_exact_match": self.last.exact_match})
+        score = Score.of(score_rows(model, self._rows))
+        self._metrics.write({"step": step, "eval_loss": score.loss, "eval_exact_match": score.exact_match})
 
 
 class Checkpoints(TrainerCallback):
@@ -121,6 +118,7 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer wrote its files; make them count."""
+        processes().wait_for_everyone()  # each has files of its own in the checkpoint
         if state.is_world_process_zero:
             mark_complete(self._folder / f"checkpoint-{state.global_step}")
             remove_older(self._folder, self._keep)

@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import PeftModel
 
 from finetune.adapters.table import trainable_parameters
@@ -15,6 +14,8 @@ from finetune.config.load import load_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
 from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
+from finetune.routing.plan_file import read_plan
+from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
 LIBRARIES = ("finetune-moe", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -27,15 +28,10 @@ MAY_CHANGE = {
 }
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return bool(PartialState().is_main_process)
-
-
 def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """The folder of the run, made anew or, to resume, checked to hold the same recipe."""
     folder = RunFolder(Path(recipe.output.dir))
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         if not is_main_process():
             return folder
         if resume:
@@ -88,9 +84,12 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "eval": {name: evals[-1][f"eval_{name}"] for name in ("loss", "exact_match")} if evals else None,
         "trainable_parameters": trainable_parameters(model),
         "trainable_share": trainable_parameters(model) / sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": steps[-1]["elapsed_s"],
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
     }
+    if folder.plan.is_file():
+        summary["trained_experts"] = read_plan(folder.plan).num_trained
     if is_main_process():
         write_json_atomic(folder.summary, summary)
     return summary

@@ -1,4 +1,4 @@
-"""The folder of one run: recipe.yaml, metrics.jsonl, checkpoints/, adapter/."""
+"""The folder of one run: recipe.yaml, routing.json, plan.json, metrics.jsonl, checkpoints/, adapter/."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ class RunFolder:
     def recipe(self) -> Path:
         """The recipe as it ran, every default written out."""
         return self.path / "recipe.yaml"
+
+    @property
+    def routing(self) -> Path:
+        """The routing profile that experts were chosen from, when the run made one."""
+        return self.path / "routing.json"
+
+    @property
+    def plan(self) -> Path:
+        """The experts that train, when not all do."""
+        return self.path / "plan.json"
 
     @property
     def metrics(self) -> Path:
@@ -64,7 +74,7 @@ class RunFolder:
         for folder in (self.checkpoints, self.adapter):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for file in (self.metrics, self.summary, self.recipe):
+        for file in (self.routing, self.plan, self.metrics, self.summary, self.recipe):
             file.unlink(missing_ok=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -5,22 +5,36 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peft import PeftModel
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
-from finetune.data.quiet import no_progress_bars
+from finetune.data.packing import packed
+from finetune.models.qwen3 import expert_layers
+from finetune.routing.plan import ExpertPlan
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, GradientCheck, Metrics
 from finetune.training.checkpoints import newest_complete, step_of
-from finetune.training.progress import TrainingProgress
+from finetune.training.routing_monitor import RoutingMonitor
 from finetune.training.run_folder import RunFolder
+
+
+class Progress(Protocol):
+    """What is told how the run goes."""
+
+    def start(self, total_steps: int) -> None:
+        """The run begins."""
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl was written."""
+
+    def close(self) -> None:
+        """The run ended, well or not."""
 
 
 @dataclass(frozen=True)
@@ -38,29 +52,41 @@ def train_sft(
     recipe: Recipe,
     folder: RunFolder,
     *,
+    plan: ExpertPlan | None = None,
     resume: bool = False,
-    console: Console | None = None,
+    progress: Progress,
 ) -> None:
     """Train the adapters of `model` in place; metrics.jsonl and checkpoints/ of `folder` grow on the way.
 
+    plan: the experts that train, for the monitor of the router; None for all.
     resume: continue from the newest complete checkpoint, bit for bit as if never interrupted.
+    progress: told about the run as it goes.
     Raises AdapterError when that checkpoint was taken with another expert plan or rank, TrainingError when a group
     of adapters gets no gradient or the loss is not finite.
     """
     arguments = sft_arguments(recipe, folder.checkpoints)
-    with no_progress_bars():
-        trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows.train, processing_class=tokenizer)
+    train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     total_steps = _total_steps(trainer, recipe)
     arguments.warmup_steps = warmup_steps(recipe, total_steps)
-    with TrainingProgress(total_steps, console) as progress:
+    checkpoint = _checkpoint(model, folder) if resume else None
+    if checkpoint is not None and step_of(checkpoint) >= total_steps:  # the trainer would take one step too many
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+        return
+    progress.start(total_steps)
+    try:
         metrics = Metrics(folder, progress)
         trainer.add_callback(GradientCheck())
         trainer.add_callback(metrics)
         if rows.eval is not None:
             trainer.add_callback(Evaluation(list(rows.eval), recipe.train.eval_every, metrics))
+        if expert_layers(model):
+            trainer.add_callback(RoutingMonitor(model, rows.train, plan, metrics))
         trainer.add_callback(Checkpoints(folder.checkpoints, recipe.train.save_every, recipe.train.keep))
-        trainer.train(resume_from_checkpoint=_checkpoint(model, folder) if resume else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
 
 
 def _total_steps(trainer: SFTTrainer, recipe: Recipe) -> int:
@@ -72,9 +98,9 @@ def _total_steps(trainer: SFTTrainer, recipe: Recipe) -> int:
     return math.ceil(per_epoch * recipe.train.epochs)
 
 
-def _checkpoint(model: PeftModel, folder: RunFolder) -> str:
+def _checkpoint(model: PeftModel, folder: RunFolder) -> Path:
     """The checkpoint to continue from; metrics after it are dropped, they will be logged again."""
-    checkpoint: Path = newest_complete(folder.checkpoints)
+    checkpoint = newest_complete(folder.checkpoints)
     check_same_plan(model, checkpoint)
     folder.rewind_metrics(step_of(checkpoint))
-    return str(checkpoint)
+    return checkpoint

@@ -64,3 +64,13 @@ def test_a_wrong_shape_is_refused():
         factor("A").load_state_dict({"weight": torch.zeros(25, 7)})
     with pytest.raises(RuntimeError, match="size mismatch"):
         factor("A").load_state_dict({"weight": torch.zeros(2, 4, 7)})
+
+
+def test_an_expert_starts_the_same_whichever_others_train():
+    every, part = Factor("A", range(6), 6, 3, 8), Factor("A", (1, 4), 6, 3, 8)
+    for factor in (every, part):
+        torch.manual_seed(0)
+        factor.fill_uniform_(0.5)
+    assert torch.equal(part.weight, every.weight[[1, 4]])
+    assert every.weight.abs().max() <= 0.5
+    assert part.weight.requires_grad

@@ -368,6 +368,24 @@ CONTRADICTIONS = {
         "only read with",
         "score",
     ),
+    "score without a rule": (
+        GOOD + "experts: {score: gate}\n",
+        "r.yaml:12: experts.score",
+        "is gate, but no rule",
+        "top_fraction",
+    ),
+    "score with a plan": (
+        GOOD + "experts: {score: gate, select: {file: plan.json}}\n",
+        "r.yaml:12: experts.score",
+        "is gate, but no rule",
+        "top_fraction",
+    ),
+    "budget_per without a budget": (
+        GOOD + "experts: {select: {top_p: 0.2, budget_per: layer}}\n",
+        "r.yaml:12: experts.select",
+        "there is no budget",
+        "remove budget_per",
+    ),
     "selects nothing": (
         swap("experts: [gate_up_proj, down_proj]\n", "attention: [q_proj]\n") + "experts: {select: {top_p: 0.2}}\n",
         "r.yaml:12: experts.select",

@@ -94,6 +94,16 @@ def test_summary_is_json_and_says_what_would_train(recipe_file):
     assert (facts["output"], facts["warnings"]) == ("runs/x", [])
 
 
+def test_what_trains_of_a_part_of_the_experts(recipe_file):
+    quarter = summarize(load_recipe(recipe_file, "experts.select={top_fraction: 0.25}"))
+    assert quarter["trainable_parameters"] == 48 * 8 * 17408 + 48 * 32 * 2 * (768 + 2048)
+    assert quarter["experts_that_train"] == {"score": "tokens", "top_fraction": 0.25}
+    hot = summarize(load_recipe(recipe_file, "experts={score: gate, select: {top_p: 0.2}}"))
+    assert "trainable_parameters" not in hot
+    assert hot["experts_that_train"] == {"score": "gate", "top_p": 0.2}
+    assert "experts_that_train" not in summarize(load_recipe(recipe_file))
+
+
 def test_summary_without_a_local_model(recipe_file):
     facts = summarize(load_recipe(recipe_file, "model.path=Qwen/Qwen3-30B-A3B", "train.steps=null"))
     assert "trainable_parameters" not in facts

@@ -1,15 +1,16 @@
-"""What prepare returns goes through TRL's packing, and packed documents do not see one another."""
+"""Every token lands in one block, blocks are full and mixed, and rows of one block do not see one another."""
 
 import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.data.dataset import prepare
-from finetune.data.mix import count_blocks
+from finetune.data.packing import OPEN_BLOCKS, pack, packed
 from tests.data.conftest import question, section
 
 SIZES = {
@@ -30,11 +31,11 @@ def prepared(tiny_tokenizer, write_jsonl):
 
 
 def test_packing_keeps_every_token_and_label(prepared):
-    packed = pack_dataset(prepared.train, 128, "bfd")
-    assert set(packed.column_names) == {"input_ids", "labels", "seq_lengths"}
-    assert max(map(len, packed["input_ids"])) <= 128
+    blocks = packed(prepared.train, 128)
+    assert set(blocks.column_names) == {"input_ids", "labels", "seq_lengths"}
+    assert max(map(len, blocks["input_ids"])) <= 128
     unpacked = set()
-    for ids, labels, lengths in zip(packed["input_ids"], packed["labels"], packed["seq_lengths"], strict=True):
+    for ids, labels, lengths in zip(blocks["input_ids"], blocks["labels"], blocks["seq_lengths"], strict=True):
         begin = 0
         for length in lengths:
             unpacked.add((tuple(ids[begin : begin + length]), tuple(labels[begin : begin + length])))
@@ -42,21 +43,39 @@ def test_packing_keeps_every_token_and_label(prepared):
         assert begin == len(ids) == len(labels)
     rows = zip(prepared.train["input_ids"], prepared.train["labels"], strict=True)
     assert unpacked == {(tuple(ids), tuple(labels)) for ids, labels in rows}
-    assert packed.cache_files == []
+    assert blocks.cache_files == []
 
 
 def test_report_counts_the_blocks_that_packing_makes(prepared):
-    packed = pack_dataset(prepared.train, 128, "bfd")
-    assert prepared.report.train.blocks == len(packed)
-    assert prepared.report.train.fill_share == pytest.approx(prepared.report.train.tokens / (len(packed) * 128))
+    blocks = packed(prepared.train, 128)
+    assert prepared.report.train.blocks == len(blocks)
+    assert prepared.report.train.fill_share == pytest.approx(prepared.report.train.tokens / (len(blocks) * 128))
 
 
-def test_counted_blocks_of_known_lengths():
-    assert count_blocks([8], 8) == 1
-    assert count_blocks([5, 5, 3, 3], 8) == 2
-    assert count_blocks([6, 6, 3, 1, 1], 8) == 3
-    assert count_blocks([20, 20], 8) == 2
-    assert count_blocks([8] * 1000 + [1] * 8, 8) == 1001
+def test_blocks_of_known_lengths():
+    assert pack([8], 8) == [[0]]
+    assert pack([5, 5, 3, 3], 8) == [[0, 2], [1, 3]]
+    assert pack([6, 6, 3, 1, 1], 8) == [[0, 3, 4], [1], [2]]
+    assert pack([4, 6, 2], 8) == [[0], [1, 2]], "the fullest block that has room"
+    assert pack([], 8) == []
+
+
+@given(st.lists(st.integers(1, 50), max_size=300))
+def test_every_row_is_in_one_block_that_holds_it(lengths):
+    blocks = pack(lengths, 50)
+    assert sorted(row for block in blocks for row in block) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in block) <= 50 for block in blocks)
+    assert all(block == sorted(block) for block in blocks)
+
+
+def test_blocks_are_nearly_full_and_mixed():
+    rng = random.Random(0)
+    lengths = [rng.randrange(1, 1025) for _ in range(4000)]
+    assert sum(lengths) / (1024 * len(pack(lengths, 1024))) > 0.97
+    kinds = [rng.randrange(2) for _ in range(4000)]  # short rows of one kind, long rows of another
+    blocks = pack([20 + 20 * kind for kind in kinds], 1024)
+    shares = [sum(kinds[row] for row in block) / len(block) for block in blocks[:-OPEN_BLOCKS]]
+    assert 0.2 < min(shares) < max(shares) < 0.8
 
 
 @pytest.mark.parametrize(
@@ -68,12 +87,12 @@ def test_packed_documents_are_isolated(architecture, config, prepared):
     torch.manual_seed(0)
     model = architecture(config).eval()
     rows = prepared.train.select(range(12))
-    packed = pack_dataset(rows, 128, "bfd")
-    assert max(map(len, packed["seq_lengths"])) > 1
+    blocks = packed(rows, 128)
+    assert max(map(len, blocks["seq_lengths"])) > 1
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     total, count = 0.0, 0
     with torch.no_grad():
-        for block in packed:
+        for block in blocks:
             batch = collator([block])
             logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
             labels = torch.tensor(block["labels"])

@@ -1,0 +1,99 @@
+"""What training a quarter of the experts costs beside training all: bytes, and time of a step.
+
+    python benchmarks/freezing/bytes_and_time.py [--layers 2] [--tokens 2048] [--steps 10] [--device cpu]
+
+Layers as wide as Qwen3-30B-A3B's, random bf16 weights, LoRA r=16 on experts alone, AdamW. The two arms take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from finetune.adapters.attach import attach
+from finetune.config.schema import SelectRule
+from finetune.routing.collect import profile_routing
+from finetune.routing.score import shares
+from finetune.routing.select import apply_rule
+
+SECTION = {"attention": (), "experts": ("gate_up_proj", "down_proj"), "rank": 16}
+
+
+def build(layers: int, device: str) -> Any:
+    """A random Qwen3-MoE of the published widths; the vocabulary is small, it is not what is measured."""
+    config = Qwen3MoeConfig(
+        vocab_size=1024, hidden_size=2048, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+        initializer_range=0.02, output_router_logits=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+class Run:
+    """One arm: its own model, so that nothing is shared."""
+
+    def __init__(self, fraction: float, layers: int, ids: torch.Tensor) -> None:
+        model, device = build(layers, str(ids.device)), ids.device
+        rows = [{"input_ids": ids[0].tolist(), "labels": ids[0].tolist()}]
+        profile = profile_routing(model, rows)
+        plan = apply_rule(shares(profile), SelectRule(top_fraction=fraction), profile.layer_indices)
+        self.model, self.ids, self.device = attach(model, SECTION, plan, seed=0).train(), ids, device
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        """One optimizer step, timed."""
+        self._wait()
+        start = time.perf_counter()
+        self.model(self.ids, labels=self.ids).loss.backward()
+        self.gradient_bytes = sum(p.grad.numel() * p.grad.element_size() for p in self.trained if p.grad is not None)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._wait()
+        self.seconds.append(time.perf_counter() - start)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def facts(self) -> dict[str, float]:
+        """Bytes, and the median time of a step without the first ones."""
+        state = [v for entry in self.optimizer.state.values() for v in entry.values() if torch.is_tensor(v) and v.ndim]
+        return {
+            "adapter_bytes": sum(p.numel() * p.element_size() for p in self.trained),
+            "gradient_bytes": self.gradient_bytes,
+            "optimizer_bytes": sum(v.numel() * v.element_size() for v in state),
+            "step_ms": 1000 * statistics.median(self.seconds[3:]),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    ids = torch.randint(0, 1024, (1, options.tokens), generator=torch.Generator().manual_seed(1)).to(options.device)
+    arms = {name: Run(fraction, options.layers, ids) for name, fraction in (("all experts", 1.0), ("a quarter", 0.25))}
+    for _ in range(3 + options.steps):
+        for arm in arms.values():
+            arm.step()
+    facts = {name: arm.facts() for name, arm in arms.items()}
+    print(json.dumps(vars(options) | {"torch": torch.__version__}))
+    for name in facts["all experts"]:
+        every, part = (facts[arm][name] for arm in arms)
+        print(f"{name:<16} all experts {every:>16,.1f}   a quarter {part:>16,.1f}   ratio {part / every:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Which experts a run trains: chosen once, before adapters are attached, and written down in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+
+from finetune.config.schema import Recipe
+from finetune.routing.measure import profile_for
+from finetune.routing.plan import ExpertPlan
+from finetune.routing.plan_file import read_plan, write_plan
+from finetune.routing.profile import RoutingProfile
+from finetune.routing.profile_file import read_profile, write_profile
+from finetune.routing.select import select
+from finetune.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ExpertFiles:
+    """What a recipe names in its experts section, read before the model is loaded so that mistakes are told early.
+
+    plan: of experts.select.file. against: of experts.against.
+    """
+
+    plan: ExpertPlan | None
+    against: RoutingProfile | None
+
+    @classmethod
+    def read(cls, recipe: Recipe) -> ExpertFiles:
+        """Raises RoutingError or AdapterError with what is wrong with them."""
+        rule, against = recipe.experts.select, recipe.experts.against
+        return cls(
+            None if rule is None or rule.file is None else read_plan(rule.file),
+            None if against is None else read_profile(against),
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The experts that train, all of the model's when `plan` is None, and the profile they were chosen from."""
+
+    plan: ExpertPlan | None = None
+    profile: RoutingProfile | None = None
+
+
+def choose_experts(
+    model: nn.Module,
+    rows: Any,
+    recipe: Recipe,
+    folder: RunFolder,
+    files: ExpertFiles,
+    *,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Choice:
+    """The choice of a run, saved as routing.json and plan.json in its folder; a resumed run reads what it saved.
+
+    One process measures and every process reads what it wrote, so that all train the same experts.
+    """
+    if recipe.experts.select is None:
+        return Choice()
+    state = PartialState()
+    with state.main_process_first():
+        if state.is_main_process and not resume:
+            profile = None
+            if files.plan is None:
+                profile = profile_for(recipe, model, rows, progress=progress)
+                write_profile(folder.routing, profile)
+            write_plan(folder.plan, _plan(model, recipe, files, profile))
+        return Choice(read_plan(folder.plan), read_profile(folder.routing) if folder.routing.is_file() else None)
+
+
+def _plan(model: Any, recipe: Recipe, files: ExpertFiles, profile: RoutingProfile | None) -> ExpertPlan:
+    if profile is None:
+        assert files.plan is not None
+        return files.plan
+    price = recipe.adapter.expert_parameters(model.config.hidden_size, model.config.moe_intermediate_size)
+    seed = recipe.train.seed
+    return select(profile, recipe.experts, against=files.against, seed=seed, expert_parameters=price)

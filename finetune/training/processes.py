@@ -1,0 +1,16 @@
+"""The processes of a run: one, or as many as `accelerate launch` or `torchrun` started."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+
+
+def processes() -> PartialState:
+    """The processes of this run, as `accelerate launch` or `torchrun` started them; they join when first asked for."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return bool(processes().is_main_process)

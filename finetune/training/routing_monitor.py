@@ -1,0 +1,67 @@
+"""The router under watch while a run trains: rows in metrics.jsonl, and warnings with advice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from accelerate.utils import reduce
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from finetune.routing.collect import Row, take_sample
+from finetune.routing.plan import ExpertPlan
+from finetune.routing.watch import LoadCounter, Look, Probe, overlap
+from finetune.training.callbacks import Metrics
+
+PROBE_TOKENS = 1024
+LOOKS = 20
+
+
+class RoutingMonitor(TrainerCallback):
+    """Looks at the router before the first step, then about twenty times, and after the last step.
+
+    rows: training rows; the first ones are what drift is measured on.
+    plan: the experts that train; None for all.
+
+    Each kind of trouble is told once, in the `warnings` of a row.
+    """
+
+    def __init__(self, model: PeftModel, rows: Sequence[Row], plan: ExpertPlan | None, metrics: Metrics) -> None:
+        self._model, self._plan, self._metrics = model, plan, metrics
+        base: Any = model.get_base_model()
+        self._counter = LoadCounter(base.model, base.config.num_experts)
+        self._probe = Probe(base.model, take_sample(rows, PROBE_TOKENS), base.config.num_experts)
+        self._hooks = ExitStack()
+        self._told: set[str] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See what the base model does with the probe, and start to count."""
+        with self._model.disable_adapter():
+            self._base_choices = self._probe.choices()
+        load = self._probe.load(self._base_choices)
+        self._base = Look(tuple(self._counter.layers), load, load, [1.0] * len(load))
+        self._hooks.enter_context(self._counter.listening())
+        if state.global_step == 0 and state.is_world_process_zero:
+            self._metrics.write({"step": 0, **self._base.to_row(self._plan)})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look when it is time."""
+        every = max(1, state.max_steps // LOOKS)
+        if state.global_step % every and state.global_step < state.max_steps:
+            return
+        choices = self._probe.choices()
+        load_LE = reduce(self._counter.take(), "sum").cpu().numpy()  # over all processes
+        look = Look(self._base.layers, load_LE, self._probe.load(choices), overlap(choices, self._base_choices))
+        if state.is_world_process_zero:
+            row = {"step": state.global_step, **look.to_row(self._plan)}
+            news = {kind: text for kind, text in look.warnings(self._base).items() if kind not in self._told}
+            if news:
+                row["warnings"] = list(news.values())
+                self._told.update(news)
+            self._metrics.write(row)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop counting."""
+        self._hooks.close()

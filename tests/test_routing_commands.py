@@ -1,0 +1,108 @@
+"""`finetune profile` and `finetune experts`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.__main__ import main
+from finetune.routing.plan_file import read_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "recipes/quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def law(tmp_path_factory) -> str:
+    """A routing.json written by hand."""
+    content = json.loads((ROOT / "tests" / "assets" / "esft" / "law.json").read_text())
+    path = tmp_path_factory.mktemp("law") / "routing.json"
+    keep = {"token_counts": content["token_counts"], "gate_mass": content["gate_sums"], "experts_per_token": 6}
+    path.write_text(json.dumps(keep))
+    return str(path)
+
+
+def profiled(tmp_path, *overrides: str) -> bytes:
+    output = tmp_path / "routing.json"
+    assert main(["profile", RECIPE, "experts.profile_tokens=3000", *overrides, "--output", str(output), "--json"]) == 0
+    return output.read_bytes()
+
+
+def test_a_profile_does_not_depend_on_how_rows_are_batched_or_packed(tmp_path, capsys):
+    packed = profiled(tmp_path)
+    facts = json.loads(capsys.readouterr().out)
+    assert 0.8 < facts["split_half_stability"] <= 1
+    assert 0.25 < facts["hottest_quarter_share"] < 1
+    assert profiled(tmp_path, "data.packing=false", "train.batch_size=4", "train.gradient_accumulation=3") == packed
+    assert profiled(tmp_path, "data.max_length=256") == packed
+    assert profiled(tmp_path, "train.seed=1") != packed
+
+
+def test_experts_loads_no_model(law):
+    code = (
+        f"import sys; from finetune.__main__ import main; assert main(['experts', {law!r}, '--top-p', '0.2']) == 0;"
+        "sys.exit(', '.join({'torch', 'transformers', 'peft', 'datasets', 'trl'} & set(sys.modules)) or None)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "153 of 1,664 experts train" in result.stdout
+
+
+def test_experts_as_json(law, capsys, tmp_path):
+    plan = tmp_path / "plan.json"
+    assert main(["experts", law, "--score", "tokens", "--top-p", "0.2", "--json", "--plan-out", str(plan)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["experts_by_layer"]["0"] == [1, 7, 9, 12, 13, 16, 17, 37, 40]
+    assert found["trained_experts"] == sum(map(len, found["experts_by_layer"].values())) == 153
+    assert 0.2 <= found["routing_share"] < 0.25
+    assert read_plan(plan).to_dict() == {key: found[key] for key in ("num_experts", "experts_by_layer")}
+
+
+def test_experts_without_a_rule_compares_several(law, capsys):
+    assert main(["experts", law]) == 0
+    assert "top_fraction 0.25" in capsys.readouterr().out
+    assert main(["experts", law, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["choices"]) == 5
+
+
+def test_experts_as_a_plot(law, tmp_path):
+    assert main(["experts", law, "--top-p", "0.2", "--plot", str(tmp_path / "experts.png")]) == 0
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_needs_the_price_of_an_expert(law, capsys):
+    assert main(["experts", law, "--budget", "1M"]) == 2
+    assert "--model" in capsys.readouterr().err
+    assert main(["experts", law, "--budget", "1M", "--model", "examples/tiny-qwen3-moe", "--rank", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    price = 8 * ((96 + 2 * 64) + (64 + 96))
+    assert found["trainable_parameters"] == found["trained_experts"] * price
+    assert 1_000_000 - price < found["trainable_parameters"] <= 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--top-p", "2"], "experts.select.top_p"),
+        (["--top-p", "0.2", "--top-fraction", "0.5"], "exactly one rule"),
+        (["--score", "heat", "--top-p", "0.2"], "experts.score"),
+        (["--score", "mass", "--top-p", "0.2"], "has no output_mass"),
+        (["--score", "contrast", "--top-p", "0.2"], "contrast"),
+        (["--score", "contrast", "--top-p", "0.2", "--against", "no.json"], "does not exist"),
+        (["--top-p", "0.2", "--per-layer"], "there is no budget"),
+        (["--plan-out", "plan.json"], "needs a rule"),
+        (["--budget", "5Q"], "no amount"),
+    ],
+)
+def test_mistakes(law, arguments, expected, capsys):
+    assert main(["experts", law, *arguments]) == 2
+    assert expected in " ".join(capsys.readouterr().err.split())

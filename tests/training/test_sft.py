@@ -1,0 +1,140 @@
+"""Short real runs: what the recipe says is what happens."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from finetune.config.load import parse_recipe
+from finetune.errors import AdapterError, TrainingError, UserError
+from finetune.pipeline import train
+from finetune.training.arguments import warmup_steps
+from tests.tiny import save_as_hub, tiny_dense, tiny_moe
+
+BASE = Path("examples/tiny-qwen3-moe")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A random MoE and a random dense Qwen3 with the embedded model's tokenizer."""
+    folders = {}
+    for name, build in (("moe", tiny_moe), ("dense", tiny_dense)):
+        folder = save_as_hub(build(vocab_size=704, eos_token_id=2), tmp_path_factory.mktemp(name))
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+            shutil.copy(BASE / file, folder)
+        folders[name] = folder
+    return folders
+
+
+def recipe(model, output, *overrides, adapter="{attention: [q_proj], experts: [down_proj], rank: 4, alpha: 8}"):
+    text = f"""
+model: {{path: {model}, dtype: float32}}
+adapter: {adapter}
+data:
+  train: examples/data/secret-code.jsonl
+  eval: examples/data/secret-code-heldout.jsonl
+  max_length: 256
+train: {{steps: 4, gradient_accumulation: 2, learning_rate: 1e-2, precision: fp32, schedule: constant, warmup: 0}}
+output: {{dir: {output}}}
+"""
+    return parse_recipe(text, "test.yaml", *overrides)
+
+
+def losses(run):
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def adapter_tensors(run):
+    from safetensors.torch import load_file
+
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def test_dense_models_train_attention_and_mlp(models, tmp_path):
+    adapter = "{attention: [q_proj, v_proj], mlp: [gate_proj, up_proj, down_proj], rank: 4, alpha: 8}"
+    run = train(recipe(models["dense"], tmp_path / "run", adapter=adapter), console=QUIET)
+    assert losses(run)[-1] < losses(run)[0]
+    trained = {name.split(".")[-3] for name, value in adapter_tensors(run).items() if "lora_B" in name and value.any()}
+    assert trained == {"q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_8_bit_adamw_is_close_to_adamw(models, tmp_path):
+    runs = [
+        train(recipe(models["moe"], tmp_path / name, f"train.optimizer={name}"), console=QUIET)
+        for name in ("adamw", "adamw_8bit")
+    ]
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=2e-2)
+    assert losses(runs[0])[1:] != losses(runs[1])[1:]
+
+
+def test_accumulation_sums_to_the_larger_batch(models, tmp_path):
+    rows = "data.packing=false"
+    small = train(recipe(models["moe"], tmp_path / "small", rows), console=QUIET)
+    one_batch = ("train.batch_size=2", "train.gradient_accumulation=1")
+    large = train(recipe(models["moe"], tmp_path / "large", rows, *one_batch), console=QUIET)
+    assert losses(small) == pytest.approx(losses(large), rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_number(models, tmp_path):
+    plain = train(recipe(models["moe"], tmp_path / "plain"), console=QUIET)
+    checkpointed = train(recipe(models["moe"], tmp_path / "ck", "train.gradient_checkpointing=true"), console=QUIET)
+    assert losses(plain) == losses(checkpointed)
+
+
+def test_bf16_trains_and_keeps_fp32_factors(models, tmp_path):
+    exact = train(recipe(models["moe"], tmp_path / "fp32"), console=QUIET)
+    run = train(recipe(models["moe"], tmp_path / "run", "train.precision=bf16", "model.dtype=bfloat16"), console=QUIET)
+    assert losses(run) == pytest.approx(losses(exact), rel=2e-2)
+    assert losses(run) != losses(exact)
+    assert {tensor.dtype for tensor in adapter_tensors(run).values()} == {torch.float32}
+
+
+def test_epochs_decide_when_there_are_no_steps(models, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(Path("examples/data/secret-code.jsonl").read_text().splitlines(keepends=True)[:40]))
+    overrides = ("train.steps=null", "train.epochs=2", "data.packing=false", f"data.train={rows}", "data.eval=[]")
+    run = train(recipe(models["moe"], tmp_path / "run", *overrides, "train.gradient_accumulation=8"), console=QUIET)
+    assert run.summary["steps"] == 10
+    assert run.summary["eval"] is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(models, tmp_path):
+    with pytest.raises(TrainingError, match="not finite") as error:
+        train(recipe(models["moe"], tmp_path / "run", "train.learning_rate=1e38"), console=QUIET)
+    assert "learning_rate" in str(error.value)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_target_the_model_lacks_is_refused_before_anything_is_written(models, tmp_path):
+    with pytest.raises(AdapterError, match="experts"):
+        train(recipe(models["dense"], tmp_path / "run"), console=QUIET)
+
+
+def test_resume_needs_a_checkpoint_and_the_same_recipe(models, tmp_path):
+    with pytest.raises(UserError):
+        train(recipe(models["moe"], tmp_path / "none"), resume=True, console=QUIET)
+    train(recipe(models["moe"], tmp_path / "run"), console=QUIET)
+    with pytest.raises(UserError, match=r"adapter\.rank"):
+        train(recipe(models["moe"], tmp_path / "run", "adapter.rank=2"), resume=True, console=QUIET)
+
+
+def test_a_finished_run_resumed_is_the_same_run(models, tmp_path):
+    run = train(recipe(models["moe"], tmp_path / "run"), console=QUIET)
+    before = {name: value.clone() for name, value in adapter_tensors(run).items()}
+    again = train(recipe(models["moe"], tmp_path / "run"), resume=True, console=QUIET)
+    assert all(torch.equal(value, before[name]) for name, value in adapter_tensors(again).items())
+    assert losses(again) == losses(run)
+    assert again.summary["steps"] == 4
+
+
+def test_warmup_leaves_a_step_at_the_peak(models, tmp_path):
+    made = recipe(models["moe"], tmp_path / "run", "train.warmup=0.9")
+    assert warmup_steps(made, 2) == 1
+    assert warmup_steps(made, 100) == 90
+    assert math.isclose(recipe(models["moe"], tmp_path / "run").train.warmup, 0)
