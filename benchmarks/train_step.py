@@ -87,7 +87,7 @@ class Training:
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._losses: list[float] = []
         self._error: BaseException | None = None
-        trainer.DEFAULT_CALLBACKS.append(partial(_gate_class(), self._go, self._done, self._losses))
+        trainer.DEFAULT_CALLBACKS.append(_gate(self._go, self._done, self._losses))
         recipe = RECIPE.format(
             model=model, data=ROOT / "examples/data/replay.jsonl", tokens=tokens, output=Path(folder) / way
         )
@@ -123,22 +123,20 @@ class Training:
         return {"losses": list(self._losses), "resident_bytes": status_bytes("VmRSS")}
 
 
-def _gate_class() -> Any:
+def _gate(go: threading.Semaphore, done: threading.Semaphore, losses: list[float]) -> Any:
+    """A callback that reports the end of preparation or of a step, and waits to be let into the next."""
     from transformers import TrainerCallback
 
     class Gate(TrainerCallback):
-        def __init__(self, go: Any, done: Any, losses: list[float]) -> None:
-            self._go, self._done, self._losses = go, done, losses
-
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self._done.release()
-            self._go.acquire()
+            done.release()
+            go.acquire()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in (logs or {}):
-                self._losses.append(logs["loss"])
+                losses.append(logs["loss"])
 
-    return Gate
+    return Gate()
 
 
 def _train_ours(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,9 +96,15 @@ class Pass:
 
     def __init__(self, arrangement: Arrangement) -> None:
         layer, self._arrangement = arrangement.layer, arrangement
-        dtype, batched, dropout, gain = arrangement.dtype, arrangement.batched, layer.dropout, arrangement.gain
-        self.gate_up = Projection(layer.gate_up_EGH, _scaled(layer.gate_up_lora, gain), dtype, batched=batched)
-        self.down = Projection(layer.down_EHI, _scaled(layer.down_lora, gain), dtype, batched=batched)
+        dropout, gain = layer.dropout, arrangement.gain
+        make = partial(
+            Projection,
+            dtype=arrangement.dtype,
+            batched=arrangement.batched,
+            num_experts=sum(len(block.experts) for block in arrangement.rows.blocks),
+        )
+        self.gate_up = make(layer.gate_up_EGH, _scaled(layer.gate_up_lora, gain))
+        self.down = make(layer.down_EHI, _scaled(layer.down_lora, gain))
         self.width_of_gate_up: int = layer.gate_up_EGH.shape[1]
         self._keep_TH: Tensor | None = None
         self._keep_PI: Tensor | None = None

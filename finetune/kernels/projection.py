@@ -6,7 +6,6 @@ The product with W is one product per expert where experts are big, and batched 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ class _Slots(NamedTuple):
     a_YRI: Tensor
     b_YOR: Tensor
     scale: float
-    slots: list[int]
     index_Y: Tensor
 
 
@@ -37,15 +35,20 @@ class Projection:
     """One projection of all experts, W_e + scale * B_e A_e, for one forward or one backward.
 
     batched: multiply by the W of a whole block at once.
+    num_experts: of all blocks together; where most of them have rows, their factors are cast in one go.
 
     The experts of a block all have factors, or none has; `z` and `dz` are (experts, rows, R), None without factors.
-    The factors of a block are cast when it is first asked for: blocks are gone through one after another.
+    The factors of a block are gathered when it is first asked for: blocks are gone through one after another.
     """
 
-    def __init__(self, weight_EOI: Tensor, lora: Factors | None, dtype: torch.dtype, *, batched: bool) -> None:
+    def __init__(
+        self, weight_EOI: Tensor, lora: Factors | None, dtype: torch.dtype, *, batched: bool, num_experts: int
+    ) -> None:
         self._weight_EOI, self._lora, self._dtype, self._batched = weight_EOI, lora, dtype, batched
         self._slot_of_expert = [] if lora is None else lora.slot_of_expert.tolist()
-        self._parts = () if lora is None else (lora.a_XRI.unbind(), lora.b_XOR.unbind())
+        factors = () if lora is None else (lora.a_XRI, lora.b_XOR)
+        most = 2 * num_experts > len(weight_EOI)
+        self._factors = tuple(factor.to(dtype) for factor in factors) if most else factors
         self._at: tuple[Block, _Slots | None] | None = None
 
     def through_a(self, block: Block, x_lora_NI: Tensor) -> Tensor | None:
@@ -93,11 +96,7 @@ class Projection:
         d_a_YRI = torch.bmm(dz.mT, block.batched(x_lora_NI))
         d_b_YOR = self._thin(block.batched(dy_NO).mT, z)
         for grad, product in ((grads.a_XRI, d_a_YRI), (grads.b_XOR, d_b_YOR)):
-            if grad.dtype == product.dtype:
-                grad.index_copy_(0, slots.index_Y, product)
-            else:
-                parts = grad.unbind()
-                torch._foreach_copy_([parts[slot] for slot in slots.slots], product.unbind())
+            grad.index_copy_(0, slots.index_Y, product.to(grad.dtype))
 
     def scaled(self, thin: Tensor, block: Block, weight_N1: Tensor | None) -> Tensor:
         """Thin rows (z or dz) times the scale and, if given, the routing weights of the block's rows."""
@@ -135,16 +134,5 @@ class Projection:
             return None
         slots = [self._slot_of_expert[expert] for expert in block.experts]
         index_Y = torch.tensor(slots, device=self._lora.a_XRI.device)
-        a_YRI, b_YOR = (
-            self._gather(factor, parts, slots, index_Y)
-            for factor, parts in zip((self._lora.a_XRI, self._lora.b_XOR), self._parts, strict=True)
-        )
-        return _Slots(a_YRI, b_YOR, self._lora.scale, slots, index_Y)
-
-    def _gather(self, factor: Tensor, parts: Sequence[Tensor], slots: Sequence[int], index_Y: Tensor) -> Tensor:
-        """Some slots of a factor in the compute dtype: where it has to be cast, slots are cast as they are copied."""
-        if factor.dtype == self._dtype:
-            return factor.index_select(0, index_Y)
-        gathered = factor.new_empty(len(slots), *factor.shape[1:], dtype=self._dtype)
-        torch._foreach_copy_(gathered.unbind(), [parts[slot] for slot in slots])
-        return gathered
+        a_YRI, b_YOR = (factor.index_select(0, index_Y).to(self._dtype) for factor in self._factors)
+        return _Slots(a_YRI, b_YOR, self._lora.scale, index_Y)
