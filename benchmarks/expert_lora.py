@@ -39,7 +39,7 @@ def measure(shape: Shape, names: list[str], *, rounds: int, threads: int, backen
     builders = {name: partial(LAYERS[name], shape, backend) for name in names}
     with Contest(builders, threads) as contest:
         check_agreement({name: contest.ask(name, "facts") for name in names}, shape)
-        times = contest.run(rounds)
+        times = contest.run(rounds, warmup=6)
         memory = contest.memory()
     return {
         "shape": describe(shape),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from results import GIB, save, table
 from rounds import Contest, status_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
+REPLAY = ROOT / "examples" / "data" / "replay.jsonl"
 TINY = ROOT / "examples" / "tiny-qwen3-moe"
 ADAPTER = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -41,10 +43,20 @@ LAYERS, ALL_LAYERS, VOCABULARY = 2, 48, 151_936
 RECIPE = """
 model: {{path: {model}, dtype: bfloat16}}
 adapter: {{attention: [q_proj, k_proj, v_proj, o_proj], experts: [gate_up_proj, down_proj], rank: 16, alpha: 32}}
-data: {{train: {data}, max_length: {tokens}, loss_on: all}}
+data: {{train: {data}, max_length: {tokens}, over_long: truncate, loss_on: all}}
 train: {{steps: 1000, gradient_accumulation: 1, precision: bf16, seed: 0}}
 output: {{dir: {output}}}
 """
+
+
+def write_rows(path: Path, tokens: int) -> None:
+    """Rows longer than a block, so that every step has just `tokens` tokens, however blocks are packed."""
+    words = [json.loads(line)["messages"][-1]["content"] for line in REPLAY.read_text().splitlines()]
+    with path.open("w") as file:
+        for row in range(64):
+            picked = random.Random(row).choices(words, k=tokens)
+            messages = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": " ".join(picked)}]
+            file.write(json.dumps({"messages": messages}) + "\n")
 
 
 def write_model(folder: Path) -> None:
@@ -88,9 +100,8 @@ class Training:
         self._losses: list[float] = []
         self._error: BaseException | None = None
         trainer.DEFAULT_CALLBACKS.append(_gate(self._go, self._done, self._losses))
-        recipe = RECIPE.format(
-            model=model, data=ROOT / "examples/data/replay.jsonl", tokens=tokens, output=Path(folder) / way
-        )
+        data = Path(folder) / "rows.jsonl"
+        recipe = RECIPE.format(model=model, data=data, tokens=tokens, output=Path(folder) / way)
         run = {"ours": _train_ours, "stock": _train_stock}[way]
         threading.Thread(target=self._run, args=(run, recipe), daemon=True).start()
         self._wait()
@@ -152,6 +163,7 @@ def _train_stock(text: str) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from rich.console import Console
+    from transformers.trainer_callback import PrinterCallback
     from trl import SFTTrainer
 
     import finetune as ft
@@ -170,7 +182,9 @@ def _train_stock(text: str) -> None:
     )
     arguments = sft_arguments(recipe, Path(recipe.output.dir))
     adapted = get_peft_model(model, config)
-    SFTTrainer(model=adapted, args=arguments, train_dataset=prepared.train, processing_class=tokenizer).train()
+    trainer = SFTTrainer(model=adapted, args=arguments, train_dataset=prepared.train, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 class TinyStep:
@@ -222,7 +236,7 @@ def measure(builders: dict[str, Any], *, rounds: int, warmup: int, threads: int)
         memory = contest.memory()
         facts = {name: contest.ask(name, "facts") for name in builders}
     first = [facts[name]["losses"][0] for name in builders]
-    if not max(first) - min(first) <= 0.01 * min(first):
+    if not max(first) - min(first) <= 0.03 * min(first):
         sys.exit(f"error: the first losses differ, {first}: no numbers from different work")
     return {
         "threads": threads,
@@ -273,6 +287,7 @@ def main() -> None:
         else:
             tokens, rounds, warmup = options.tokens or 512, options.rounds or 7, 4
             write_model(Path(folder) / "model")
+            write_rows(Path(folder) / "rows.jsonl", tokens)
             model = str(Path(folder) / "model")
             builders = {way: partial(Training, way, model, folder, tokens) for way in ("ours", "stock")}
             case = f"{LAYERS} layers of Qwen3-30B-A3B's width, rank 16, {tokens} tokens, bfloat16"
