@@ -59,7 +59,8 @@ class Arrangement:
         batched = elements <= SMALL_EXPERT.get(dtype.itemsize, 0) and len(order_P) > 0
         compiled = order_P.device.type == "cpu" and dtype.itemsize == 2
         rounding = FEW_SIZES if compiled else ALIGNED if batched else EXACT
-        costs = BlockCosts(BLOCK_VALUES // layer.down_EHI.shape[1], BLOCK_ELEMENTS // elements, rounding)
+        block_rows = BLOCK_ELEMENTS // elements * (1 if batched else 4)  # expert by expert, padding is not multiplied
+        costs = BlockCosts(BLOCK_VALUES // layer.down_EHI.shape[1], block_rows, rounding)
         blocks = plan_blocks(counts, _kinds(layer), costs)
         layer = replace(layer, gate_up_lora=_detached(layer.gate_up_lora), down_lora=_detached(layer.down_lora))
         num_tokens, num_k = top_k_index_TK.shape

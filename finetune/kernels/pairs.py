@@ -33,6 +33,11 @@ class Block:
         """One past the last row."""
         return self.start + len(self.experts) * self.size
 
+    @property
+    def parts(self) -> list[int]:
+        """Rows used and rows left over of each expert in turn."""
+        return [rows for used in self.used for rows in (used, self.size - used)]
+
     def batched(self, rows: Tensor) -> Tensor:
         """The block's (N, ...) rows as (experts, size, ...)."""
         return rows.view(len(self.experts), self.size, *rows.shape[1:])

@@ -117,12 +117,11 @@ class Projection:
             weight_YOI = (self._weight_EOI if whole else self._weight_EOI.index_select(0, index)).to(self._dtype)
             torch.bmm(block.batched(rows), weight_YOI.mT if transpose else weight_YOI, out=block.batched(out))
             return
-        every = zip(block.experts, block.used, rows.split(block.size), out.split(block.size), strict=True)
-        for expert, used, x, y in every:
-            weight_OI = self._weight_EOI[expert].to(self._dtype)
-            torch.mm(x[:used], weight_OI.t() if transpose else weight_OI, out=y[:used])
-            if used < block.size:
-                y[used:].zero_()
+        weight_E = self._weight_EOI.mT if transpose else self._weight_EOI
+        x_parts, y_parts = rows.split(block.parts), out.split(block.parts)
+        for expert, x, y in zip(block.experts, x_parts[::2], y_parts[::2], strict=True):
+            torch.mm(x, weight_E[expert].to(self._dtype), out=y)
+        torch._foreach_zero_(y_parts[1::2])
 
     def _slots(self, block: Block) -> _Slots | None:
         if self._at is None or self._at[0] is not block:
