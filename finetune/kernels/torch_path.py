@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from finetune.errors import Problem, TrainingError
-from finetune.kernels.arrangement import Arrangement, Pass, Projection
-from finetune.kernels.layer import ExpertLayer
+from finetune.kernels.arrangement import Arrangement, Pass
+from finetune.kernels.layer import ExpertLayer, Factors
 from finetune.kernels.pairs import Block
+from finetune.kernels.projection import FactorGrads, Projection
 from finetune.kernels.swiglu import swiglu, swiglu_back
 
 
@@ -101,7 +102,7 @@ class _Way(NamedTuple):
     """A projection on the way back: where its factors' gradients go (None for nowhere), and what dropout kept."""
 
     projection: Projection
-    grads: tuple[Tensor, Tensor] | None
+    grads: FactorGrads | None
     keep: Tensor | None
 
 
@@ -116,13 +117,21 @@ class _Backward:
         num_rows = len(self._weight_N1)
         self._d_x_NH = self._x_TH.new_empty(num_rows, self._x_TH.shape[1]) if needs.x_TH else None
         self._d_weight_N = self._x_TH.new_empty(num_rows) if needs.weights_TK else None
-        self._d_gate_up = self._zeros(*tensors[2:4]) if any(needs[2:4]) else None
-        self._d_down = self._zeros(*tensors[4:6]) if any(needs[4:6]) else None
+        layer = arrangement.layer
+        self._d_gate_up = self._grads(layer.gate_up_lora) if layer.gate_up_lora and any(needs[2:4]) else None
+        self._d_down = self._grads(layer.down_lora) if layer.down_lora and any(needs[4:6]) else None
         self._needs_gate_up = self._d_x_NH is not None or self._d_gate_up is not None
 
-    def _zeros(self, a_XRI: Tensor, b_XOR: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = self._arrangement.dtype
-        return torch.zeros_like(a_XRI, dtype=dtype), torch.zeros_like(b_XOR, dtype=dtype)
+    def _grads(self, lora: Factors) -> FactorGrads:
+        """Room for the gradients of a projection's factors, zero in the slots that no row reaches."""
+        grads = FactorGrads(torch.empty_like(lora.a_XRI), torch.empty_like(lora.b_XOR))
+        reached = {expert for block in self._arrangement.rows.blocks for expert in block.experts}
+        unreached = [slot for e, slot in enumerate(lora.slot_of_expert.tolist()) if slot >= 0 and e not in reached]
+        if unreached:
+            index = torch.tensor(unreached, device=lora.a_XRI.device)
+            for grad in grads:
+                grad.index_fill_(0, index, 0)
+        return grads
 
     def run(self, d_out_TH: Tensor) -> _Tensors:
         """The gradients, in the types of the inputs."""
@@ -135,9 +144,7 @@ class _Backward:
         if self._d_weight_N is not None:
             d_weight_P = self._d_weight_N.index_select(0, self._arrangement.rows.row_P)
             d_weights_TK = d_weight_P.view(tensors.weights_TK.shape).to(tensors.weights_TK.dtype)
-        d_factors = (*(self._d_gate_up or (None, None)), *(self._d_down or (None, None)))
-        in_type = (None if d is None else d.to(f.dtype) for d, f in zip(d_factors, tensors[2:], strict=True))
-        return _Tensors(d_x_TH, d_weights_TK, *in_type)
+        return _Tensors(d_x_TH, d_weights_TK, *(self._d_gate_up or (None, None)), *(self._d_down or (None, None)))
 
     def _block(self, block: Block, d_out_TH: Tensor) -> None:
         here, token_N, saved = slice(block.start, block.stop), self._arrangement.tokens_of(block), self._gate_up_NG
@@ -171,7 +178,7 @@ def _back_(
         x_lora_NI = _drop(x_NI, way.keep)
         z = projection.through_a(block, x_lora_NI)
         assert z is not None
-        dz_scaled, z_scaled = (projection.scaled(block, thin, weight_N1) for thin in (dz, z))
+        dz_scaled, z_scaled = (projection.scaled(thin, block, weight_N1) for thin in (dz, z))
         projection.factor_grads_(block, way.grads, (dz_scaled, x_lora_NI), (z_scaled, d_y_NO))
     if d_x_NI is not None:
         projection.project_back_(block, d_x_NI, d_y_NO, dz, way.keep)

@@ -125,8 +125,8 @@ def make(
 
 
 def force_layout(monkeypatch, layout: str) -> None:
-    """Let the torch backend compute slice by slice, or in padded batches, whatever the size."""
-    monkeypatch.setattr(arrangement, "SMALL_EXPERT", dict.fromkeys((2, 4, 8), 0 if layout == "sliced" else 2**40))
+    """Let the torch backend multiply by the frozen weights expert by expert, or in batches, whatever the size."""
+    monkeypatch.setattr(arrangement, "SMALL_EXPERT", dict.fromkeys((2, 4, 8), 0 if layout == "by expert" else 2**40))
 
 
 ODD_SHAPES = {
