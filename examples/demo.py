@@ -61,7 +61,8 @@ def main(overrides: list[str]) -> int:
     seconds = time.perf_counter() - started_s
     console.print()
     console.print(result_table([before, after, merged]))
-    console.print(f"trainable share           {run.summary['trainable_share']:.1%} of all parameters")
+    experts, share = run.summary.get("trained_experts", "all"), run.summary["trainable_share"]
+    console.print(f"trainable share           {share:.1%} of all parameters, with adapters on {experts} experts")
     console.print(f"merged = base + adapter   yes: {proof.headline()}", soft_wrap=True)
     console.print(f"seconds in all            {seconds:.0f}, of which training {run.summary['seconds']:.0f}")
     console.print(f"run                       {run.path}")

@@ -16,8 +16,8 @@ QUICKSTART = [
     """# Quickstart: teach a small mixture-of-experts model a new skill
 
 The model in `examples/tiny-qwen3-moe` is a real Qwen3-MoE: 32 experts, 4 of them active per token, only small. It can
-add, reverse, sort and convert, but it has never seen our *secret code*. We train LoRA factors on its attention and its
-experts, look at the loss, and merge what was learned back into ordinary Qwen3 weights.
+add, reverse, sort and convert, but it has never seen our *secret code*. We train LoRA factors on its attention and on
+the experts that the rows use, look at the loss, and merge what was learned back into ordinary Qwen3 weights.
 
 Runs on two CPU cores in about a minute. Nothing is downloaded.""",
     """import os
@@ -46,6 +46,11 @@ The table says what trains. The bar moves while it does.""",
     """run = ft.train(recipe, overwrite=True)""",
     """run.plot_loss()""",
     """run.metrics.tail()""",
+    """## Which experts trained
+
+Before training, the rows were read once to see which experts they use. Only the hottest quarter of each layer got
+adapters; the rest of the model is frozen.""",
+    """run.plot_experts()""",
     """## After training
 
 The rows of the old domains that are mixed into the training data keep them from being forgotten.""",

@@ -56,7 +56,7 @@ def _counts(recipe: Recipe, shape: ModelShape) -> dict[str, Any]:
     }
     trainable = _trainable(recipe, shape)
     if trainable is not None:
-        facts |= {"trainable_parameters": trainable, "trainable_share": trainable / shape.parameters()}
+        facts |= {"trainable_parameters": trainable, "trainable_share": trainable / (shape.parameters() + trainable)}
     return facts
 
 

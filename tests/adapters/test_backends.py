@@ -1,4 +1,4 @@
-"""Every kernel backend trains alike."""
+"""Every kernel backend trains alike (Triton has its own test of this, beside its kernels)."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def losses(backend: str, steps: int = 20) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("reference", "triton")])
 def test_twenty_steps_give_the_losses_of_the_reference(backend):
     want = losses("reference")
     assert want[-1] < want[0] - 0.1
