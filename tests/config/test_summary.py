@@ -87,7 +87,8 @@ def test_summary_is_json_and_says_what_would_train(recipe_file):
     facts = json.loads(json.dumps(summarize(load_recipe(recipe_file))))
     assert facts["total_parameters"] == 30_532_122_624
     assert facts["trainable_parameters"] == 48 * 8 * 17408 + 48 * 128 * 2 * (768 + 2048)
-    assert facts["trainable_share"] == facts["trainable_parameters"] / facts["total_parameters"]
+    trainable = facts["trainable_parameters"]
+    assert facts["trainable_share"] == trainable / (facts["total_parameters"] + trainable)  # as train says it
     assert facts["adapter"]["expert_alpha"] == 4.0
     assert facts["data"]["train"] == [{"path": "a.jsonl", "share": 0.75}, {"path": "b.jsonl", "share": 0.25}]
     assert (facts["steps"], facts["epochs"], facts["tokens_per_step"]) == (5, None, 2048 * 8)

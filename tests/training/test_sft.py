@@ -64,6 +64,14 @@ def test_dense_models_train_attention_and_mlp(models, tmp_path):
     assert trained == {"q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def tensors_in(tree):
+    for value in tree.values():
+        if isinstance(value, dict):
+            yield from tensors_in(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+
+
 def test_8_bit_adamw_holds_8_bit_state_and_is_close_to_adamw(models, tmp_path):
     adapter = "{attention: [q_proj], experts: [down_proj], rank: 32, alpha: 32}"  # bitsandbytes: from 4,096 elements on
     runs = [
@@ -72,10 +80,7 @@ def test_8_bit_adamw_holds_8_bit_state_and_is_close_to_adamw(models, tmp_path):
     ]
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=2e-2)
     states = [torch.load(run.path / "checkpoints/checkpoint-4/optimizer.pt", weights_only=True) for run in runs]
-    dtypes = [
-        {v.dtype for s in state["state"].values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()}
-        for state in states
-    ]
+    dtypes = [{tensor.dtype for tensor in tensors_in(state["state"]) if tensor.dim()} for state in states]
     assert dtypes[0] == {torch.float32}
     assert torch.uint8 in dtypes[1]
 
