@@ -45,7 +45,8 @@ def test_b_zero_changes_nothing_and_a_starts_like_pefts():
     base = tiny_moe()
     before = logits(base)
     model = attach(base, {"experts": BOTH, "rank": 3}, SOME, seed=0)
-    assert torch.equal(logits(model.eval()), logits_without(model))
+    # Close, not equal: the frozen layer multiplies in another order, and some processors round that differently.
+    assert (logits(model.eval()) - logits_without(model)).abs().max() < 1e-5
     assert (logits(model) - before).abs().max() < 1e-5
     for name, weight in tensors_of(model).items():
         if "lora_B" in name:
