@@ -124,7 +124,7 @@ def _plan_misfits(banks: dict[str, nn.Module], experts: ExpertPlan) -> Any:
     strange = sorted(set(experts.experts_by_layer) - layers)
     if strange:
         yield Problem("expert plan", "names layers that have no experts", hint, strange)
-    (num_experts,) = {len(bank.get_parameter("down_proj")) for bank in banks.values()}
+    (num_experts,) = {getattr(bank, "down_proj").shape[0] for bank in banks.values()}
     if experts.num_experts != num_experts:
         what = f"is for another number of experts than the model's {num_experts}"
         yield Problem("expert plan", what, hint, experts.num_experts)

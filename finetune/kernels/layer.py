@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class PackedStack(Protocol):
+    """One projection of all experts, (E, out, in), that is not held as weights: they are made when they are read.
+
+    dtype: what the products run in outside autocast, as the type of a plain stack is.
+    """
+
+    @property
+    def shape(self) -> torch.Size: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    def weights_of(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The weights of `experts`, (len(experts), out, in), for the caller to use once and drop."""
+
+
+Stack = Tensor | PackedStack
+
+
+def weights_of(stack: Stack, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The frozen weights of `experts` in `dtype`, (len(experts), out, in); a view of a plain stack where that will do."""
+    if not isinstance(stack, Tensor):
+        return stack.weights_of(experts, dtype)
+    first, stop = experts[0], experts[0] + len(experts)
+    if list(experts) == list(range(first, stop)):
+        return stack[first:stop].to(dtype)
+    return stack.index_select(0, torch.tensor(experts, device=stack.device)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -73,8 +104,8 @@ class ExpertLayer:
     dropout: of the factors' inputs, None for none.
     """
 
-    gate_up_EGH: Tensor
-    down_EHI: Tensor
+    gate_up_EGH: Stack
+    down_EHI: Stack
     gate_up_lora: Factors | None = None
     down_lora: Factors | None = None
     dropout: Dropout | None = None

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from finetune.kernels.layer import Factors
+from finetune.kernels.layer import Factors, Stack, weights_of
 from finetune.kernels.pairs import Block
 
 FactorGrads = tuple[Tensor, Tensor]
@@ -26,12 +26,12 @@ class PaddedProjection:
     outside, (experts, R, rows): batched products are fastest so.
     """
 
-    def __init__(self, weight_EOI: Tensor, lora: Factors | None, blocks: Sequence[Block], dtype: torch.dtype) -> None:
+    def __init__(self, weight_EOI: Stack, lora: Factors | None, blocks: Sequence[Block], dtype: torch.dtype) -> None:
         experts = [expert for block in blocks for expert in block.experts]
         firsts = accumulate((len(block.experts) for block in blocks[:-1]), initial=0)
         self._first = {block.start: first for block, first in zip(blocks, firsts, strict=True)}
-        self._weight_EOI = _select(weight_EOI, experts).to(dtype)
-        self._slot = [-1] * len(weight_EOI) if lora is None else lora.slot_of_expert.tolist()
+        self._weight_EOI = weights_of(weight_EOI, experts, dtype)
+        self._slot = [-1] * weight_EOI.shape[0] if lora is None else lora.slot_of_expert.tolist()
         self._has_lora = any(self._slot[expert] >= 0 for expert in experts)
         if lora is not None and self._has_lora:
             self._scale = lora.scale

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from finetune.kernels.layer import Factors
+from finetune.kernels.layer import Factors, Stack, weights_of
 from finetune.kernels.pairs import Block
 
 FactorGrads = tuple[Tensor, Tensor]
@@ -24,9 +24,9 @@ class SlicedProjection:
     experts in a (N, R) tensor are never written nor read.
     """
 
-    def __init__(self, weight_EOI: Tensor, lora: Factors | None, blocks: Sequence[Block], dtype: torch.dtype) -> None:
+    def __init__(self, weight_EOI: Stack, lora: Factors | None, blocks: Sequence[Block], dtype: torch.dtype) -> None:
         self._weight_EOI, self._dtype = weight_EOI, dtype
-        self._slot = [-1] * len(weight_EOI) if lora is None else lora.slot_of_expert.tolist()
+        self._slot = [-1] * weight_EOI.shape[0] if lora is None else lora.slot_of_expert.tolist()
         slots = [self._slot[expert] for block in blocks for expert in block.experts if self._slot[expert] >= 0]
         self._has_lora = bool(slots)
         if lora is not None and slots:
@@ -98,7 +98,7 @@ class SlicedProjection:
         return ((slot, rows) for _, slot, rows in self._slices(block) if slot >= 0)
 
     def _weight(self, expert: int) -> Tensor:
-        return self._weight_EOI[expert].to(self._dtype)
+        return weights_of(self._weight_EOI, (expert,), self._dtype)[0]
 
 
 def _cast_slots(lora: Factors, slots: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Sequence[int]]:

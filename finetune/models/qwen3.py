@@ -43,9 +43,13 @@ def expert_bank_class() -> type[nn.Module]:
     return Qwen3MoeExperts
 
 
+class PackedBank(nn.Module):
+    """What takes the place of that module when its weights are packed; gate_up_proj and down_proj are no parameters."""
+
+
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer's expert bank by module name, in layer order; empty for a dense model."""
-    bank = expert_bank_class()
+    bank = (expert_bank_class(), PackedBank)
     return {name: module for name, module in model.named_modules() if isinstance(module, bank)}
 
 
