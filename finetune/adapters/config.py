@@ -27,7 +27,7 @@ from finetune.adapters.files import FORMAT_VERSION, SIDECAR, read_sidecar
 from finetune.adapters.stock_config import ADAPTER_CONFIG, read_json_object
 from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
-from finetune.models.qwen3 import EXPERT_PROJECTIONS, EXPERTS, MLP, expert_bank_class, layer_index
+from finetune.models.qwen3 import EXPERT_PROJECTIONS, EXPERTS, MLP, PackedBank, expert_bank_class, layer_index
 from finetune.routing.plan import ExpertPlan
 
 _BANK_PARAMETER = re.compile(rf"(?:(?P<bank>.*\b{EXPERTS})\.)?(?P<projection>{'|'.join(EXPERT_PROJECTIONS)})")
@@ -81,7 +81,7 @@ class ExpertLoraConfig(LoraConfig):
             raise AdapterError(
                 Problem("init_lora_weights", "is not supported with experts", hint, self.init_lora_weights)
             )
-        self._register_custom_module({expert_bank_class(): LoraExperts})
+        self._register_custom_module({expert_bank_class(): LoraExperts, PackedBank: LoraExperts})
 
     def rank_and_alpha(self, key: str) -> tuple[int, float]:
         """Rank and alpha of a module or bank parameter by its full name, matched as PEFT does."""

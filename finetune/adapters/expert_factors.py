@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finetune.adapters.factor import Factor
 from finetune.errors import AdapterError, Problem
 from finetune.kernels.ops import Factors
+from finetune.models.qwen3 import PackedBank
 
 if TYPE_CHECKING:
     from finetune.adapters.config import ExpertLoraConfig
@@ -65,10 +66,9 @@ class ExpertFactors(nn.Module, LoraLayer):
         self.use_rslora[name], self.use_dora[name], self.lora_bias[name] = config.use_rslora, False, False
 
     @property
-    def _frozen_weight(self) -> Tensor:
-        weight = getattr(self.get_base_layer(), self.projection)
-        assert isinstance(weight, Tensor)
-        return weight
+    def _frozen_weight(self) -> Any:
+        """The bank's stack of this projection: a tensor (E, out, in), or a PackedStack."""
+        return getattr(self.get_base_layer(), self.projection)
 
     def active_factors(self, names: Sequence[str]) -> Factors | None:
         """What the kernels take: the factors of adapters `names` that are here, as one; None when there are none."""
@@ -81,6 +81,9 @@ class ExpertFactors(nn.Module, LoraLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the delta of this projection to the frozen bank. `safe_merge` refuses values that are not finite."""
+        if isinstance(self.get_base_layer(), PackedBank):
+            hint = "save the adapter and merge it into the 16-bit model: finetune merge ADAPTER --output DIR"
+            raise AdapterError(Problem(f"experts.{self.projection}", "is packed: nothing can be added to it", hint))
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
                 if safe_merge:

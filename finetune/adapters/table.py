@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finetune.adapters.expert_factors import ExpertFactors
 from finetune.errors import Problem, TrainingError
 from finetune.models.qwen3 import ATTENTION_PROJECTIONS
+from finetune.quant.experts import count_weights
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,7 +44,7 @@ class _Pair:
 
 def target_table(model: nn.Module) -> list[TargetGroup]:
     """The groups that train in `model`, attention first, then MLPs, then experts."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = count_weights(model)
     groups: dict[str, list[_Pair]] = {}
     for pair in _trainable_pairs(model):
         groups.setdefault(pair.group, []).append(pair)

@@ -12,7 +12,6 @@ from finetune.config.schema import Recipe
 from finetune.errors import RecipeError
 
 NOT_BUILT_YET: dict[FieldPath, str] = {
-    ("quantize", "scheme"): "4-bit and 8-bit storage of the frozen weights",
     ("experts", "mode"): "training the experts' own weights",
     ("router", "train"): "training the router",
     ("router", "aux_loss"): "the load-balance loss",
@@ -117,7 +116,14 @@ def _quantize(recipe: Recipe) -> Iterator[Finding]:
     quantize, compute = recipe.quantize, {"bf16": "bfloat16", "fp32": "float32"}[recipe.train.precision]
     if quantize.scheme == "none":
         return
-    if not (quantize.attention or quantize.experts):
+    if quantize.scheme == "fp8":
+        if quantize.attention:
+            hint = "write attention: false, or remove the line; or write scheme: nf4"
+            yield _clash("quantize.attention", "is true, but fp8 packs experts alone", hint, "quantize.scheme")
+        if quantize.block == 64:
+            hint = "remove the line"
+            yield _clash("quantize.block", "is 64, but blocks of fp8 are 128 x 128", hint, "quantize.scheme")
+    if not (quantize.packs_attention or quantize.experts):
         yield _clash(
             "quantize.scheme",
             f"is {quantize.scheme}, but neither attention nor experts are quantized",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.kernels.layer import Factors
+from finetune.kernels.layer import Factors, Stack, weights_of
 from finetune.kernels.pairs import Block
 
 
@@ -42,12 +42,12 @@ class Projection:
     """
 
     def __init__(
-        self, weight_EOI: Tensor, lora: Factors | None, dtype: torch.dtype, *, batched: bool, num_experts: int
+        self, weight_EOI: Stack, lora: Factors | None, dtype: torch.dtype, *, batched: bool, num_experts: int
     ) -> None:
         self._weight_EOI, self._lora, self._dtype, self._batched = weight_EOI, lora, dtype, batched
         self._slot_of_expert = [] if lora is None else lora.slot_of_expert.tolist()
         factors = () if lora is None else (lora.a_XRI, lora.b_XOR)
-        most = 2 * num_experts > len(weight_EOI)
+        most = 2 * num_experts > weight_EOI.shape[0]
         self._factors = tuple(factor.to(dtype) for factor in factors) if most else factors
         self._at: tuple[Block, _Slots | None] | None = None
 
@@ -112,16 +112,19 @@ class Projection:
     def _multiply_(self, block: Block, out: Tensor, rows: Tensor, *, transpose: bool) -> None:
         """`out = rows W^T`, or `rows W`."""
         if self._batched:
-            index = torch.tensor(block.experts, device=rows.device)
-            whole = len(index) == len(self._weight_EOI)
-            weight_YOI = (self._weight_EOI if whole else self._weight_EOI.index_select(0, index)).to(self._dtype)
+            weight_YOI = weights_of(self._weight_EOI, block.experts, self._dtype)
             torch.bmm(block.batched(rows), weight_YOI.mT if transpose else weight_YOI, out=block.batched(out))
             return
-        weight_E = self._weight_EOI.mT if transpose else self._weight_EOI
         x_parts, y_parts = rows.split(block.parts), out.split(block.parts)
         for expert, x, y in zip(block.experts, x_parts[::2], y_parts[::2], strict=True):
-            torch.mm(x, weight_E[expert].to(self._dtype), out=y)
+            weight_OI = self._weight(expert)
+            torch.mm(x, weight_OI.mT if transpose else weight_OI, out=y)
         torch._foreach_zero_(y_parts[1::2])
+
+    def _weight(self, expert: int) -> Tensor:
+        if isinstance(self._weight_EOI, Tensor):
+            return self._weight_EOI[expert].to(self._dtype)
+        return self._weight_EOI.weights_of((expert,), self._dtype)[0]
 
     def _slots(self, block: Block) -> _Slots | None:
         if self._at is None or self._at[0] is not block:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from finetune.kernels.layer import ExpertLayer, Factors
+from finetune.kernels.layer import ExpertLayer, Factors, Stack, weights_of
 
 
 def expert_mlp(x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor, layer: ExpertLayer) -> Tensor:
@@ -32,9 +32,9 @@ def expert_mlp(x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor, l
         return out_TH.to(x_TH.dtype)
 
 
-def _project(x: Tensor, x_lora: Tensor, expert: int, weight_EOI: Tensor, lora: Factors | None) -> Tensor:
+def _project(x: Tensor, x_lora: Tensor, expert: int, weight_EOI: Stack, lora: Factors | None) -> Tensor:
     """`x W_e^T + scale (x_lora A^T) B^T`."""
-    y = linear(x, weight_EOI[expert].to(x.dtype))
+    y = linear(x, weights_of(weight_EOI, (expert,), x.dtype)[0])
     slot = -1 if lora is None else int(lora.slot_of_expert[expert])
     if lora is None or slot < 0:
         return y
@@ -43,7 +43,7 @@ def _project(x: Tensor, x_lora: Tensor, expert: int, weight_EOI: Tensor, lora: F
 
 def _no_gradient_is_zero(layer: ExpertLayer) -> Tensor:
     """Zero that depends on every factor, so that those no token reaches get zeros instead of None as gradients."""
-    zero = layer.gate_up_EGH.new_zeros(())
+    zero = torch.zeros((), dtype=layer.gate_up_EGH.dtype, device=layer.gate_up_EGH.device)
     for lora in (layer.gate_up_lora, layer.down_lora):
         if lora is not None:
             zero = zero + lora.a_XRI.flatten()[:0].sum() + lora.b_XOR.flatten()[:0].sum()
