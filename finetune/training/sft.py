@@ -18,7 +18,7 @@ from finetune.data.packing import packed
 from finetune.models.qwen3 import expert_layers
 from finetune.routing.plan import ExpertPlan
 from finetune.training.arguments import sft_arguments, warmup_steps
-from finetune.training.callbacks import Checkpoints, Evaluation, GradientCheck, Metrics
+from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpoints import newest_complete, step_of
 from finetune.training.routing_monitor import RoutingMonitor
 from finetune.training.run_folder import RunFolder
@@ -78,6 +78,8 @@ def train_sft(
     try:
         metrics = Metrics(folder, progress)
         trainer.add_callback(GradientCheck())
+        if recipe.quantize.scheme != "none":
+            trainer.add_callback(FreeMemory())
         trainer.add_callback(metrics)
         if rows.eval is not None:
             trainer.add_callback(Evaluation(list(rows.eval), recipe.train.eval_every, metrics))
