@@ -69,6 +69,11 @@ class PackedProjection(nn.Module, ABC):
         assert self.on_disk is not None
         return self.on_disk.read(expert).to(self.device)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another stack."""
+        super().__setstate__(state)
+        self.handle = new_handle(self)
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedProjection:
         """Follow the model to another device; `model.to(dtype)` must not round the scales."""
         for name, buffer in self.named_buffers(recurse=False):
