@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is made for Linux only")
 from finetune.kernels import device_op, layer
 from finetune.kernels.layer import Dropout, ExpertLayer
 from finetune.kernels.ops import expert_mlp
+from finetune.quant import experts, nf4
 from tests.kernels.problems import make, output_gradient
 from tests.kernels.triton import interpreted  # noqa: F401
 from tests.quant.packed import SCHEMES, decoded, pack
@@ -70,6 +71,42 @@ def test_outputs_and_gradients_are_those_of_the_decoded_weights(products, scheme
     tolerance = 1e-5 if problem.x.dtype == torch.float32 else 4e-3
     for a, b in zip(got, reference, strict=True):
         assert (a - b).norm() <= tolerance * max(1.0, float(b.norm()))
+
+
+@pytest.fixture
+def decoding_by_triton(monkeypatch):
+    for module in (experts, nf4):
+        monkeypatch.setattr(module, "decodes_on", lambda device, dtype: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_triton_decodes_the_same_bits(scheme, dtype, request):
+    stack = pack(make(hidden=70, intermediate=33).gate_up.to(dtype), scheme, matrices=2)
+    want = decoded(stack)
+    request.getfixturevalue("decoding_by_triton")
+    assert torch.equal(stack.all_weights(dtype), want)
+    if scheme != "fp8":
+        assert torch.equal(stack.weights_of((3, 1), dtype), want[[3, 1]])
+
+
+@pytest.mark.parametrize("products", ["triton", "grouped"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_experts_without_rows_are_not_decoded(scheme, products, request):
+    problem = small(tokens=3, index=torch.tensor([[4, 1], [1, 4], [4, 1]]))
+    stacks = packed(problem, scheme)
+    want = with_gradients(problem, run(problem, [decoded(stack) for stack in stacks], products))
+    request.getfixturevalue("decoding_by_triton")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    try:
+        got = with_gradients(problem, run(problem, stacks, products))
+        left_out = stacks[0].all_weights(torch.float32, torch.tensor([0, 2, 2, 2, 5, 5], dtype=torch.int32))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    assert left_out.isnan().all(2).all(1).tolist() == [True, False, True, True, False, True]
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp8"])
