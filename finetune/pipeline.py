@@ -87,16 +87,20 @@ def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared
 def quantize(
     model: str | Path,
     output: str | Path,
-    settings: QuantizeSection,
+    settings: QuantizeSection | dict[str, Any],
     *,
     revision: str | None = None,
     console: Console | None = None,
 ) -> int:
-    """Write a model with packed weights, which loads in seconds, to folder `output`; the number of packed weights."""
+    """Write a model with packed weights, which loads in seconds, to folder `output`; the number of packed weights.
+
+    settings: a recipe's quantize section, or a dict with its fields such as {"scheme": "nf4"}.
+    """
     from finetune.quant.load import quantize_model
 
     with bytes_done(console or Console(stderr=True), "quantizing") as progress:
-        return quantize_model(model, output, settings, revision=revision, progress=progress)
+        section = QuantizeSection.model_validate(settings)
+        return quantize_model(model, output, section, revision=revision, progress=progress)
 
 
 def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:

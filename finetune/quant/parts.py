@@ -107,10 +107,13 @@ def read_parts(
     checkpoint: Checkpoint,
     parts: list[Part],
     section: QuantizeSection,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Part, Fields]]:
-    """Each part, packed or in `dtype`. In memory at a time: one part, and one expert per thread in float32."""
+    """Each part, packed or in `dtype`, as it is stored when None.
+
+    In memory at a time: one part, and one expert per thread in float32.
+    """
     total = sum(checkpoint.tensors[source].num_bytes for part in parts for row in part.sources for source in row)
     done = 0
     with ThreadPoolExecutor(cpu_count()) as pool:
@@ -127,7 +130,7 @@ class _Reader:
     checkpoint: Checkpoint
     part: Part
     section: QuantizeSection
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     def read(self, pool: ThreadPoolExecutor) -> Fields:
         part = self.part
@@ -137,17 +140,19 @@ class _Reader:
             return self._stack(pool, part.shape[1:], part.shape[0])
         if not part.is_stack:
             return {WHOLE: self._matrix(0, self.dtype)}
-        bank = torch.empty(part.shape, dtype=self.dtype)
-        list(pool.map(lambda expert: bank[expert].copy_(self._matrix(expert, self.dtype)), range(part.shape[0])))
+        first = self._matrix(0, self.dtype)
+        bank = torch.empty(part.shape, dtype=first.dtype)
+        list(pool.map(lambda expert: bank[expert].copy_(self._matrix(expert, first.dtype)), range(part.shape[0])))
         return {WHOLE: bank}
 
-    def _matrix(self, row: int, dtype: torch.dtype) -> Tensor:
+    def _matrix(self, row: int, dtype: torch.dtype | None) -> Tensor:
         """One weight, put together from its sources."""
         read = [
             self.checkpoint.read_float(source) if self.checkpoint.scales_of(source) else self.checkpoint.read(source)
             for source in self.part.sources[row]
         ]
-        return torch.cat([t.to(dtype) for t in read]) if len(read) > 1 else read[0].to(dtype)
+        whole = torch.cat(read) if len(read) > 1 else read[0]
+        return whole if dtype is None else whole.to(dtype)
 
     def _stack(self, pool: ThreadPoolExecutor, shape: tuple[int, ...], number: int) -> Fields:
         section, matrices = self.section, self.part.matrices
