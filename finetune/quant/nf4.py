@@ -77,9 +77,8 @@ def quantize(weight: Tensor, *, block: int = 64, double: bool = True) -> Packed:
         here, rows = slice(first * block, last * block), slice(first, last)
         values = flat[here].to(torch.float32).view(-1, block)
         scales[rows] = values.abs().amax(1)
-        _nearest_level(
-            values.mul_(scales[rows].clamp(min=_SMALLEST).reciprocal()[:, None]), codes[here].view(-1, block)
-        )
+        reciprocal = scales[rows].clamp(min=_SMALLEST).reciprocal()
+        _nearest_level(values * reciprocal[:, None], codes[here].view(-1, block))
     if whole < flat.numel():
         values = flat[whole:].to(torch.float32)
         scales[-1] = values.abs().amax().clamp(min=_SMALLEST)
