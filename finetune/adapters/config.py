@@ -57,6 +57,7 @@ class ExpertLoraConfig(LoraConfig):
     expert_dropout: rate on the input of the experts' factors.
     section: the recipe's adapter section this came from, for the record.
     base_fingerprint: see `models.checkpoint.base_fingerprint`; None when the base is not on disk.
+    quantize: the recipe's quantize section with which the base was packed; None for a base in 16 bit.
 
     rank_pattern and alpha_pattern match `...mlp.experts.gate_up_proj` and `...down_proj`, as stock PEFT's do.
     """
@@ -66,6 +67,7 @@ class ExpertLoraConfig(LoraConfig):
     expert_dropout: float = 0.0
     section: dict[str, Any] | None = field(default=None)
     base_fingerprint: str | None = None
+    quantize: dict[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +135,7 @@ class ExpertLoraConfig(LoraConfig):
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model_name_or_path,
             "base_fingerprint": self.base_fingerprint,
+            "quantize": self.quantize,
             "dropout": self.lora_dropout,
             "expert_dropout": self.expert_dropout,
             "experts": None if self.expert_plan is None else self.expert_plan.to_dict(),
@@ -162,6 +165,7 @@ class ExpertLoraConfig(LoraConfig):
         if "dropout" in sidecar:
             options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar["expert_dropout"]
         options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
+        options["quantize"] = sidecar.get("quantize")
         return cls(**options, expert_targets=experts)
 
 

@@ -80,6 +80,7 @@ def lora_config(model: Any, section: AdapterSection, experts: ExpertPlan | None)
         expert_dropout=section.dropout_of_experts if section.experts else 0.0,
         section=section.model_dump(mode="json"),
         base_fingerprint=getattr(model, "base_fingerprint", None) or _fingerprint(getattr(model, "name_or_path", "")),
+        quantize=getattr(model, "packed_as", None),
     )
 
 

@@ -48,7 +48,7 @@ def load_quantized(
     parts = _plan(model, section)
     check_parts(checkpoint, parts)
     fill(model, read_parts(checkpoint, parts, section, dtype, progress), section)
-    return _named(model, str(path))
+    return _named(model, str(path), section)
 
 
 def quantize_model(
@@ -83,7 +83,7 @@ def _load_packed(
     stored = folder.read_parts(parts, progress, leave_codes=on_disk)
     whole = ((p, f if p.packed else {name: t.to(dtype) for name, t in f.items()}) for p, f in stored)
     fill(model, whole, section, codes)
-    model = _named(model, folder.base)
+    model = _named(model, folder.base, section)
     model.base_fingerprint = folder.fingerprint
     return model
 
@@ -105,7 +105,8 @@ def _plan(model: Any, section: QuantizeSection) -> list[Part]:
     return parts
 
 
-def _named(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Adapters refer to their base by `name`."""
+def _named(model: PreTrainedModel, name: str, section: QuantizeSection) -> PreTrainedModel:
+    """Adapters refer to their base by `name`, and remember how it was packed."""
     model.name_or_path = model.config._name_or_path = name
+    model.packed_as = {**settings_of(section), "compute_dtype": section.compute_dtype}
     return model

@@ -74,6 +74,21 @@ def plan_parts(shapes: Mapping[str, tuple[int, ...]], section: QuantizeSection, 
     return parts
 
 
+def packed_sources(name: str, section: QuantizeSection) -> tuple[str, ...]:
+    """The hub weights that a hub weight is packed together with, itself among them; none when it is not packed."""
+    module, projection = name.removesuffix(".weight").rpartition(".")[::2]
+    if module.rpartition(".")[0].endswith(EXPERTS):
+        together = next(matrices for matrices in EXPERT_MATRICES.values() if projection in matrices)
+        return tuple(f"{module}.{matrix}.weight" for matrix in together) if section.experts else ()
+    return (name,) if section.packs_attention and _is_projection(f"{module}.{projection}") else ()
+
+
+def pack_matrix(checkpoint: Checkpoint, sources: tuple[str, ...], section: QuantizeSection) -> Fields:
+    """What one matrix, put together from its sources, is packed into."""
+    reader = _Reader(checkpoint, Part("", (), (sources,), packed=True), section, torch.float32)
+    return reader.pack(0)
+
+
 def _is_projection(module: str) -> bool:
     parent, _, projection = module.rpartition(".")
     rooms = {"self_attn": ATTENTION_PROJECTIONS, "mlp": MLP_PROJECTIONS}
@@ -159,11 +174,10 @@ class _Reader:
         assert section.scheme != "none"
         shapes = packed_shapes(section.scheme, shape, section.block_size, section.double, matrices)
         fields = {name: torch.empty(number, *size, dtype=dtype) for name, (dtype, size) in shapes.items()}
-        pack = self._fp8 if section.scheme == "fp8" else self._nf4
 
         def fill(row: int) -> None:
             try:
-                packed = pack(row)
+                packed = self.pack(row)
             except ModelError as error:
                 where = f"{self.checkpoint.path}: {self.part.sources[row][0]}"
                 raise ModelError(*(Problem(where, p.what, p.hint, p.got) for p in error.problems)) from None
@@ -173,12 +187,16 @@ class _Reader:
         list(pool.map(fill, range(number)))
         return fields
 
-    def _nf4(self, row: int) -> dict[str, Tensor]:
+    def pack(self, row: int) -> Fields:
+        """One matrix of the part, packed."""
+        return self._fp8(row) if self.section.scheme == "fp8" else self._nf4(row)
+
+    def _nf4(self, row: int) -> Fields:
         made = nf4.quantize(self._matrix(row, torch.float32), block=self.section.block_size, double=self.section.double)
         fields = {CODES: made.codes, "scales": made.scales, "scale_scales": made.scale_scales, "offset": made.offset}
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _fp8(self, row: int) -> dict[str, Tensor]:
+    def _fp8(self, row: int) -> Fields:
         pairs = [self._fp8_matrix(source) for source in self.part.sources[row]]
         codes = torch.cat([values.reshape(-1).view(torch.uint8) for values, _ in pairs])
         return {CODES: codes, "scales": torch.cat([scales.reshape(-1).float() for _, scales in pairs])}
