@@ -6,6 +6,7 @@ Live and on disk differ in how targets are spelled, because stock PEFT wraps par
     experts                    target_parameters: mlp.experts.gate_up_proj, mlp.experts.down_proj (those targeted)
     model.layers.3.mlp.experts target_parameters: model.layers.3.mlp.experts.gate_up_proj, ...
     mlp.gate_proj (in a MoE)   target_parameters: mlp.gate_proj.weight
+    mlp.gate                   target_parameters: mlp.gate.weight
     q_proj, ...                target_modules: q_proj, ...
 
 Stock PEFT refuses dropout on parameters, so with any of them lora_dropout is 0 on disk; the sidecar has the true rates.
@@ -24,18 +25,26 @@ from peft.utils.other import get_pattern_key
 
 from finetune.adapters.expert_lora import LoraExperts
 from finetune.adapters.files import FORMAT_VERSION, SIDECAR, read_sidecar
+from finetune.adapters.router_lora import LoraRouter
 from finetune.adapters.stock_config import ADAPTER_CONFIG, read_json_object
 from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
-from finetune.models.qwen3 import EXPERT_PROJECTIONS, EXPERTS, MLP, expert_bank_class, layer_index
+from finetune.models.qwen3 import (
+    EXPERT_PROJECTIONS,
+    EXPERTS,
+    MLP,
+    expert_bank_class,
+    layer_index,
+    router_class,
+)
 from finetune.routing.plan import ExpertPlan
 
 _BANK_PARAMETER = re.compile(rf"(?:(?P<bank>.*\b{EXPERTS})\.)?(?P<projection>{'|'.join(EXPERT_PROJECTIONS)})")
-_DENSE_PARAMETER = re.compile(rf"(?:.*\.)?{MLP}\.\w+_proj\.weight")
+_PLAIN_PARAMETER = re.compile(rf"(?:.*\.)?{MLP}\.(?:\w+_proj|gate)\.weight")
 
 
-class DenseMlpTarget(str):
-    """`mlp.gate_proj` and its like as targets in a mixture-of-experts model, where they mean its dense layers.
+class PlainTarget(str):
+    """`mlp.gate_proj` and its like as targets in a mixture-of-experts model: its dense layers, and `mlp.gate`, routers.
 
     PEFT takes every target of a Qwen3-MoE that ends in `.gate_proj` for a fused expert parameter of an older
     transformers and rewrites it. It asks the string, and this one says no.
@@ -55,6 +64,7 @@ class ExpertLoraConfig(LoraConfig):
     expert_targets: projections of the bank that get factors.
     expert_plan: which experts; all of the targeted layers when None.
     expert_dropout: rate on the input of the experts' factors.
+    router: `lora`, or `full` for factors of full rank of which A alone trains; read where `mlp.gate` is targeted.
     section: the recipe's adapter section this came from, for the record.
     base_fingerprint: see `models.checkpoint.base_fingerprint`; None when the base is not on disk.
 
@@ -64,6 +74,7 @@ class ExpertLoraConfig(LoraConfig):
     expert_targets: tuple[str, ...] = ()
     expert_plan: ExpertPlan | None = None
     expert_dropout: float = 0.0
+    router: str = "lora"
     section: dict[str, Any] | None = field(default=None)
     base_fingerprint: str | None = None
 
@@ -73,15 +84,13 @@ class ExpertLoraConfig(LoraConfig):
         targets: Any = self.target_modules
         if isinstance(targets, set):
             prefix = f"{MLP}."
-            self.target_modules: Any = {
-                DenseMlpTarget(t) if t.startswith(prefix) and t != EXPERTS else t for t in targets
-            }
+            self.target_modules: Any = {PlainTarget(t) if t.startswith(prefix) and t != EXPERTS else t for t in targets}
         if self.init_lora_weights not in (True, False):
             hint = "leave init_lora_weights at True"
             raise AdapterError(
                 Problem("init_lora_weights", "is not supported with experts", hint, self.init_lora_weights)
             )
-        self._register_custom_module({expert_bank_class(): LoraExperts})
+        self._register_custom_module({expert_bank_class(): LoraExperts, router_class(): LoraRouter})
 
     def rank_and_alpha(self, key: str) -> tuple[int, float]:
         """Rank and alpha of a module or bank parameter by its full name, matched as PEFT does."""
@@ -126,7 +135,7 @@ class ExpertLoraConfig(LoraConfig):
         if target == "experts" or str.endswith(target, EXPERTS):
             bank = EXPERTS if target == "experts" else target
             return [f"{bank}.{projection}" for projection in self.expert_targets]
-        return [f"{target}.weight"] if isinstance(target, DenseMlpTarget) else []
+        return [f"{target}.weight"] if isinstance(target, PlainTarget) else []
 
     def _sidecar(self) -> dict[str, Any]:
         return {
@@ -135,6 +144,7 @@ class ExpertLoraConfig(LoraConfig):
             "base_fingerprint": self.base_fingerprint,
             "dropout": self.lora_dropout,
             "expert_dropout": self.expert_dropout,
+            "router": self.router,
             "experts": None if self.expert_plan is None else self.expert_plan.to_dict(),
             "adapter": self.section,
         }
@@ -161,6 +171,7 @@ class ExpertLoraConfig(LoraConfig):
             options["expert_plan"] = ExpertPlan.from_dict(sidecar["experts"])
         if "dropout" in sidecar:
             options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar["expert_dropout"]
+        options["router"] = sidecar.get("router", "lora")
         options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
         return cls(**options, expert_targets=experts)
 
@@ -175,16 +186,16 @@ _OUR_FIELDS = tuple({f.name for f in fields(ExpertLoraConfig)} - {f.name for f i
 
 def _live_targets(folder: Path, parameters: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
     """Our target modules and expert projections for stock PEFT's target_parameters."""
-    modules: dict[str, set[str]] = {}  # module -> expert projections, none for a dense MLP
+    modules: dict[str, set[str]] = {}  # module -> expert projections, none for others
     problems = []
     for parameter in sorted(parameters):
         if match := _BANK_PARAMETER.fullmatch(parameter):
             bank = match["bank"] or EXPERTS
             modules.setdefault("experts" if bank == EXPERTS else bank, set()).add(match["projection"])
-        elif _DENSE_PARAMETER.fullmatch(parameter):
-            modules.setdefault(DenseMlpTarget(parameter.removesuffix(".weight")), set())
+        elif _PLAIN_PARAMETER.fullmatch(parameter):
+            modules.setdefault(PlainTarget(parameter.removesuffix(".weight")), set())
         else:
-            hint = "only experts' and dense MLPs' projections are hosted"
+            hint = "only routers and the projections of experts and dense MLPs are hosted"
             problems.append(Problem(str(folder), "targets a parameter we do not know", hint, parameter))
     projections = {frozenset(p) for p in modules.values() if p}
     if len(projections) > 1:

@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from finetune.adapters.expert_factors import ExpertFactors
+from finetune.adapters.router_lora import LoraRouter
 from finetune.errors import Problem, TrainingError
 from finetune.models.qwen3 import ATTENTION_PROJECTIONS
 
@@ -71,8 +72,8 @@ def check_gradients(model: nn.Module) -> None:
     for group in sorted(pairs, key=_order):
         started = any(bool(pair.b.detach().any()) for pair in pairs[group])
         for side in ("b", "a") if started else ("b",):
-            weights = [getattr(pair, side) for pair in pairs[group]]
-            if not any(w.requires_grad and w.grad is not None and bool(w.grad.any()) for w in weights):
+            weights = [w for pair in pairs[group] if (w := getattr(pair, side)).requires_grad]
+            if weights and not any(w.grad is not None and bool(w.grad.any()) for w in weights):
                 what = f"the gradient of {side.upper()} is zero everywhere after the first backward"
                 problems.append(Problem(group, what, _NO_GRADIENT))
     if not pairs:
@@ -117,10 +118,12 @@ def _group(name: str, module: Any) -> str:
     if isinstance(module, ExpertFactors):
         return f"experts.{module.projection}"
     projection = name.rpartition(".")[2]
+    if isinstance(module, LoraRouter):
+        return "router"
     return f"{'attention' if projection in ATTENTION_PROJECTIONS else 'mlp'}.{projection}"
 
 
-_ROOMS = ("attention", "mlp", "experts")
+_ROOMS = ("attention", "mlp", "experts", "router")
 _PROJECTIONS = (*ATTENTION_PROJECTIONS, "gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -14,10 +14,6 @@ from finetune.errors import RecipeError
 NOT_BUILT_YET: dict[FieldPath, str] = {
     ("quantize", "scheme"): "4-bit and 8-bit storage of the frozen weights",
     ("experts", "mode"): "training the experts' own weights",
-    ("router", "train"): "training the router",
-    ("router", "aux_loss"): "the load-balance loss",
-    ("router", "z_loss"): "the router z-loss",
-    ("router", "kl_to_base"): "the KL loss to the base model's routing",
 }
 """Fields of which only the default is available, and what any other value would need."""
 
@@ -34,7 +30,7 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
 
 def text_findings(recipe: Recipe) -> list[Finding]:
     """Contradictions between fields."""
-    checks = (_adapter, _experts, _precision, _quantize, _data)
+    checks = (_adapter, _experts, _router, _precision, _quantize, _data)
     return [finding for check in checks for finding in check(recipe)]
 
 
@@ -94,6 +90,15 @@ def _experts(recipe: Recipe) -> Iterator[Finding]:
         yield _clash(
             "experts.against", "is only read with score: contrast", "set the score, or remove the line", "experts.score"
         )
+
+
+def _router(recipe: Recipe) -> Iterator[Finding]:
+    router = recipe.router
+    for name in ("aux_loss", "z_loss"):
+        if getattr(router, name) and router.train == "frozen":
+            what = "is given, but the router is frozen: it would push the attention and expert factors around instead"
+            hint = "write router.train: lora, or remove the line"
+            yield _clash(f"router.{name}", what, hint, "router.train")
 
 
 def _precision(recipe: Recipe) -> Iterator[Finding]:

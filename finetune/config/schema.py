@@ -183,10 +183,15 @@ class ExpertsSection(Section):
 class RouterSection(Section):
     """What happens to the router; the default leaves it alone."""
 
-    train: Literal["frozen", "lora", "full"] = Field(default="frozen", description="whether the router's weights move")
-    aux_loss: NonNegative = Field(default=0.0, description="weight of the load-balance loss")
-    z_loss: NonNegative = Field(default=0.0, description="weight of the router z-loss")
-    kl_to_base: NonNegative = Field(default=0.0, description="weight of the KL divergence to the base model's routing")
+    train: Literal["frozen", "lora", "full"] = Field(
+        default="frozen",
+        description="leave the routers alone, train LoRA of `adapter.rank` on them, or all their weights",
+    )
+    aux_loss: NonNegative = Field(default=0.0, description="weight of the load-balance loss; 0.001 is common")
+    z_loss: NonNegative = Field(default=0.0, description="weight of the mean squared logsumexp of router logits")
+    kl_to_base: NonNegative = Field(
+        default=0.0, description="weight of KL(base routing, routing now); reads each batch once more without adapters"
+    )
 
 
 class DataFile(Section):

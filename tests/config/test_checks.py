@@ -204,10 +204,6 @@ def test_output_must_be_a_folder_of_its_own(folder):
 NOT_YET = {
     ("quantize", "scheme"): "nf4",
     ("experts", "mode"): "full",
-    ("router", "train"): "lora",
-    ("router", "aux_loss"): "0.001",
-    ("router", "z_loss"): "0.001",
-    ("router", "kl_to_base"): "0.1",
 }
 
 

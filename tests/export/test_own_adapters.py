@@ -5,7 +5,8 @@ import torch
 
 from finetune.adapters.attach import attach, save_adapter
 from finetune.adapters.files import AdapterFiles
-from finetune.errors import ModelError
+from finetune.errors import AdapterError, ModelError
+from finetune.export.adapter_export import export_adapter
 from finetune.export.merge import merge
 from finetune.export.verify import verify
 from finetune.models.loading import load_model
@@ -16,11 +17,11 @@ MIXED = {**MOE, "num_hidden_layers": 3, "mlp_only_layers": [1]}
 ALL = {"attention": ("q_proj", "v_proj"), "experts": ("gate_up_proj", "down_proj"), "mlp": ("up_proj",)}
 
 
-def train(base, path, adapter, plan=None):
-    model = attach(load_model(base, dtype=torch.float32), adapter, plan, seed=0)
+def train(base, path, adapter, plan=None, **options):
+    model = attach(load_model(base, dtype=torch.float32), adapter, plan, seed=0, **options)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "gate.lora_A" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
     save_adapter(model, path)
     return path
@@ -42,6 +43,20 @@ def test_merged_equals_adapter_and_verifies(tmp_path, adapter):
     assert not report.warnings  # the fingerprint of the base was recorded and fits
     assert (stock_logits(base, path) - plain_logits(tmp_path / "merged")).abs().max() <= 1e-4
     assert verify(path, tmp_path / "merged").logits.max_difference <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_router_that_trained_merges_and_verifies(tmp_path, kind):
+    base = write_base(tmp_path / "base", MIXED)
+    path = train(base, tmp_path / "adapter", {"attention": (), "experts": ("down_proj",), "rank": 2}, router=kind)
+    report = merge(path, tmp_path / "merged")
+    assert report.retention["router"].tensors == 2
+    assert (stock_logits(base, path) - plain_logits(tmp_path / "merged")).abs().max() <= 1e-4
+    assert verify(path, tmp_path / "merged").weights["router"].tensors == 2
+    export_adapter(path, tmp_path / "peft", "peft")
+    assert (stock_logits(base, tmp_path / "peft") - stock_logits(base, path)).abs().max() <= 1e-4
+    with pytest.raises(AdapterError, match="merge it and serve the merged model"):
+        export_adapter(path, tmp_path / "vllm", "vllm")
 
 
 def test_experts_outside_the_plan_keep_their_bits(tmp_path):
