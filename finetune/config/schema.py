@@ -193,6 +193,11 @@ class RouterSection(Section):
         default=0.0, description="weight of KL(base routing, routing now); reads each batch once more without adapters"
     )
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether any loss is added to the trainer's own."""
+        return any((self.aux_loss, self.z_loss, self.kl_to_base))
+
 
 class DataFile(Section):
     """One source of rows."""

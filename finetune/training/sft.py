@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTTrainer
 
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
@@ -20,6 +19,7 @@ from finetune.routing.plan import ExpertPlan
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, GradientCheck, Metrics
 from finetune.training.checkpoints import newest_complete, step_of
+from finetune.training.router_losses import RouterLosses, RouterLossTrainer
 from finetune.training.routing_monitor import RoutingMonitor
 from finetune.training.run_folder import RunFolder
 
@@ -66,8 +66,10 @@ def train_sft(
     """
     arguments = sft_arguments(recipe, folder.checkpoints)
     train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
+    trainer = RouterLossTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
+    if recipe.router.has_losses:
+        trainer.router = RouterLosses(model, recipe.router, trainer.accelerator)
     total_steps = _total_steps(trainer, recipe)
     arguments.warmup_steps = warmup_steps(recipe, total_steps)
     checkpoint = _checkpoint(model, folder) if resume else None
@@ -89,7 +91,7 @@ def train_sft(
         progress.close()
 
 
-def _total_steps(trainer: SFTTrainer, recipe: Recipe) -> int:
+def _total_steps(trainer: RouterLossTrainer, recipe: Recipe) -> int:
     """Optimizer steps of the whole run."""
     if recipe.train.steps is not None:
         return recipe.train.steps
