@@ -123,7 +123,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     model = _load_frozen(recipe)
     with rows_done(console, "profiling") as advance:
         choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
-    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed, router=recipe.router.train)
+    trains: Any = {"expert_mode": recipe.experts.mode, "router": recipe.router.train}
+    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed, **trains)
     if is_main_process():
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))

@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
 from finetune.adapters.config import ExpertLoraConfig
+from finetune.adapters.delta import Delta
 from finetune.adapters.expert_lora import LoraExperts
 from finetune.adapters.factor import Factor
 from finetune.adapters.files import AdapterFiles
@@ -35,7 +36,7 @@ def check_same_plan(model: PeftModel, folder: str | Path) -> None:
     ]
     if not problems:
         for layer_name, experts in _experts_by_layer(model, name).items():
-            trained = config.experts_of(layer_name, _num_experts(files, layer_name))
+            trained = config.experts_of(layer_name, files.num_experts[layer_name])
             if trained != experts:
                 what = f"trained experts {list(trained)} before and {list(experts)} now"
                 problems.append(Problem(f"{folder}: {layer_name}", what, hint))
@@ -61,11 +62,11 @@ def stock_shapes(model: PeftModel, adapter_name: str) -> Mapping[str, tuple[int,
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        for side in ("lora_A", "lora_B"):
-            holder: Any = getattr(module, side)
+        for side in ("lora_A", "lora_B", "lora_delta"):
+            holder: Any = getattr(module, side, {})
             if adapter_name in holder:
                 factor = holder[adapter_name]
-                shape = factor.stock_shape if isinstance(factor, Factor) else tuple(factor.weight.shape)
+                shape = factor.stock_shape if isinstance(factor, Factor | Delta) else tuple(factor.weight.shape)
                 shapes[f"{name}.{side}.weight"] = shape
     return shapes
 
@@ -73,11 +74,7 @@ def stock_shapes(model: PeftModel, adapter_name: str) -> Mapping[str, tuple[int,
 def _experts_by_layer(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
     """Trained experts of each wrapped bank, by the bank's name in the base model."""
     return {
-        name: module.lora_A[adapter_name].experts
+        name: trained.experts
         for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraExperts) and adapter_name in module.lora_A
+        if isinstance(module, LoraExperts) and (trained := module.trained(adapter_name)) is not None
     }
-
-
-def _num_experts(files: AdapterFiles, bank: str) -> int:
-    return files.num_experts[bank]

@@ -9,6 +9,9 @@ Live and on disk differ in how targets are spelled, because stock PEFT wraps par
     mlp.gate                   target_parameters: mlp.gate.weight
     q_proj, ...                target_modules: q_proj, ...
 
+Whole experts are in no layout that stock PEFT knows. With them its peft_type is one it refuses, and their targets are
+in the sidecar alone.
+
 Stock PEFT refuses dropout on parameters, so with any of them lora_dropout is 0 on disk; the sidecar has the true rates.
 """
 
@@ -26,7 +29,7 @@ from peft.utils.other import get_pattern_key
 from finetune.adapters.expert_lora import LoraExperts
 from finetune.adapters.files import FORMAT_VERSION, SIDECAR, read_sidecar
 from finetune.adapters.router_lora import LoraRouter
-from finetune.adapters.stock_config import ADAPTER_CONFIG, read_json_object
+from finetune.adapters.stock_config import ADAPTER_CONFIG, WHOLE_EXPERTS, read_json_object
 from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
 from finetune.models.qwen3 import (
@@ -64,6 +67,7 @@ class ExpertLoraConfig(LoraConfig):
     expert_targets: projections of the bank that get factors.
     expert_plan: which experts; all of the targeted layers when None.
     expert_dropout: rate on the input of the experts' factors.
+    expert_mode: `lora`, or `full` to train the weights of the experts in the plan.
     router: `lora`, or `full` for factors of full rank of which A alone trains; read where `mlp.gate` is targeted.
     section: the recipe's adapter section this came from, for the record.
     base_fingerprint: see `models.checkpoint.base_fingerprint`; None when the base is not on disk.
@@ -74,6 +78,7 @@ class ExpertLoraConfig(LoraConfig):
     expert_targets: tuple[str, ...] = ()
     expert_plan: ExpertPlan | None = None
     expert_dropout: float = 0.0
+    expert_mode: str = "lora"
     router: str = "lora"
     section: dict[str, Any] | None = field(default=None)
     base_fingerprint: str | None = None
@@ -121,10 +126,12 @@ class ExpertLoraConfig(LoraConfig):
         targets: Any = self.target_modules
         if isinstance(targets, set):
             parameters = [p for target in targets for p in self._parameters_of(target)]
-            content["target_modules"] = sorted(t for t in targets if not self._parameters_of(t))
+            content["target_modules"] = sorted(t for t in targets if not (self._parameters_of(t) or _is_bank(t)))
             content["target_parameters"] = sorted(parameters) or None
             if parameters:
                 content["lora_dropout"] = 0.0
+        if self.expert_mode == "full":
+            content["peft_type"] = WHOLE_EXPERTS
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
         write_json_atomic(folder / ADAPTER_CONFIG, dict(sorted(content.items())))
@@ -132,7 +139,9 @@ class ExpertLoraConfig(LoraConfig):
 
     def _parameters_of(self, target: str) -> list[str]:
         """What stock PEFT has to wrap as parameters for one of our target modules; nothing for plain modules."""
-        if target == "experts" or str.endswith(target, EXPERTS):
+        if _is_bank(target):
+            if self.expert_mode == "full":
+                return []
             bank = EXPERTS if target == "experts" else target
             return [f"{bank}.{projection}" for projection in self.expert_targets]
         return [f"{target}.weight"] if isinstance(target, PlainTarget) else []
@@ -144,6 +153,8 @@ class ExpertLoraConfig(LoraConfig):
             "base_fingerprint": self.base_fingerprint,
             "dropout": self.lora_dropout,
             "expert_dropout": self.expert_dropout,
+            "expert_mode": self.expert_mode,
+            "expert_targets": list(self.expert_targets),
             "router": self.router,
             "experts": None if self.expert_plan is None else self.expert_plan.to_dict(),
             "adapter": self.section,
@@ -168,12 +179,20 @@ class ExpertLoraConfig(LoraConfig):
             options["target_modules"] = [*named, *modules]
         sidecar = read_sidecar(folder) or {}
         if sidecar.get("experts") is not None:
-            options["expert_plan"] = ExpertPlan.from_dict(sidecar["experts"])
+            options["expert_plan"] = plan = ExpertPlan.from_dict(sidecar["experts"])
+            if sidecar.get("expert_mode") == "full":
+                banks = [f"model.layers.{layer}.{EXPERTS}" for layer in plan.experts_by_layer]
+                options["target_modules"] = [*(options.get("target_modules") or []), *banks]
+                options["expert_mode"], experts = "full", tuple(sidecar["expert_targets"])
         if "dropout" in sidecar:
             options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar["expert_dropout"]
         options["router"] = sidecar.get("router", "lora")
         options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
         return cls(**options, expert_targets=experts)
+
+
+def _is_bank(target: str) -> bool:
+    return target == "experts" or str.endswith(target, EXPERTS)
 
 
 def _as_plan(value: Any) -> ExpertPlan | None:

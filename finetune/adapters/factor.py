@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from finetune.adapters.delta import slots_of
 from finetune.adapters.files import pack_a, pack_b, unpack_a, unpack_b
 
 
@@ -32,9 +33,7 @@ class Factor(nn.Module):
         self.rank, self.width = rank, width
         shape = (rank, width) if side == "A" else (width, rank)
         self.weight = nn.Parameter(torch.zeros(len(self.experts), *shape))
-        slot_of_expert = torch.full((num_experts,), -1, dtype=torch.long)
-        slot_of_expert[list(self.experts)] = torch.arange(len(self.experts))
-        self.register_buffer("slot_of_expert", slot_of_expert, persistent=False)
+        self.register_buffer("slot_of_expert", slots_of(self.experts, num_experts), persistent=False)
 
     def fill_uniform_(self, bound: float) -> None:
         """Draw the weight from U(-bound, bound) with torch's generator.

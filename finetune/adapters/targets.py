@@ -28,6 +28,7 @@ from finetune.models.qwen3 import (
 )
 from finetune.routing.plan import ExpertPlan
 
+ExpertMode = Literal["lora", "full"]
 Router = Literal["frozen", "lora", "full"]
 
 
@@ -57,10 +58,17 @@ def _problem(finding: Finding) -> Problem:
 
 
 def lora_config(
-    model: Any, section: AdapterSection, experts: ExpertPlan | None, router: Router = "frozen"
+    model: Any,
+    section: AdapterSection,
+    experts: ExpertPlan | None,
+    expert_mode: ExpertMode = "lora",
+    router: Router = "frozen",
 ) -> ExpertLoraConfig:
     """The configuration that attaches `section` to `model`. Raises AdapterError with every target that has no place."""
     problems = list(_misfits(model, section, experts))
+    if expert_mode == "full" and experts is None:
+        hint = "choose experts with a plan; ExpertPlan.all names every one"
+        problems.append(Problem("experts", "train whole, but there is no plan", hint))
     if router != "frozen" and not problems and not router_layers(model):
         hint = "a dense model has no experts to route to: leave router at frozen"
         problems.append(Problem("router.train", "matches nothing in this model", hint, router))
@@ -94,6 +102,7 @@ def lora_config(
         expert_targets=section.experts,
         expert_plan=experts,
         expert_dropout=section.dropout_of_experts if section.experts else 0.0,
+        expert_mode=expert_mode,
         router="lora" if router == "frozen" else router,
         section=section.model_dump(mode="json"),
         base_fingerprint=_fingerprint(getattr(model, "name_or_path", "")),

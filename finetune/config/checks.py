@@ -13,7 +13,6 @@ from finetune.errors import RecipeError
 
 NOT_BUILT_YET: dict[FieldPath, str] = {
     ("quantize", "scheme"): "4-bit and 8-bit storage of the frozen weights",
-    ("experts", "mode"): "training the experts' own weights",
 }
 """Fields of which only the default is available, and what any other value would need."""
 
@@ -76,7 +75,9 @@ def _adapter(recipe: Recipe) -> Iterator[Finding]:
 
 def _experts(recipe: Recipe) -> Iterator[Finding]:
     experts = recipe.experts
-    if experts.select is not None and experts.mode == "lora" and not recipe.adapter.experts:
+    if experts.mode == "full":
+        yield from _whole_experts(recipe)
+    if experts.select is not None and not recipe.adapter.experts:
         hint = "write adapter.experts: [gate_up_proj, down_proj], or remove experts.select"
         yield _clash("experts.select", "chooses experts, but adapter.experts is empty", hint, "adapter.experts")
     if experts.score == "contrast" and experts.against is None:
@@ -90,6 +91,17 @@ def _experts(recipe: Recipe) -> Iterator[Finding]:
         yield _clash(
             "experts.against", "is only read with score: contrast", "set the score, or remove the line", "experts.score"
         )
+
+
+def _whole_experts(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.experts.select is None:
+        what = "is full, but no rule chooses the experts whose weights train"
+        hint = "write a rule, such as experts.select: {top_p: 0.2}; top_fraction: 0.999 chooses them all"
+        yield _clash("experts.mode", what, hint, "experts.select")
+    for name in ("expert_rank", "expert_alpha", "expert_dropout"):
+        if getattr(recipe.adapter, name) is not None:
+            what = "is given, but experts.mode: full trains no factors on experts"
+            yield _clash(f"adapter.{name}", what, "remove the line, or write mode: lora", "experts.mode")
 
 
 def _router(recipe: Recipe) -> Iterator[Finding]:

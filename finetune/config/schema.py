@@ -176,7 +176,7 @@ class ExpertsSection(Section):
         default="all", description="count all tokens, or those that carry loss only"
     )
     mode: Literal["lora", "full"] = Field(
-        default="lora", description="train factors, or the chosen experts' weights themselves"
+        default="lora", description="train factors on the chosen experts, or their weights themselves (ESFT)"
     )
 
 
@@ -270,6 +270,13 @@ class OutputSection(Section):
 
 class Recipe(Section):
     """Everything one run needs, in walk order."""
+
+    def expert_parameters(self, hidden: int, intermediate: int) -> int:
+        """Trainable parameters that one expert of one layer costs."""
+        if self.experts.mode == "lora":
+            return self.adapter.expert_parameters(hidden, intermediate)
+        matrices = {"gate_up_proj": 2, "down_proj": 1}
+        return hidden * intermediate * sum(matrices[name] for name in self.adapter.experts)
 
     model: ModelSection
     quantize: QuantizeSection = QuantizeSection()

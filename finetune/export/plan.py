@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from finetune.adapters.files import AdapterFiles, LowRank
+from finetune.adapters.change import Change, add_up
+from finetune.adapters.files import AdapterFiles
 from finetune.errors import AdapterError, ModelError, Problem, UserError
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
@@ -43,17 +42,14 @@ class MergePlan:
         """Folders of the adapters."""
         return tuple(files.path for files in self.adapters)
 
-    def read(self, name: str) -> LowRank | None:
+    def read(self, name: str) -> Change | None:
         """The change of one weight by all adapters together, None where it is zero."""
-        parts = [
-            replace(factors, scale=factors.scale * share)
-            for files, share in zip(self.adapters, self.shares, strict=True)
-            if name in files.pairs and not (factors := files.read(name)).is_zero and share
-        ]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        return LowRank(
-            torch.cat([part.a for part in parts]), torch.cat([part.b * part.scale for part in parts], dim=1), 1.0
+        return add_up(
+            [
+                change.times(share)
+                for files, share in zip(self.adapters, self.shares, strict=True)
+                if name in files.pairs and not (change := files.read(name)).is_zero and share
+            ]
         )
 
 

@@ -77,6 +77,6 @@ def _plan(model: Any, recipe: Recipe, files: ExpertFiles, profile: RoutingProfil
     if profile is None:
         assert files.plan is not None
         return files.plan
-    price = recipe.adapter.expert_parameters(model.config.hidden_size, model.config.moe_intermediate_size)
+    price = recipe.expert_parameters(model.config.hidden_size, model.config.moe_intermediate_size)
     seed = recipe.train.seed
     return select(profile, recipe.experts, against=files.against, seed=seed, expert_parameters=price)

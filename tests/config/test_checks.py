@@ -203,7 +203,6 @@ def test_output_must_be_a_folder_of_its_own(folder):
 
 NOT_YET = {
     ("quantize", "scheme"): "nf4",
-    ("experts", "mode"): "full",
 }
 
 

@@ -1,47 +1,30 @@
 """Runs whose routers train with auxiliary losses: cut into micro-batches in any way, checkpointed, resumed."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-from rich.console import Console
 
 from finetune.config.checks import check_recipe
 from finetune.config.load import parse_recipe
 from finetune.errors import RecipeError
-from finetune.pipeline import train
-from finetune.training.run_folder import RunFolder
-from tests.tiny import save_as_hub, tiny_dense, tiny_moe
+from tests.tiny import save_as_hub, tiny_dense
+from tests.training import runs
+from tests.training.runs import save_moe
 
-BASE = Path("examples/tiny-qwen3-moe")
 LOSSES = ("router.train=full", "router.aux_loss=0.5", "router.z_loss=0.02", "router.kl_to_base=0.3")
 NAMES = ("loss", "grad_norm", "router_aux_loss", "router_z_loss", "router_kl_to_base")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A random MoE with the embedded model's tokenizer."""
-    folder = save_as_hub(tiny_moe(vocab_size=704, eos_token_id=2), tmp_path_factory.mktemp("moe"))
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(BASE / file, folder)
-    return folder
+    return save_moe(tmp_path_factory.mktemp("moe"))
 
 
-def run_of(model, output, *overrides, resume=False):
-    text = f"""
-model: {{path: {model}, dtype: float32}}
-adapter: {{attention: [q_proj], experts: [down_proj], rank: 4, alpha: 8}}
-data: {{train: examples/data/secret-code.jsonl, max_length: 256, packing: false}}
-train: {{steps: 4, gradient_accumulation: 4, learning_rate: 1e-2, precision: fp32, schedule: constant, warmup: 0}}
-output: {{dir: {output}}}
-"""
-    return train(parse_recipe(text, "test.yaml", *LOSSES, *overrides), resume=resume, console=Console(quiet=True))
+def run_of(model, output, *overrides):
+    return runs.run_of(model, output, *LOSSES, *overrides)
 
 
 def rows(run):
-    found = [row for row in RunFolder(run.path).read_metrics() if "loss" in row]
-    return [[row[name] for name in NAMES] for row in found]
+    return [[row[name] for name in NAMES] for row in runs.rows_of(run)]
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +55,11 @@ def test_gradient_checkpointing_changes_no_number(run, model, tmp_path):
 
 def test_resumed_it_is_the_same_run(run, model, tmp_path):
     part = run_of(model, tmp_path / "run", "train.save_every=2")
-    checkpoints = RunFolder(part.path).checkpoints
-    shutil.rmtree(checkpoints / "checkpoint-4")
-    assert rows(run_of(model, tmp_path / "run", "train.save_every=2", resume=True)) == rows(run)
+    assert rows(runs.resumed_from(part, 2, model, *LOSSES, "train.save_every=2")) == rows(run)
 
 
 def test_the_router_moved_and_nothing_else_new_was_saved(run):
-    from safetensors.torch import load_file
-
-    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    tensors = runs.adapter_of(run)
     routers = {name: value for name, value in tensors.items() if ".mlp.gate." in name}
     assert len(routers) == 4
     assert all(value.any() for name, value in routers.items() if "lora_A" in name)
@@ -109,6 +88,5 @@ def test_kl_to_base_works_with_a_frozen_router(model, tmp_path):
     losses = ("router.train=frozen", "router.aux_loss=0", "router.z_loss=0")
     strong = run_of(model, tmp_path / "strong", *losses, "router.kl_to_base=3")
     weak = run_of(model, tmp_path / "weak", *losses, "router.kl_to_base=1e-9")
-    ends = [RunFolder(one.path).read_metrics() for one in (strong, weak)]
-    kept = [[row["router_kl_to_base"] for row in found if "loss" in row][-1] for found in ends]
+    kept = [runs.rows_of(one)[-1]["router_kl_to_base"] for one in (strong, weak)]
     assert kept[0] < kept[1]
