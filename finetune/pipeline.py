@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from finetune.config.schema import Recipe
+from finetune.config.schema import QuantizeSection, Recipe
 from finetune.report.progress import TrainingProgress, bytes_done, rows_done, rows_read
 from finetune.training.run_folder import RunFolder
 
@@ -84,6 +84,21 @@ def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared
         return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress), tokenizer
 
 
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    settings: QuantizeSection,
+    *,
+    revision: str | None = None,
+    console: Console | None = None,
+) -> int:
+    """Write a model with packed weights, which loads in seconds, to folder `output`; the number of packed weights."""
+    from finetune.quant.load import quantize_model
+
+    with bytes_done(console or Console(stderr=True), "quantizing") as progress:
+        return quantize_model(model, output, settings, revision=revision, progress=progress)
+
+
 def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
     from finetune.report.routing_table import render_profile
@@ -93,7 +108,7 @@ def profile(recipe: Recipe, *, output: str | Path | None = None, console: Consol
 
     console = console or Console(stderr=True)
     prepared, _ = prepare(recipe, console=console)
-    model = _load_frozen(recipe)
+    model = _load_frozen(recipe, console)
     with rows_done(console, "profiling") as progress:
         measured = profile_for(recipe, model, prepared.train, thorough=True, progress=progress)
     if output is not None:
@@ -120,7 +135,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     files = ExpertFiles.read(recipe)
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
-    model = _load_frozen(recipe)
+    model = _load_frozen(recipe, console)
     with rows_done(console, "profiling") as advance:
         choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
     trains: Any = {"expert_mode": recipe.experts.mode, "router": recipe.router.train}
@@ -243,19 +258,25 @@ def chat(
     converse(model, tokenizer, generation, prompt, system, console)
 
 
-def _load_frozen(recipe: Recipe) -> Any:
+def _load_frozen(recipe: Recipe, console: Console) -> Any:
     """The model of a recipe as it is before adapters."""
     import torch
 
-    from finetune.models.loading import load_model
+    section = recipe.model
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, section.dtype),
+        "revision": section.revision,
+        "attention_implementation": section.attention_implementation,
+        "trust_remote_code": section.trust_remote_code,
+    }
+    if recipe.quantize.scheme == "none":
+        from finetune.models.loading import load_model
 
-    return load_model(
-        recipe.model.path,
-        dtype=getattr(torch, recipe.model.dtype),
-        revision=recipe.model.revision,
-        attention_implementation=recipe.model.attention_implementation,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+        return load_model(section.path, **options)
+    from finetune.quant.load import load_quantized
+
+    with bytes_done(console, "loading") as progress:
+        return load_quantized(section.path, recipe.quantize, **options, progress=progress)
 
 
 def _torch_dtype(name: str | None) -> Any:

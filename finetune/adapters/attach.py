@@ -21,6 +21,7 @@ from finetune.errors import AdapterError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.files import finished_folder
 from finetune.models.loading import load_model, load_tokenizer, stored_dtype
+from finetune.quant.linear import known_to_peft
 from finetune.routing.plan import ExpertPlan
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def attach(
     Raises AdapterError with every setting that is wrong and every target that matches nothing.
     """
     config = lora_config(model, parse_section(adapter), experts, expert_mode, router)
-    with _seeded(seed), _quiet():
+    with _seeded(seed), _quiet(), known_to_peft(model):
         return get_peft_model(model, config)
 
 
@@ -84,7 +85,7 @@ def load_adapter(
     files = AdapterFiles.open(path)
     config = ExpertLoraConfig.load(path)
     config.inference_mode = not trainable
-    with _as_adapter_error(path), _quiet():
+    with _as_adapter_error(path), _quiet(), known_to_peft(model):
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
             model.load_adapter(str(path), name, is_trainable=trainable)

@@ -36,6 +36,7 @@ from finetune.models.qwen3 import (
     EXPERT_PROJECTIONS,
     EXPERTS,
     MLP,
+    PackedBank,
     expert_bank_class,
     layer_index,
     router_class,
@@ -95,7 +96,8 @@ class ExpertLoraConfig(LoraConfig):
             raise AdapterError(
                 Problem("init_lora_weights", "is not supported with experts", hint, self.init_lora_weights)
             )
-        self._register_custom_module({expert_bank_class(): LoraExperts, router_class(): LoraRouter})
+        banks: dict[type, type] = {expert_bank_class(): LoraExperts, PackedBank: LoraExperts}
+        self._register_custom_module({**banks, router_class(): LoraRouter})
 
     def rank_and_alpha(self, key: str) -> tuple[int, float]:
         """Rank and alpha of a module or bank parameter by its full name, matched as PEFT does."""

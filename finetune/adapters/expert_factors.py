@@ -16,6 +16,7 @@ from finetune.adapters.delta import Delta
 from finetune.adapters.factor import Factor
 from finetune.errors import AdapterError, Problem
 from finetune.kernels.ops import Deltas, Factors
+from finetune.models.qwen3 import PackedBank
 
 if TYPE_CHECKING:
     from finetune.adapters.config import ExpertLoraConfig
@@ -85,10 +86,9 @@ class ExpertFactors(nn.Module, LoraLayer):
         return next((holder[name] for holder in holders if name in holder), None)
 
     @property
-    def _frozen_weight(self) -> Tensor:
-        weight = getattr(self.get_base_layer(), self.projection)
-        assert isinstance(weight, Tensor)
-        return weight
+    def _frozen_weight(self) -> Any:
+        """The bank's stack of this projection: a tensor (E, out, in), or a PackedStack."""
+        return getattr(self.get_base_layer(), self.projection)
 
     def active_factors(self, names: Sequence[str]) -> Factors | None:
         """What the kernels take: the factors of adapters `names` that are here, as one; None when there are none."""
@@ -110,6 +110,9 @@ class ExpertFactors(nn.Module, LoraLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the delta of this projection to the frozen bank. `safe_merge` refuses values that are not finite."""
+        if isinstance(self.get_base_layer(), PackedBank):
+            hint = "save the adapter and merge it into the 16-bit model: finetune merge ADAPTER --output DIR"
+            raise AdapterError(Problem(f"experts.{self.projection}", "is packed: nothing can be added to it", hint))
         for name in check_adapters_to_merge(self, adapter_names):
             if self.trained(name) is not None:
                 if safe_merge:

@@ -13,6 +13,7 @@ from finetune.adapters.expert_factors import ExpertFactors
 from finetune.adapters.router_lora import LoraRouter
 from finetune.errors import Problem, TrainingError
 from finetune.models.qwen3 import ATTENTION_PROJECTIONS
+from finetune.quant.experts import count_weights
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +49,7 @@ class _Trained:
 
 def target_table(model: nn.Module) -> list[TargetGroup]:
     """The groups that train in `model`, attention first, then MLPs, then experts."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = count_weights(model)
     groups = _groups(model)
     rows = []
     for name in sorted(groups, key=_order):

@@ -105,7 +105,7 @@ def lora_config(
         expert_mode=expert_mode,
         router="lora" if router == "frozen" else router,
         section=section.model_dump(mode="json"),
-        base_fingerprint=_fingerprint(getattr(model, "name_or_path", "")),
+        base_fingerprint=getattr(model, "base_fingerprint", None) or _fingerprint(getattr(model, "name_or_path", "")),
     )
 
 
@@ -147,13 +147,13 @@ def _misfits(model: Any, section: AdapterSection, experts: ExpertPlan | None) ->
             yield from _plan_misfits(banks, experts)
 
 
-def _plan_misfits(banks: dict[str, nn.Module], experts: ExpertPlan) -> Any:
+def _plan_misfits(banks: dict[str, Any], experts: ExpertPlan) -> Any:
     hint = "make the plan with this model"
     layers = {layer_index(name) for name in banks}
     strange = sorted(set(experts.experts_by_layer) - layers)
     if strange:
         yield Problem("expert plan", "names layers that have no experts", hint, strange)
-    (num_experts,) = {len(bank.get_parameter("down_proj")) for bank in banks.values()}
+    (num_experts,) = {bank.down_proj.shape[0] for bank in banks.values()}
     if experts.num_experts != num_experts:
         what = f"is for another number of experts than the model's {num_experts}"
         yield Problem("expert plan", what, hint, experts.num_experts)

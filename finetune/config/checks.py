@@ -1,28 +1,22 @@
-"""What the schema alone cannot say: fields that contradict one another, and features that are not available yet."""
+"""What the schema alone cannot say: fields that contradict one another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from os.path import normpath
 
-from finetune.config.fields import kind_at
 from finetune.config.files import find_in_files
 from finetune.config.findings import FieldPath, Finding, Places
 from finetune.config.schema import Recipe
 from finetune.errors import RecipeError
 
-NOT_BUILT_YET: dict[FieldPath, str] = {
-    ("quantize", "scheme"): "4-bit and 8-bit storage of the frozen weights",
-}
-"""Fields of which only the default is available, and what any other value would need."""
-
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
-    """Check what one recipe says as a whole, what is available, and the local files it names.
+    """Check what one recipe says as a whole, and the local files it names.
 
     `load_recipe` does this already; recipes made in Python need it. Raises RecipeError with every problem.
     """
-    findings = [*text_findings(recipe), *file_findings(recipe)]
+    findings = [*text_findings(recipe), *find_in_files(recipe)]
     if findings:
         raise RecipeError(*Places(source, {}, {}).problems(findings))
 
@@ -31,25 +25,6 @@ def text_findings(recipe: Recipe) -> list[Finding]:
     """Contradictions between fields."""
     checks = (_adapter, _experts, _router, _precision, _quantize, _data)
     return [finding for check in checks for finding in check(recipe)]
-
-
-def file_findings(recipe: Recipe) -> list[Finding]:
-    """What depends on this installation: features that are not available yet, and local files."""
-    return [*_not_built(recipe), *find_in_files(recipe)]
-
-
-def _not_built(recipe: Recipe) -> Iterator[Finding]:
-    for path, feature in NOT_BUILT_YET.items():
-        section, name = path
-        value, kind = getattr(getattr(recipe, str(section)), str(name)), kind_at(path)
-        assert kind is not None
-        assert kind.field is not None
-        default = kind.field.default
-        if value != default:
-            shown = "null" if default is None else default
-            got = value.model_dump(exclude_none=True) if hasattr(value, "model_dump") else value
-            hint = f"remove the line, or write {name}: {shown}, the only value this version can run"
-            yield Finding(path, f"is not available yet: {feature}", hint, got)
 
 
 def _clash(path: FieldPath | str, what: str, hint: str, *others: FieldPath | str) -> Finding:
@@ -134,7 +109,14 @@ def _quantize(recipe: Recipe) -> Iterator[Finding]:
     quantize, compute = recipe.quantize, {"bf16": "bfloat16", "fp32": "float32"}[recipe.train.precision]
     if quantize.scheme == "none":
         return
-    if not (quantize.attention or quantize.experts):
+    if quantize.scheme == "fp8":
+        if quantize.attention:
+            hint = "write attention: false, or remove the line; or write scheme: nf4"
+            yield _clash("quantize.attention", "is true, but fp8 packs experts alone", hint, "quantize.scheme")
+        if quantize.block == 64:
+            hint = "remove the line"
+            yield _clash("quantize.block", "is 64, but blocks of fp8 are 128 x 128", hint, "quantize.scheme")
+    if not (quantize.packs_attention or quantize.experts):
         yield _clash(
             "quantize.scheme",
             f"is {quantize.scheme}, but neither attention nor experts are quantized",

@@ -59,19 +59,32 @@ class QuantizeSection(Section):
     """How the frozen weights are stored."""
 
     scheme: Literal["none", "nf4", "fp8"] = Field(default="none", description="storage of the frozen weights")
-    attention: bool = Field(default=True, description="quantize the attention projections")
+    attention: bool | None = Field(
+        default=None,
+        description="quantize the linear layers of attention and dense MLPs; null: with nf4, which alone can",
+    )
     experts: bool = Field(default=True, description="quantize the experts")
-    block: Literal[64, 128] = Field(default=64, description="weights that share one scale")
-    double: bool = Field(default=True, description="quantize the scales as well")
+    block: Literal[64, 128] | None = Field(
+        default=None, description="weights that share one scale; null: 64 with nf4, 128 x 128 with fp8"
+    )
+    double: bool = Field(default=True, description="quantize the scales as well (nf4)")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="type the weights are decoded to"
     )
-    scratch_gib: Positive | None = Field(
-        default=None, description="GiB for decoded experts; chosen from free memory when null"
-    )
     resident: Literal["all", "mmap"] = Field(
-        default="all", description="hold packed experts in memory or map them from disk"
+        default="all",
+        description="hold packed experts in memory, or read them from the file of `finetune quantize` when needed",
     )
+
+    @property
+    def packs_attention(self) -> bool:
+        """Whether attention and dense MLPs are quantized."""
+        return self.scheme == "nf4" and self.attention is not False
+
+    @property
+    def block_size(self) -> int:
+        """Weights that share one scale; rows and columns of a block with fp8."""
+        return self.block or {"none": 0, "nf4": 64, "fp8": 128}[self.scheme]
 
 
 class AdapterSection(Section):
@@ -248,7 +261,10 @@ class TrainSection(Section):
         default="cosine", description="learning rate after warm-up"
     )
     warmup: Share = Field(default=0.03, description="share of the steps with rising learning rate")
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(default="adamw", description="AdamW, or AdamW with 8-bit state")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="AdamW with 32-bit or 8-bit state; paged state moves to host memory when the GPU's is full",
+    )
     weight_decay: NonNegative = Field(default=0.0, description="decoupled weight decay")
     max_grad_norm: Positive = Field(default=1.0, description="gradient norm is clipped to this")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="arithmetic of the frozen model")

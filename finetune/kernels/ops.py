@@ -13,9 +13,9 @@ from torch import Tensor
 from finetune.errors import AdapterError, Problem
 from finetune.kernels import device_op, reference, self_check, torch_path
 from finetune.kernels.blocks import make_room_, room_of
-from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors
+from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors, PackedStack, Stack
 
-__all__ = ["Backend", "Deltas", "Dropout", "Factors", "expert_mlp", "make_room_"]
+__all__ = ["Backend", "Deltas", "Dropout", "Factors", "PackedStack", "expert_mlp", "make_room_"]
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 BACKENDS = ("reference", "torch", "triton")
@@ -27,8 +27,8 @@ def expert_mlp(
     x_TH: Tensor,
     top_k_index_TK: Tensor,
     top_k_weights_TK: Tensor,
-    gate_up_EGH: Tensor,
-    down_EHI: Tensor,
+    gate_up_EGH: Stack,
+    down_EHI: Stack,
     *,
     gate_up_lora: Factors | None = None,
     down_lora: Factors | None = None,
@@ -44,6 +44,7 @@ def expert_mlp(
     top_k_index_TK: expert ids, int64, different within a row.
     top_k_weights_TK: routing weights.
     gate_up_EGH: frozen [gate; up] stacked on G = 2I. down_EHI: frozen down projection. They get no gradient.
+        Either may be a PackedStack: its weights are decoded per expert, again in backward, and never saved.
     gate_up_lora, down_lora: low-rank factors; x, the routing weights and the factors are differentiable once.
         Factors that no token reaches get zeros as gradients, not None.
     gate_up_delta, down_delta: changes of whole experts, differentiable as factors are; a gradient is computed for their
@@ -141,7 +142,7 @@ def _problems(x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, layer: ExpertL
     """What does not fit together."""
     hint = "see the shapes in the docstring of expert_mlp"
     gate_up, down = layer.gate_up_EGH, layer.down_EHI
-    if gate_up.ndim != 3 or down.ndim != 3:
+    if len(gate_up.shape) != 3 or len(down.shape) != 3:
         what = "gate_up must be (E, 2I, H) and down (E, H, I)"
         return [Problem("experts", what, hint, (tuple(gate_up.shape), tuple(down.shape)))]
     num_experts, hidden, intermediate = down.shape
@@ -156,7 +157,7 @@ def _problems(x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, layer: ExpertL
         for name, (got, shape) in expected.items()
         if tuple(got) != shape
     ]
-    if torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad):
+    if torch.is_grad_enabled() and any(isinstance(stack, Tensor) and stack.requires_grad for stack in (gate_up, down)):
         hint_frozen = "call requires_grad_(False) on the experts: only factors are trained"
         problems.append(Problem("experts", "require gradients, which are never computed", hint_frozen))
     problems += _delta_problems("gate_up", layer.gate_up_delta, gate_up)
@@ -165,7 +166,7 @@ def _problems(x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, layer: ExpertL
     return problems + _factor_problems("down", layer.down_lora, num_experts, (intermediate, hidden))
 
 
-def _delta_problems(name: str, delta: Deltas | None, bank_EOI: Tensor) -> list[Problem]:
+def _delta_problems(name: str, delta: Deltas | None, bank_EOI: Stack) -> list[Problem]:
     if delta is None:
         return []
     shape, hint = (*delta.delta_XOI.shape[:1], *bank_EOI.shape[1:]), "one slot of a whole weight per trained expert"

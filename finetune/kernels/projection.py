@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.kernels.layer import Deltas, Factors
+from finetune.kernels.layer import Deltas, Factors, Stack, weights_of
 from finetune.kernels.pairs import Block
 
 
@@ -43,7 +43,7 @@ class Projection:
 
     def __init__(
         self,
-        weight_EOI: Tensor,
+        weight_EOI: Stack,
         lora: Factors | None,
         delta: Deltas | None,
         dtype: torch.dtype,
@@ -55,7 +55,7 @@ class Projection:
         self._delta, self._delta_slot = delta, [] if delta is None else delta.slot_of_expert.tolist()
         self._slot_of_expert = [] if lora is None else lora.slot_of_expert.tolist()
         factors = () if lora is None else (lora.a_XRI, lora.b_XOR)
-        most = 2 * num_experts > len(weight_EOI)
+        most = 2 * num_experts > weight_EOI.shape[0]
         self._factors = tuple(factor.to(dtype) for factor in factors) if most else factors
         self._at: tuple[Block, _Slots | None] | None = None
 
@@ -127,12 +127,10 @@ class Projection:
     def _multiply_(self, block: Block, out: Tensor, rows: Tensor, *, transpose: bool) -> None:
         """`out = rows W^T`, or `rows W`."""
         if self._batched:
-            index = torch.tensor(block.experts, device=rows.device)
-            whole = len(index) == len(self._weight_EOI)
-            if self._delta is not None:
-                weight_YOI = torch.stack([self._weight(expert) for expert in block.experts])
+            if self._delta is None:
+                weight_YOI = weights_of(self._weight_EOI, block.experts, self._dtype)
             else:
-                weight_YOI = (self._weight_EOI if whole else self._weight_EOI.index_select(0, index)).to(self._dtype)
+                weight_YOI = torch.stack([self._weight(expert) for expert in block.experts])
             torch.bmm(block.batched(rows), weight_YOI.mT if transpose else weight_YOI, out=block.batched(out))
             return
         x_parts, y_parts = rows.split(block.parts), out.split(block.parts)
@@ -143,10 +141,13 @@ class Projection:
 
     def _weight(self, expert: int) -> Tensor:
         """W, with its delta if it has one, in the compute dtype."""
-        weight_OI = self._weight_EOI[expert]
         if self._delta is not None and (slot := self._delta_slot[expert]) >= 0:
-            weight_OI = torch.add(weight_OI, self._delta.delta_XOI[slot], alpha=self._delta.scale)
-        return weight_OI.to(self._dtype)
+            delta_OI = self._delta.delta_XOI[slot]
+            weight_OI = weights_of(self._weight_EOI, (expert,), delta_OI.dtype)[0]
+            return torch.add(weight_OI, delta_OI, alpha=self._delta.scale).to(self._dtype)
+        if isinstance(self._weight_EOI, Tensor):
+            return self._weight_EOI[expert].to(self._dtype)
+        return self._weight_EOI.weights_of((expert,), self._dtype)[0]
 
     def _slots(self, block: Block) -> _Slots | None:
         if self._at is None or self._at[0] is not block:

@@ -15,6 +15,9 @@ DENSE, MOE = "qwen3", "qwen3_moe"
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
+EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""The hub's matrices of one expert, one above the other, in each projection of a live bank."""
+
 MLP = "mlp"
 EXPERTS = "mlp.experts"
 ROUTER = "mlp.gate"
@@ -45,9 +48,13 @@ def expert_bank_class() -> type[nn.Module]:
     return Qwen3MoeExperts
 
 
+class PackedBank(nn.Module):
+    """What takes the place of that module when its weights are packed; gate_up_proj and down_proj are no parameters."""
+
+
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer's expert bank by module name, in layer order; empty for a dense model."""
-    bank = expert_bank_class()
+    bank = (expert_bank_class(), PackedBank)
     return {name: module for name, module in model.named_modules() if isinstance(module, bank)}
 
 

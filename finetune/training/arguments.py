@@ -12,7 +12,12 @@ from trl import SFTConfig
 
 from finetune.config.schema import Recipe
 
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 
 
 def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:

@@ -14,6 +14,7 @@ from finetune.config.load import load_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
 from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
+from finetune.quant.experts import count_weights
 from finetune.routing.plan_file import read_plan
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
@@ -83,7 +84,7 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "train_loss_last": steps[-1]["loss"],
         "eval": {name: evals[-1][f"eval_{name}"] for name in ("loss", "exact_match")} if evals else None,
         "trainable_parameters": trainable_parameters(model),
-        "trainable_share": trainable_parameters(model) / sum(parameter.numel() for parameter in model.parameters()),
+        "trainable_share": trainable_parameters(model) / count_weights(model),
         "seconds": steps[-1]["elapsed_s"],
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),

@@ -23,9 +23,9 @@ def run(model, tmp_path_factory):
     return run_of(model, tmp_path_factory.mktemp("runs") / "run", *WHOLE, "train.save_every=2")
 
 
-def test_the_chosen_experts_learn(run):
-    losses = losses_of(run)
-    assert losses[-1] < losses[0]
+def test_the_chosen_experts_learn(run, model, tmp_path):
+    idle = run_of(model, tmp_path / "idle", *WHOLE, "train.learning_rate=1e-12")
+    assert losses_of(run)[-1] < losses_of(idle)[-1] - 0.1
     deltas = {name: value for name, value in adapter_of(run).items() if "lora_delta" in name}
     assert len(deltas) == 4
     assert all(value.shape[0] == 2 and value.any() for value in deltas.values())
@@ -64,10 +64,10 @@ def test_it_merges_and_frozen_experts_keep_their_bits(run, model, tmp_path):
             assert torch.equal(before[name], after[name]) == (expert not in plan.experts_by_layer[layer]), name
 
 
-def test_bf16_keeps_fp32_changes(model, tmp_path):
-    run = run_of(model, tmp_path / "run", *WHOLE, "train.precision=bf16", "model.dtype=bfloat16")
-    assert {value.dtype for value in adapter_of(run).values()} == {torch.float32}
-    assert losses_of(run)[-1] < losses_of(run)[0]
+def test_bf16_keeps_fp32_changes(run, model, tmp_path):
+    half = run_of(model, tmp_path / "run", *WHOLE, "train.precision=bf16", "model.dtype=bfloat16")
+    assert {value.dtype for value in adapter_of(half).values()} == {torch.float32}
+    assert losses_of(half) == pytest.approx(losses_of(run), rel=2e-2)
 
 
 @pytest.mark.parametrize(
