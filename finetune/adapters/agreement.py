@@ -25,6 +25,7 @@ def check_same_plan(model: PeftModel, folder: str | Path) -> None:
     Resuming with others would hand the optimizer state to other parameters; torch's fused AdamW corrupts memory then.
     """
     files, config, name = AdapterFiles.open(folder), ExpertLoraConfig.load(folder), model.active_adapter
+    now_config: Any = model.peft_config[name]
     hint = "resume with the adapter and experts sections of the run, or start anew without --resume"
     now, then = stock_shapes(model, name), {key: info.shape for key, info in files.file.tensors.items()}
     problems = [
@@ -37,8 +38,11 @@ def check_same_plan(model: PeftModel, folder: str | Path) -> None:
     if not problems:
         for layer_name, experts in _experts_by_layer(model, name).items():
             trained = config.experts_of(layer_name, files.num_experts[layer_name])
-            if trained != experts:
-                what = f"trained experts {list(trained)} before and {list(experts)} now"
+            ranks_before, ranks_now = config.ranks_of(layer_name), now_config.ranks_of(layer_name)
+            if trained != experts or ranks_before != ranks_now:
+                then_now = (trained, experts) if trained != experts else (ranks_before, ranks_now)
+                kind = "experts" if trained != experts else "ranks"
+                what = f"trained {kind} {list(then_now[0] or ())} before and {list(then_now[1] or ())} now"
                 problems.append(Problem(f"{folder}: {layer_name}", what, hint))
     if problems:
         raise AdapterError(*problems[:MOST_PROBLEMS])

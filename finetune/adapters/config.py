@@ -118,6 +118,11 @@ class ExpertLoraConfig(LoraConfig):
             raise AdapterError(Problem(module_name, "is targeted but not in the expert plan", "target its layers only"))
         return experts
 
+    def ranks_of(self, name: str) -> tuple[int, ...] | None:
+        """Rank of each expert that `experts_of` names for a layer's bank; None when all have the adapter's."""
+        ranks = None if self.expert_plan is None else self.expert_plan.ranks_by_layer
+        return None if ranks is None else ranks[layer_index(name)]
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json as stock PEFT reads it, and the sidecar."""
         folder = Path(save_directory)

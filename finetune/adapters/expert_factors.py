@@ -63,8 +63,8 @@ class ExpertFactors(nn.Module, LoraLayer):
         """New factors: A uniform as PEFT starts it, B zero."""
         rank, alpha = config.rank_and_alpha(key)
         factors = {
-            "A": Factor("A", experts, self.num_experts, rank, self.in_features),
-            "B": Factor("B", experts, self.num_experts, rank, self.out_features),
+            "A": Factor("A", experts, self.num_experts, rank, self.in_features, config.ranks_of(key)),
+            "B": Factor("B", experts, self.num_experts, rank, self.out_features, config.ranks_of(key)),
         }
         factors["A"].fill_uniform_(1 / math.sqrt(self.in_features))
         if not config.init_lora_weights:
@@ -93,7 +93,7 @@ class ExpertFactors(nn.Module, LoraLayer):
     def active_factors(self, names: Sequence[str]) -> Factors | None:
         """What the kernels take: the factors of adapters `names` that are here, as one; None when there are none."""
         found = [
-            Factors(self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n], self.lora_A[n].slot_of_expert)
+            Factors(self.lora_A[n].slots(), self.lora_B[n].slots(), self.scaling[n], self.lora_A[n].slot_of_expert)
             for n in names
             if n in self.lora_A
         ]
@@ -143,11 +143,11 @@ class ExpertFactors(nn.Module, LoraLayer):
     def _deltas(self, name: str) -> Iterator[tuple[int, Tensor]]:
         trained = self.trained(name)
         assert trained is not None
+        if name in self.lora_A:
+            a_XRI, b_XOR = self.lora_A[name].slots(), self.lora_B[name].slots()
         for slot, expert in enumerate(trained.experts):
-            if name in self.lora_delta:
-                yield expert, self.scaling[name] * self.lora_delta[name].weight[slot]
-            else:
-                yield expert, self.scaling[name] * (self.lora_B[name].weight[slot] @ self.lora_A[name].weight[slot])
+            delta_OI = self.lora_delta[name].weight[slot] if name in self.lora_delta else b_XOR[slot] @ a_XRI[slot]
+            yield expert, self.scaling[name] * delta_OI
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for holder in (self.lora_A, self.lora_B, self.lora_delta):

@@ -77,14 +77,18 @@ def lora_config(
     bank_targets = _bank_targets(model, experts) if section.experts else []
     mlp = [f"{MLP}.{target}" if is_moe(model.config) else target for target in section.mlp]
     main = section.experts != ()
+    rank, alpha = (section.rank_of_experts, section.alpha_of_experts) if main else (section.rank, section.alpha)
+    if main and experts is not None and experts.max_rank is not None:  # every expert keeps the scale of the section
+        ratio = experts.max_rank / rank
+        rank, alpha = experts.max_rank, alpha * (ratio**0.5 if section.rslora else ratio)
     options: dict[str, Any] = {
-        "r": section.rank_of_experts if main else section.rank,
-        "lora_alpha": _whole(section.alpha_of_experts if main else section.alpha),
+        "r": rank,
+        "lora_alpha": _whole(alpha),
         "rank_pattern": {},
         "alpha_pattern": {},
     }
     routers = [ROUTER] if router != "frozen" else []
-    if main and (section.rank_of_experts, section.alpha_of_experts) != (section.rank, section.alpha):
+    if main and (rank, alpha) != (section.rank, section.alpha):
         # on disk a dense MLP's target is its weight, live it is the module: the pattern matches both
         names = [*section.attention, *(rf"{target}(\.weight)?" for target in (*mlp, *routers))]
         options["rank_pattern"] = dict.fromkeys(names, section.rank)

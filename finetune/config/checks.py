@@ -52,6 +52,8 @@ def _experts(recipe: Recipe) -> Iterator[Finding]:
     experts = recipe.experts
     if experts.mode == "full":
         yield from _whole_experts(recipe)
+    if experts.hot is not None:
+        yield from _hot_experts(recipe)
     if experts.select is not None and not recipe.adapter.experts:
         hint = "write adapter.experts: [gate_up_proj, down_proj], or remove experts.select"
         yield _clash("experts.select", "chooses experts, but adapter.experts is empty", hint, "adapter.experts")
@@ -66,6 +68,19 @@ def _experts(recipe: Recipe) -> Iterator[Finding]:
         yield _clash(
             "experts.against", "is only read with score: contrast", "set the score, or remove the line", "experts.score"
         )
+
+
+def _hot_experts(recipe: Recipe) -> Iterator[Finding]:
+    select = recipe.experts.select
+    if select is None or select.file is not None:
+        hint = "write a rule, such as experts.select: {top_fraction: 0.5}; a plan file holds ranks itself"
+        yield _clash("experts.hot", "is given, but no rule chooses experts", hint, "experts.select")
+    elif select.budget is not None:
+        what = "is given, but experts.select.budget counts every expert at one rank"
+        yield _clash("experts.hot", what, "choose with top_fraction or top_p", "experts.select.budget")
+    if recipe.experts.mode == "full":
+        what = "is given, but experts.mode: full trains no factors on experts"
+        yield _clash("experts.hot", what, "remove the line, or write mode: lora", "experts.mode")
 
 
 def _whole_experts(recipe: Recipe) -> Iterator[Finding]:

@@ -173,6 +173,18 @@ class SelectRule(Section):
         return max(1, int(self.top_fraction * num_experts + 0.5))
 
 
+class HotExperts(Section):
+    """Experts that get a rank of their own: the hottest of each layer."""
+
+    rank: Count = Field(description="LoRA rank of the hottest experts; the others have `adapter.expert_rank`")
+    top_fraction: OpenShare = Field(description="share of the experts of each layer, hottest first")
+
+    @property
+    def rule(self) -> SelectRule:
+        """Which experts are meant."""
+        return SelectRule(top_fraction=self.top_fraction)
+
+
 class ExpertsSection(Section):
     """Which experts of each layer train; the others stay frozen."""
 
@@ -181,6 +193,9 @@ class ExpertsSection(Section):
     )
     select: SelectRule | None = Field(
         default=None, description="rule that turns scores into a plan; every expert trains when null"
+    )
+    hot: HotExperts | None = Field(
+        default=None, description="another rank for the hottest of the experts that train; one rank for all when null"
     )
     against: PathName | None = Field(default=None, description="routing profile of general data, for score: contrast")
     profile_tokens: Count = Field(default=65_536, description="tokens of training rows that are looked at, about")

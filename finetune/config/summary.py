@@ -70,6 +70,9 @@ def _trainable(recipe: Recipe, shape: ModelShape) -> int | None:
     price = recipe.expert_parameters(hidden, shape.expert_intermediate)
     router = {"frozen": 0, "lora": recipe.adapter.rank * (hidden + shape.experts), "full": hidden * shape.experts}
     per_layer = trained * price + router[recipe.router.train]
+    if (hot := recipe.experts.hot) is not None:
+        hot_experts = min(hot.rule.count_of(shape.experts), trained)
+        per_layer += hot_experts * price // recipe.adapter.rank_of_experts * (hot.rank - recipe.adapter.rank_of_experts)
     return shape.trainable_outside(recipe.adapter) + shape.moe_layers * per_layer
 
 
@@ -98,6 +101,7 @@ def _experts(recipe: Recipe) -> dict[str, Any]:
     if experts.select is None:
         return {}
     rule = experts.select.model_dump(exclude_none=True, exclude_defaults=True)
+    rule |= {"hot": experts.hot.model_dump()} if experts.hot is not None else {}
     rule |= {"mode": "full"} if experts.mode == "full" else {}
     return {"experts_that_train": rule if experts.select.file is not None else {"score": experts.score, **rule}}
 

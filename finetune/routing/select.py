@@ -23,17 +23,32 @@ def select(
     against: RoutingProfile | None = None,
     seed: int = 0,
     expert_parameters: int | None = None,
+    rank: int | None = None,
 ) -> ExpertPlan:
     """The plan that a recipe's `experts` section makes of a profile.
 
     expert_parameters: trainable parameters that one expert of one layer costs; a budget needs it.
+    rank: of the experts outside of `experts.hot`, which needs it.
     Raises RoutingError when the profile lacks what the score needs, or the budget is too small for any plan.
     """
     rule = experts.select
     if rule is None:
         return ExpertPlan.all(profile.layer_indices, profile.num_experts)
     share_LE = shares(profile, experts.score, against=against, seed=seed)
-    return apply_rule(share_LE, rule, profile.layer_indices, expert_parameters)
+    plan = apply_rule(share_LE, rule, profile.layer_indices, expert_parameters)
+    if experts.hot is None:
+        return plan
+    assert rank is not None, "experts.hot needs the rank of the others"
+    return _with_ranks(plan, apply_rule(share_LE, experts.hot.rule, profile.layer_indices), experts.hot.rank, rank)
+
+
+def _with_ranks(plan: ExpertPlan, hot: ExpertPlan, hot_rank: int, rank: int) -> ExpertPlan:
+    """`plan` with `hot_rank` for those of its experts that are in `hot` as well, and `rank` for the others."""
+    ranks = {
+        layer: tuple(hot_rank if expert in hot.experts_by_layer[layer] else rank for expert in experts)
+        for layer, experts in plan.experts_by_layer.items()
+    }
+    return ExpertPlan(plan.experts_by_layer, plan.num_experts, ranks)
 
 
 def apply_rule(

@@ -79,4 +79,5 @@ def _plan(model: Any, recipe: Recipe, files: ExpertFiles, profile: RoutingProfil
         return files.plan
     price = recipe.expert_parameters(model.config.hidden_size, model.config.moe_intermediate_size)
     seed = recipe.train.seed
-    return select(profile, recipe.experts, against=files.against, seed=seed, expert_parameters=price)
+    rank = recipe.adapter.rank_of_experts
+    return select(profile, recipe.experts, against=files.against, seed=seed, expert_parameters=price, rank=rank)
