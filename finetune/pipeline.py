@@ -146,7 +146,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         console.print(render_table(target_table(adapted)))
     rows = Rows(prepared.train, prepared.eval)
     progress_line = TrainingProgress(console)
-    train_sft(adapted, tokenizer, rows, recipe, folder, plan=choice.plan, resume=resume, progress=progress_line)
+    train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
         save_adapter(adapted, folder.adapter)
     return Run(folder.path, summarize(folder, adapted))

@@ -23,6 +23,18 @@ class Delta(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(self.experts), *shape))
         self.register_buffer("slot_of_expert", slots_of(self.experts, num_experts), persistent=False)
 
+    @torch.no_grad()
+    def move_(self, experts: Sequence[int], generator: torch.Generator) -> list[int]:
+        """Give the slots to `experts`, as many as now.
+
+        Returns the slot each of them had, -1 for none: its change starts at 0.
+        """
+        source = [self.experts.index(expert) if expert in self.experts else -1 for expert in experts]
+        self.weight.copy_(moved_slots(self.weight, source))
+        self.slot_of_expert.copy_(slots_of(experts, self.num_experts))
+        self.experts = tuple(experts)
+        return source
+
     @property
     def stock_shape(self) -> tuple[int, ...]:
         """Shape on disk; no layout of stock PEFT can say it, so it is the compact one."""
@@ -31,6 +43,12 @@ class Delta(nn.Module):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"experts={len(self.experts)} of {self.num_experts}, shape={tuple(self.weight.shape[1:])}"
+
+
+def moved_slots(values: Tensor, source: Sequence[int]) -> Tensor:
+    """The slots `source` of `values`, zero for -1."""
+    index = torch.tensor(source, device=values.device)
+    return values[index.clamp(min=0)] * (index >= 0).view(-1, *[1] * (values.ndim - 1)).to(values.dtype)
 
 
 def slots_of(experts: Sequence[int], num_experts: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.delta import slots_of
+from finetune.adapters.delta import moved_slots, slots_of
 from finetune.adapters.files import pack_a, pack_b, unpack_a, unpack_b
 from finetune.errors import AdapterError, Problem
 
@@ -60,6 +60,24 @@ class Factor(nn.Module):
         every = self.weight.new_empty(self.num_experts, *shape, requires_grad=False).uniform_(-bound, bound)
         with torch.no_grad():
             self.weight.copy_(self._compact(every[list(self.experts)]))
+
+    @torch.no_grad()
+    def move_(self, experts: Sequence[int], generator: torch.Generator) -> list[int]:
+        """Give the slots to `experts`, as many as now, all of one rank.
+
+        Returns the slot each of them had, -1 for none: its B starts at 0 and its A at random.
+        """
+        assert self.ranks is None
+        source = [self.experts.index(expert) if expert in self.experts else -1 for expert in experts]
+        moved = moved_slots(self.weight, source)
+        if self.side == "A":
+            for slot in (slot for slot, before in enumerate(source) if before < 0):
+                start = torch.empty(self.rank, self.width).uniform_(-1, 1, generator=generator)
+                moved[slot] = start.to(moved) / self.width**0.5
+        self.weight.copy_(moved)
+        self.slot_of_expert.copy_(slots_of(experts, self.num_experts))
+        self.experts = tuple(experts)
+        return source
 
     def slots(self) -> Tensor:
         """What the kernels take: A (X, R, in) or B (X, out, R), zero beyond the rank of an expert.

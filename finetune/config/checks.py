@@ -54,6 +54,8 @@ def _experts(recipe: Recipe) -> Iterator[Finding]:
         yield from _whole_experts(recipe)
     if experts.hot is not None:
         yield from _hot_experts(recipe)
+    if experts.reselect is not None:
+        yield from _reselect(recipe)
     if experts.select is not None and not recipe.adapter.experts:
         hint = "write adapter.experts: [gate_up_proj, down_proj], or remove experts.select"
         yield _clash("experts.select", "chooses experts, but adapter.experts is empty", hint, "adapter.experts")
@@ -81,6 +83,22 @@ def _hot_experts(recipe: Recipe) -> Iterator[Finding]:
     if recipe.experts.mode == "full":
         what = "is given, but experts.mode: full trains no factors on experts"
         yield _clash("experts.hot", what, "remove the line, or write mode: lora", "experts.mode")
+
+
+def _reselect(recipe: Recipe) -> Iterator[Finding]:
+    experts, where = recipe.experts, "experts.reselect"
+    if experts.select is None:
+        hint = "write a rule, such as experts.select: {top_fraction: 0.25}, or remove the line"
+        yield _clash(where, "is given, but every expert trains", hint, "experts.select")
+    if experts.score != "tokens":
+        what = f"counts tokens, but experts.score is {experts.score}"
+        yield _clash(where, what, "write score: tokens, or remove the line", "experts.score")
+    if experts.hot is not None:
+        what = "is given, but experts.hot gives experts different ranks"
+        yield _clash(where, what, "remove one of them", "experts.hot")
+    if recipe.train.optimizer == "adamw_8bit":
+        what = "moves optimizer state between experts, but adamw_8bit packs it across them"
+        yield _clash(where, what, "write train.optimizer: adamw", "train.optimizer")
 
 
 def _whole_experts(recipe: Recipe) -> Iterator[Finding]:

@@ -185,6 +185,15 @@ class HotExperts(Section):
         return SelectRule(top_fraction=self.top_fraction)
 
 
+class Reselect(Section):
+    """Choosing experts anew while the run trains."""
+
+    every: Count = Field(description="steps between choices, by the tokens each expert got in them")
+    margin: NonNegative = Field(
+        default=0.2, description="a frozen expert replaces a trained one whose share it exceeds by this part"
+    )
+
+
 class ExpertsSection(Section):
     """Which experts of each layer train; the others stay frozen."""
 
@@ -198,6 +207,7 @@ class ExpertsSection(Section):
         default=None, description="another rank for the hottest of the experts that train; one rank for all when null"
     )
     against: PathName | None = Field(default=None, description="routing profile of general data, for score: contrast")
+    reselect: Reselect | None = Field(default=None, description="choose anew every so many steps; never when null")
     profile_tokens: Count = Field(default=65_536, description="tokens of training rows that are looked at, about")
     profile_rows: Count | None = Field(default=None, description="training rows that are looked at, at most")
     profile_on: Literal["all", "loss"] = Field(

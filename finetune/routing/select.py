@@ -94,6 +94,22 @@ def _afford(
     return 1 + np.bincount(winners // max(num_experts - 1, 1), minlength=num_layers)
 
 
+def reselect(plan: ExpertPlan, share_LE: Sums, layer_indices: tuple[int, ...], margin: float) -> ExpertPlan:
+    """`plan` with frozen experts in the place of trained ones whose share theirs exceeds by the factor 1 + margin.
+
+    In each layer the hottest frozen expert replaces the coldest trained one, as long as that holds; ties go to the
+    lower id. As many experts train as before.
+    """
+    chosen = {}
+    for layer, experts in plan.experts_by_layer.items():
+        share_E = share_LE[layer_indices.index(layer)]
+        trained = sorted(experts, key=lambda expert: (share_E[expert], -expert))
+        frozen = sorted(set(range(plan.num_experts)) - set(experts), key=lambda expert: (-share_E[expert], expert))
+        swaps = sum(share_E[new] > (1 + margin) * share_E[old] for old, new in zip(trained, frozen, strict=False))
+        chosen[layer] = (*trained[swaps:], *frozen[:swaps])
+    return ExpertPlan(chosen, plan.num_experts)
+
+
 def agreement(one: ExpertPlan, other: ExpertPlan) -> float:
     """How alike two plans are: 2 |both| / (|one| + |other|), averaged over layers. 1 when they are the same."""
     layers = one.experts_by_layer.keys() | other.experts_by_layer.keys()
