@@ -143,14 +143,15 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     model = _load_frozen(recipe, console)
     with rows_done(console, "profiling") as advance:
         choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
-    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed)
+    trains: Any = {"expert_mode": recipe.experts.mode, "router": recipe.router.train}
+    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed, **trains)
     if is_main_process():
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_table(target_table(adapted)))
     rows = Rows(prepared.train, prepared.eval)
     progress_line = TrainingProgress(console)
-    train_sft(adapted, tokenizer, rows, recipe, folder, plan=choice.plan, resume=resume, progress=progress_line)
+    train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
         save_adapter(adapted, folder.adapter)
     return Run(folder.path, summarize(folder, adapted))

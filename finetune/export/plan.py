@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from finetune.adapters.files import AdapterFiles, LowRank
+from finetune.adapters.change import Change, add_up
+from finetune.adapters.files import AdapterFiles
 from finetune.errors import AdapterError, ModelError, Problem, UserError
 from finetune.export.base_weights import BaseWeights, dequantized
 from finetune.models import fp8
@@ -49,17 +48,14 @@ class MergePlan:
         """Whether the base's weight is another than the stored one, with or without a change by the adapters."""
         return isinstance(self.base, SeenCheckpoint) and self.base.packs(name)
 
-    def read(self, name: str) -> LowRank | None:
+    def read(self, name: str) -> Change | None:
         """The change of one weight by all adapters together, None where it is zero."""
-        parts = [
-            replace(factors, scale=factors.scale * share)
-            for files, share in zip(self.adapters, self.shares, strict=True)
-            if name in files.pairs and not (factors := files.read(name)).is_zero and share
-        ]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        return LowRank(
-            torch.cat([part.a for part in parts]), torch.cat([part.b * part.scale for part in parts], dim=1), 1.0
+        return add_up(
+            [
+                change.times(share)
+                for files, share in zip(self.adapters, self.shares, strict=True)
+                if name in files.pairs and not (change := files.read(name)).is_zero and share
+            ]
         )
 
 

@@ -1,6 +1,7 @@
 """Merge, part two: what fills every tensor of the output, piece by piece.
 
-W' = round(float32(W) + (scale * float32(B)) @ float32(A)), rounded once, to the storage dtype.
+W' = round(float32(W) + (scale * float32(B)) @ float32(A)), or + float32(delta) for a whole expert, rounded once, to the
+storage dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.adapters.files import LowRank
+from finetune.adapters.change import Change
 from finetune.errors import ModelError, Problem
 from finetune.export import safetensors_file
 from finetune.export.plan import MergePlan
@@ -94,7 +95,7 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
     return (_fill_blocks if kept == fp8.DTYPE else partial(_fill_merged, kept))(plan, name, factors, place).to_dict()
 
 
-def _fill_merged(kept: str, plan: MergePlan, name: str, factors: LowRank, place: Place) -> Tally:
+def _fill_merged(kept: str, plan: MergePlan, name: str, factors: Change, place: Place) -> Tally:
     tally = Tally(tensors=1)
     for piece, (base, wanted) in enumerate(_merged(plan, name, factors, 1)):
         merged = torch.add(base, wanted, out=_scratch("merged", base.shape))
@@ -107,7 +108,7 @@ def _fill_merged(kept: str, plan: MergePlan, name: str, factors: LowRank, place:
     return tally
 
 
-def _fill_blocks(plan: MergePlan, name: str, factors: LowRank, place: Place) -> Tally:
+def _fill_blocks(plan: MergePlan, name: str, factors: Change, place: Place) -> Tally:
     block = plan.base.fp8_block
     assert block is not None
     tally = Tally(tensors=1)
@@ -118,7 +119,7 @@ def _fill_blocks(plan: MergePlan, name: str, factors: LowRank, place: Place) -> 
 
 
 def _merged_blocks(
-    plan: MergePlan, name: str, factors: LowRank
+    plan: MergePlan, name: str, factors: Change
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]:
     """(values, scales, (base, delta)) of a merged FP8 weight, some rows of blocks at a time."""
     scales, block = plan.base.scales_of(name), plan.base.fp8_block
@@ -130,9 +131,8 @@ def _merged_blocks(
         yield *fp8.quantize(merged, block, scale_dtype), (base, wanted)
 
 
-def _merged(plan: MergePlan, name: str, factors: LowRank, multiple: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _merged(plan: MergePlan, name: str, factors: Change, multiple: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(base, delta) in float32, in pieces of a multiple of `multiple` rows, valid until the next one."""
-    b_OR = factors.b * factors.scale
     info = plan.base.tensors[name]
     for start, stop in row_ranges(info, multiple):
         rows, shape = slice(start, stop), torch.Size((stop - start, *info.shape[1:]))
@@ -141,7 +141,7 @@ def _merged(plan: MergePlan, name: str, factors: LowRank, multiple: int) -> Iter
         else:
             raw = _scratch("read", torch.Size([shape.numel() * BITS[info.dtype] // 8]), torch.uint8)
             base = _scratch("base", shape).copy_(plan.base.read(name, rows, scratch=raw))
-        yield base, torch.mm(b_OR[rows], factors.a, out=_scratch("wanted", shape))
+        yield base, factors.rows(rows, out=_scratch("wanted", shape))
 
 
 def _scratch(use: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -47,7 +47,8 @@ class Metrics(TrainerCallback):
     """Writes metrics.jsonl and tells `listener` about every row.
 
     A row holds step, loss, learning_rate, grad_norm, tokens (input tokens so far), tokens_per_second and
-    elapsed_s (of this process), peak_memory_gib, and eval_loss and eval_exact_match where they were measured.
+    elapsed_s (of this process), peak_memory_gib, eval_loss and eval_exact_match where they were measured, and
+    router_aux_loss, router_z_loss and router_kl_to_base (without weights) where they are part of the loss.
     """
 
     def __init__(self, folder: RunFolder, listener: Callable[[Row], None]) -> None:
@@ -80,6 +81,7 @@ class Metrics(TrainerCallback):
                 "tokens_per_second": round(tokens / elapsed_s, 1),
                 "elapsed_s": round(elapsed_s, 3),
                 "peak_memory_gib": round(peak_memory_gib(), 3),
+                **{name: value for name, value in logs.items() if name.startswith("router_")},
             }
         )
 
