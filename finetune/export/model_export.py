@@ -58,7 +58,6 @@ def export_model(
     started = time.perf_counter()
     output = Path(output).absolute()
     source = Checkpoint.open(find_checkpoint(model))
-    check_model(source)
     files, side, facts = _plan(source, output, to, options)
     side[NOTE] = model_note(to, output, thinking=options.thinking).encode()
     job = describe_job("export", to, vars(options), folders=[source.path])
@@ -96,6 +95,7 @@ def _check_options(to: str, options: ModelOptions) -> None:
 def _plan(
     source: Checkpoint, output: Path, to: str, options: ModelOptions
 ) -> tuple[list[OutputFile], dict[str, bytes | Path], dict[str, Any]]:
+    linears = check_model(source).linears()
     if to == "gguf":
         return [gguf_model.plan_model(source, options.type, output.name)], {}, {}
     if to == "hf":
@@ -111,12 +111,12 @@ def _plan(
         if source.fp8_block is not None:
             hint = "export it to hf with --dtype bf16 first, or from the 16-bit model"
             raise UserError(Problem(str(source.path), "is quantized already", hint))
-        groups = quantized.plan_quantized(source, dialect)
+        groups = quantized.plan_quantized(source, dialect, linears)
         config = {**source.config, "quantization_config": dialect.config}
         side = side_contents(source, None, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     files, index = plan_shards(split(groups, options.max_shard_bytes))
     side.pop(NOTE, None)
     facts: dict[str, Any] = {"shards": len(files)}
     if to != "hf":
-        facts["quantized matrices"] = quantized.expected_matrices(source.config)
+        facts["quantized matrices"] = len(linears)
     return files, {**side, CONFIG: side[CONFIG], **index}, facts

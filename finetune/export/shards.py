@@ -23,8 +23,7 @@ from finetune.export.stream import OutputFile, Place
 from finetune.models import fp8
 from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, TensorFile, TensorInfo
 
-PIECE_ELEMENTS = 2**17
-TALLIED = 4  # retention is measured on every fourth piece of a tensor: a third of the arithmetic otherwise
+PIECE_ELEMENTS = 2**18
 COPY_BYTES = 2**22
 _THREAD = threading.local()
 _FLOATS = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
@@ -96,14 +95,14 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
 
 def _fill_merged(kept: str, plan: MergePlan, name: str, factors: LowRank, place: Place) -> Tally:
     tally = Tally(tensors=1)
-    for piece, (base, wanted) in enumerate(_merged(plan, name, factors, 1)):
-        merged = torch.add(base, wanted, out=_scratch("merged", base.shape))
-        stored = merged
-        if kept != "F32":
-            stored = _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
+    for rows, base in _base_rows(plan, name, 1):
+        tallied = rows.start == 0  # retention is measured on the first piece: a third of the arithmetic otherwise
+        before = _scratch("before", base.shape).copy_(base) if tallied else base
+        merged = base.addmm_(factors.b[rows], factors.a, alpha=factors.scale)
+        stored = merged if kept == "F32" else _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
         place.append(_finite(plan, name, stored))
-        if piece % TALLIED == 0:
-            tally.add(merged.copy_(stored).sub_(base), wanted)
+        if tallied:
+            tally.add(merged.copy_(stored).sub_(before), _wanted(factors, rows, base.shape))
     return tally
 
 
@@ -125,32 +124,41 @@ def _merged_blocks(
     assert scales is not None
     assert block is not None
     scale_dtype = TORCH_DTYPES[plan.base.tensors[scales].dtype]
-    for base, wanted in _merged(plan, name, factors, block[0]):
+    for rows, base in _base_rows(plan, name, block[0]):
+        wanted = _wanted(factors, rows, base.shape)
         merged = _finite(plan, name, torch.add(base, wanted))
         yield *fp8.quantize(merged, block, scale_dtype), (base, wanted)
 
 
-def _merged(plan: MergePlan, name: str, factors: LowRank, multiple: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(base, delta) in float32, in pieces of a multiple of `multiple` rows, valid until the next one."""
-    b_OR = factors.b * factors.scale
+def _wanted(factors: LowRank, rows: slice, shape: torch.Size) -> Tensor:
+    """Rows of the delta in float32, valid until the next ones."""
+    return torch.mm(factors.b[rows], factors.a, out=_scratch("wanted", shape)).mul_(factors.scale)
+
+
+def _base_rows(plan: MergePlan, name: str, multiple: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, base) in float32, in pieces of a multiple of `multiple` rows; to be overwritten, valid until the next."""
     info = plan.base.tensors[name]
     for start, stop in row_ranges(info, multiple):
         rows, shape = slice(start, stop), torch.Size((stop - start, *info.shape[1:]))
         if plan.base.scales_of(name):
-            base = plan.base.read_float(name, rows)
+            yield rows, plan.base.read_float(name, rows)
         else:
             raw = _scratch("read", torch.Size([shape.numel() * BITS[info.dtype] // 8]), torch.uint8)
-            base = _scratch("base", shape).copy_(plan.base.read(name, rows, scratch=raw))
-        yield base, torch.mm(b_OR[rows], factors.a, out=_scratch("wanted", shape))
+            yield rows, _scratch("base", shape).copy_(plan.base.read(name, rows, scratch=raw))
 
 
 def _scratch(use: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory of this thread that is used over and over: fresh pages would cost more than the arithmetic."""
-    held: dict[str, Tensor] = vars(_THREAD)
-    num_bytes = shape.numel() * dtype.itemsize
-    if use not in held or held[use].numel() < num_bytes:
-        held[use] = torch.empty(num_bytes, dtype=torch.uint8)
-    return held[use][:num_bytes].view(dtype).view(shape)
+    held: dict[Any, Tensor] = vars(_THREAD)
+    key = f"{use} {dtype} {shape}"
+    if key not in held:
+        num_bytes = shape.numel() * dtype.itemsize
+        if use not in held or held[use].numel() < num_bytes:
+            for other in [name for name in held if name.startswith(f"{use} ")]:
+                del held[other]
+            held[use] = torch.empty(num_bytes, dtype=torch.uint8)
+        held[key] = held[use][:num_bytes].view(dtype).view(shape)
+    return held[key]
 
 
 def copy(source: TensorFile, info: TensorInfo, place: Place) -> None:
