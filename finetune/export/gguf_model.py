@@ -16,6 +16,7 @@ from finetune.export.plan import EXPERT
 from finetune.export.shards import row_ranges
 from finetune.export.stream import OutputFile, Place
 from finetune.models.checkpoint import Checkpoint
+from finetune.models.shapes import Shapes
 
 FILE = "model.gguf"
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
@@ -99,20 +100,22 @@ def _encode(rows: torch.Tensor, kind: str, where: str) -> torch.Tensor:
 
 def _add_settings(source: Checkpoint, kind: str, name: str, writer: Any) -> None:
     config = source.config
+    where = f"{source.path / 'config.json'}"
+    rope = _rope(config, where)
+    values = {**config, "rope_theta": config.get("rope_theta", rope.get("rope_theta"))}
+    values.setdefault("head_dim", Shapes.of(config, where).sizes["head_dim"])
+    problems = [
+        Problem(f"{where}: {key}", "is no positive number", "the checkpoint is damaged: download it again", value)
+        for key in _settings(writer)
+        if not _is_number(value := values.get(key), whole=key not in ("rms_norm_eps", "rope_theta"))
+    ]
+    if problems:
+        raise ModelError(*problems)
     for key, add in _settings(writer).items():
-        if config.get(key) is None:
-            hint = "the checkpoint is incomplete: download it again"
-            raise ModelError(Problem(f"{source.path / 'config.json'}: {key}", "is missing", hint))
-        add(config[key])
-    rope = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta", rope.get("rope_theta"))
-    if theta is None:
-        hint = "the checkpoint is incomplete: download it again"
-        raise ModelError(Problem(f"{source.path / 'config.json'}: rope_theta", "is missing", hint))
+        add(values[key])
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_rope_freq_base(float(theta))
-    _add_rope_scaling(source, config.get("rope_scaling") or rope, writer)
+    _add_rope_scaling(where, config.get("rope_scaling") or rope, writer)
     if architecture(source) == "qwen3moe":
         writer.add_expert_count(_num_experts(source))
         writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -120,6 +123,20 @@ def _add_settings(source: Checkpoint, kind: str, name: str, writer: Any) -> None
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(load_gguf().GGML_QUANT_VERSION)
     _add_tokenizer(source, writer)
+
+
+def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ModelError(Problem(f"{where}: {key}", "is no JSON object", "download config.json again", config[key]))
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    return rope
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    if type(value) is int:
+        return 0 < value < 2**32
+    return type(value) is float and not whole and 0 < value < float("inf")
 
 
 def _settings(writer: Any) -> dict[str, Callable[[Any], None]]:
@@ -132,19 +149,26 @@ def _settings(writer: Any) -> dict[str, Callable[[Any], None]]:
         "num_key_value_heads": writer.add_head_count_kv,
         "head_dim": lambda size: (writer.add_key_length(size), writer.add_value_length(size)),
         "rms_norm_eps": writer.add_layer_norm_rms_eps,
+        "rope_theta": lambda theta: writer.add_rope_freq_base(float(theta)),
         "vocab_size": writer.add_vocab_size,
     }
 
 
-def _add_rope_scaling(source: Checkpoint, scaling: dict[str, Any], writer: Any) -> None:
+def _add_rope_scaling(where: str, scaling: dict[str, Any], writer: Any) -> None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "yarn":
+        if not all(_is_number(scaling.get(key), whole=False) for key in ("factor", "original_max_position_embeddings")):
+            hint = "download config.json again"
+            raise ModelError(Problem(f"{where}: rope_scaling", "lacks the numbers of yarn", hint, scaling))
         writer.add_rope_scaling_type(load_gguf().RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(scaling["factor"]))
         writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
     elif kind != "default":
-        where = f"{source.path / 'config.json'}: rope_scaling"
-        raise ModelError(Problem(where, "cannot be said in a GGUF", "remove it from a copy of the checkpoint", kind))
+        raise ModelError(
+            Problem(
+                f"{where}: rope_scaling", "cannot be said in a GGUF", "remove it from a copy of the checkpoint", kind
+            )
+        )
 
 
 def _add_tokenizer(source: Checkpoint, writer: Any) -> None:

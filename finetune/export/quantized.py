@@ -68,7 +68,7 @@ def keep(source: Checkpoint, name: str, dtype: str | None = None) -> list[Tensor
     for each in names:
         info = source.tensors[each]
         kept = dtype if dtype is not None and info.dtype.startswith(("F", "BF")) else info.dtype
-        fill = partial(copy, source.files[info.shard], info)
+        fill = partial(copy, source.files[info.shard], each)
         if kept != info.dtype:
             fill = partial(_fill, source, each, 1, partial(_converted, each, kept))
         made.append(Tensor(each, kept, info.shape, fill, info.num_bytes))

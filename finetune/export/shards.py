@@ -24,7 +24,7 @@ from finetune.models import fp8
 from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, TensorFile, TensorInfo
 
 PIECE_ELEMENTS = 2**18
-COPY_BYTES = 2**22
+COPY_BYTES = 2**20
 _THREAD = threading.local()
 _FLOATS = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
 
@@ -80,7 +80,7 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
     info = plan.base.tensors[name]
     if factors is None:  # W + 0 is W to the bit, also where it is -0.0
         if kept == info.dtype:
-            copy(plan.base.files[info.shard], info, place)
+            copy(plan.base.files[info.shard], name, place)
         else:
             for start, stop in row_ranges(info):
                 piece = plan.base.read_float(name, slice(start, stop)) if info.shape else plan.base.read(name)
@@ -161,12 +161,16 @@ def _scratch(use: str, shape: torch.Size, dtype: torch.dtype = torch.float32) ->
     return held[key]
 
 
-def copy(source: TensorFile, info: TensorInfo, place: Place) -> None:
-    """Writes a tensor's bytes as they are."""
-    buffer = memoryview(bytearray(min(COPY_BYTES, info.num_bytes)))
+def copy(source: TensorFile, name: str, place: Place) -> None:
+    """Writes a tensor's bytes as they are. Raises ModelError when it has values that are not finite."""
+    info = source.tensors[name]
+    buffer = torch.empty(min(COPY_BYTES, info.num_bytes), dtype=torch.uint8)
     for start in range(*info.offsets, COPY_BYTES):
         piece = buffer[: min(COPY_BYTES, info.offsets[1] - start)]
-        source.read_into(piece, start)
+        source.read_into(piece.numpy().data, start)
+        if info.dtype in _FLOATS and not _all_finite(piece.view(TORCH_DTYPES[info.dtype])):
+            hint = "the training that made it diverged, or the file is damaged"
+            raise ModelError(Problem(f"{source.path}: {name}", "has values that are not finite", hint))
         place.append(piece)
 
 
@@ -178,8 +182,14 @@ def row_ranges(info: TensorInfo, multiple: int = 1) -> Iterator[tuple[int, int]]
         yield start, min(start + step, height)
 
 
+def _all_finite(values: Tensor) -> bool:
+    if values.dtype == torch.float8_e4m3fn:
+        return not bool((values.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any())
+    return not values.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values))
+
+
 def _finite(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
-    if stored.numel() and not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(stored)):
+    if not _all_finite(stored):
         hint = "the base has such values itself, or they do not fit the dtype: use --dtype bf16 or fp32"
         what = f"is not finite as {str(stored.dtype).removeprefix('torch.')}"
         raise ModelError(Problem(f"{plan.base.files[plan.base.tensors[name].shard].path}: {name}", what, hint))

@@ -10,6 +10,7 @@ from finetune.models.qwen3 import is_moe
 from finetune.models.tensor_file import TensorInfo
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_LARGEST = {"num_hidden_layers": 10_000}
 _HINT = "config.json and weights do not belong together: download or copy the checkpoint again, all of it"
 
 
@@ -22,7 +23,7 @@ class Shapes:
 
     @classmethod
     def of(cls, config: dict[str, Any], where: str) -> Shapes:
-        """Reads and checks the sizes. Raises ModelError with every one that is missing or no positive number."""
+        """Reads and checks the sizes. Raises ModelError with every one that is missing or of no use."""
         needed = [*_SIZES]
         experts = config.get("num_experts", config.get("num_local_experts"))
         if is_moe(config):
@@ -30,17 +31,21 @@ class Shapes:
         dense = _dense_layers(config, where)
         if not is_moe(config) or dense:
             needed.append("intermediate_size")
-        sizes = {name: config.get(name) for name in needed} | ({"num_experts": experts} if is_moe(config) else {})
+        sizes: dict[str, Any] = {name: config.get(name) for name in needed}
+        sizes |= {"num_experts": experts} if is_moe(config) else {}
         heads = config.get("num_attention_heads")
         if config.get("head_dim") is not None or type(heads) is not int or heads < 1:
             sizes["head_dim"] = config.get("head_dim")
         elif type(sizes["hidden_size"]) is int:
             sizes["head_dim"] = sizes["hidden_size"] // heads
         problems = [
-            Problem(f"{where}: {name}", "is no positive whole number", _HINT, size)
+            Problem(f"{where}: {name}", "is no usable number", _HINT, size)
             for name, size in sizes.items()
-            if type(size) is not int or size < 1
+            if type(size) is not int or not 1 <= size <= _LARGEST.get(name, size)
         ]
+        used = sizes.get("num_experts_per_tok")
+        if not problems and used and used > sizes["num_experts"]:
+            problems.append(Problem(f"{where}: num_experts_per_tok", "is more than there are experts", _HINT, used))
         if problems:
             raise ModelError(*problems)
         layers = range(sizes["num_hidden_layers"]) if is_moe(config) else range(0)
@@ -86,8 +91,9 @@ def _dense_layers(config: dict[str, Any], where: str) -> list[int]:
         problems.append(Problem(f"{where}: decoder_sparse_step", "is no positive whole number", _HINT, step))
     if problems:
         raise ModelError(*problems)
-    between = range(layers) if step > 1 and isinstance(layers, int) else ()
-    return [*listed, *(layer for layer in between if (layer + 1) % step)]
+    if step == 1 or not isinstance(layers, int):
+        return list(listed)
+    return [*listed, *(layer for layer in range(min(layers, _LARGEST["num_hidden_layers"])) if (layer + 1) % step)]
 
 
 def check_shapes(shapes: Shapes, tensors: dict[str, TensorInfo], path: str) -> None:
