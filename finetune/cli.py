@@ -294,7 +294,9 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
     dtype: WeightType = None,
-    gguf_type: Annotated[str, typer.Option("--type", help="gguf: F32, F16, BF16, Q8_0 or Q4_0")] = "F16",
+    gguf_type: Annotated[
+        str, typer.Option("--type", help="gguf: F32, F16, BF16, Q8_0, Q4_0, Q6_K, Q5_K_M ...")
+    ] = "F16",
     shard_gb: Annotated[float, typer.Option("--shard-gb", help="size of a file at most, in 10^9 bytes")] = 4.0,
     group: Annotated[int, typer.Option("--group", min=8, help="int4, gptq, awq: weights per scale")] = 128,
     data: Annotated[list[str] | None, typer.Option("--data", help="gptq, awq: file with rows to fit to")] = None,

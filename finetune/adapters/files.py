@@ -53,7 +53,7 @@ class LowRank:
     @property
     def is_zero(self) -> bool:
         """Whether the weight stays as it is."""
-        return not bool(self.b.any()) or not bool(self.a.any()) or self.scale == 0.0
+        return self.scale == 0.0 or any(not any(torch.aminmax(side)) for side in (self.b, self.a))
 
 
 @dataclass(frozen=True)

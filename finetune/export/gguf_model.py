@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from finetune.errors import ModelError, Problem, UserError
-from finetune.export.gguf_file import GgufTensor, architecture, load_gguf, plan_gguf, tensor_name
+from finetune.export import ggml
+from finetune.export.gguf_file import GgufTensor, architecture, load_gguf, plan_gguf, tensor_bytes, tensor_name
 from finetune.export.plan import EXPERT
 from finetune.export.shards import row_ranges
 from finetune.export.stream import OutputFile, Place
@@ -19,13 +20,13 @@ from finetune.models.checkpoint import Checkpoint
 from finetune.models.shapes import Shapes
 
 FILE = "model.gguf"
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, **ggml.FILE_TYPES}
 
 
 def plan_model(source: Checkpoint, kind: str, name: str) -> OutputFile:
-    """The file of a checkpoint, with its matrices in ggml type `kind`; norms and routers stay float32.
+    """The file of a checkpoint, with its matrices in ggml type or mix `kind`; norms and routers stay float32.
 
-    Matrices whose rows are no whole number of blocks are stored as F16.
+    Matrices whose rows are no whole number of blocks are stored as Q8_0 (in a mix of K types) or F16.
     Raises ModelError when the tokenizer or a setting is missing.
     """
     experts: dict[str, list[str]] = {}
@@ -65,14 +66,21 @@ def _num_experts(source: Checkpoint) -> int:
 
 def _tensor(source: Checkpoint, name: str, weights: list[str], kind: str) -> GgufTensor:
     info = source.tensors[weights[0]]
-    block = load_gguf().GGML_QUANT_SIZES[load_gguf().GGMLQuantizationType[kind]][0]
     if len(info.shape) < 2 or ".ffn_gate_inp." in name:
         kind = "F32"
-    elif info.shape[-1] % block:
-        kind = "F16"
+    elif kind in ggml.MIXES:
+        tied = "lm_head.weight" not in source.tensors
+        kind = ggml.type_in_mix(kind, name, int(source.config["num_hidden_layers"]), tied=tied)
+    while len(info.shape) > 1 and info.shape[-1] % _block(kind):
+        kind = "Q8_0" if kind.endswith("_K") else "F16"
     shape = (len(weights), *info.shape) if len(weights) > 1 or EXPERT.fullmatch(weights[0]) else info.shape
     read_bytes = sum(source.tensors[weight].num_bytes for weight in weights)
     return GgufTensor(name, kind, shape, partial(_fill, source, weights, kind), read_bytes)
+
+
+def _block(kind: str) -> int:
+    gguf = load_gguf()
+    return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0])
 
 
 def _fill(source: Checkpoint, weights: list[str], kind: str, place: Place) -> None:
@@ -92,6 +100,8 @@ def _encode(rows: torch.Tensor, kind: str, where: str) -> torch.Tensor:
         if not torch.isfinite(stored).all():
             raise ModelError(Problem(where, f"does not fit into {kind}", "use --type BF16 or F32"))
         return stored
+    if kind.endswith("_K"):
+        return ggml.quantize(rows, kind, tensor_bytes(rows.shape[1:], kind))
     gguf = load_gguf()
     with np.errstate(divide="ignore", invalid="ignore"):  # blocks of zeros
         packed: np.ndarray[Any, Any] = gguf.quantize(rows.numpy(), gguf.GGMLQuantizationType[kind])
@@ -226,10 +236,8 @@ def _read_json(source: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def check_type(kind: str) -> None:
-    """Raises UserError for a type that cannot be written from here."""
-    if kind in FILE_TYPES:
-        return
-    hint = f"use one of {', '.join(FILE_TYPES)}"
-    if "_K" in kind:
-        hint = "K-quants are made from a written GGUF: llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M"
-    raise UserError(Problem("--type", "cannot be written", hint, kind))
+    """Raises UserError for a type that cannot be written from here, or not with what is installed."""
+    if kind not in FILE_TYPES:
+        raise UserError(Problem("--type", "cannot be written", f"use one of {', '.join(FILE_TYPES)}", kind))
+    if kind in ggml.MIXES:
+        ggml.load_ggml()

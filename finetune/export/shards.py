@@ -24,6 +24,7 @@ from finetune.models import fp8
 from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, TensorFile, TensorInfo
 
 PIECE_ELEMENTS = 2**18
+MEASURED = 2**16  # elements of a tensor that retention is measured on; all of them would take a third of the time
 COPY_BYTES = 2**20
 _THREAD = threading.local()
 _FLOATS = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
@@ -96,13 +97,14 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
 def _fill_merged(kept: str, plan: MergePlan, name: str, factors: LowRank, place: Place) -> Tally:
     tally = Tally(tensors=1)
     for rows, base in _base_rows(plan, name, 1):
-        tallied = rows.start == 0  # retention is measured on the first piece: a third of the arithmetic otherwise
-        before = _scratch("before", base.shape).copy_(base) if tallied else base
+        first = slice(min(len(base), max(1, MEASURED // base.shape[1])) if rows.start == 0 else 0)
+        before = base[first].clone()
         merged = base.addmm_(factors.b[rows], factors.a, alpha=factors.scale)
         stored = merged if kept == "F32" else _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
         place.append(_finite(plan, name, stored))
-        if tallied:
-            tally.add(merged.copy_(stored).sub_(before), _wanted(factors, rows, base.shape))
+        if rows.start == 0:
+            wanted = torch.mm(factors.b[first], factors.a).mul_(factors.scale)
+            tally.add(stored[first].float().sub_(before), wanted)
     return tally
 
 
@@ -125,14 +127,9 @@ def _merged_blocks(
     assert block is not None
     scale_dtype = TORCH_DTYPES[plan.base.tensors[scales].dtype]
     for rows, base in _base_rows(plan, name, block[0]):
-        wanted = _wanted(factors, rows, base.shape)
+        wanted = torch.mm(factors.b[rows], factors.a).mul_(factors.scale)
         merged = _finite(plan, name, torch.add(base, wanted))
         yield *fp8.quantize(merged, block, scale_dtype), (base, wanted)
-
-
-def _wanted(factors: LowRank, rows: slice, shape: torch.Size) -> Tensor:
-    """Rows of the delta in float32, valid until the next ones."""
-    return torch.mm(factors.b[rows], factors.a, out=_scratch("wanted", shape)).mul_(factors.scale)
 
 
 def _base_rows(plan: MergePlan, name: str, multiple: int) -> Iterator[tuple[slice, Tensor]]:
