@@ -21,7 +21,9 @@ from finetune.errors import AdapterError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.files import finished_folder
 from finetune.models.loading import load_model, load_tokenizer, stored_dtype
+from finetune.quant.folder import is_packed
 from finetune.quant.linear import known_to_peft
+from finetune.quant.load import load_packed
 from finetune.routing.plan import ExpertPlan
 
 if TYPE_CHECKING:
@@ -99,12 +101,14 @@ def load_adapter(
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a model folder, or of an adapter folder together with the base it names.
+    """Model and tokenizer of a model folder, packed or not, or of an adapter folder together with the base it names.
 
     dtype: of the frozen weights; the type they are stored in when None.
 
     Raises ModelError or AdapterError, also when the base on disk is not the one the adapter was trained on.
     """
+    if is_packed(path):
+        return load_packed(path, dtype or torch.bfloat16), load_tokenizer(path)
     if not (Path(path) / ADAPTER_CONFIG).is_file():
         return load_model(path, dtype=dtype or stored_dtype(path)), load_tokenizer(path)
     files = AdapterFiles.open(path)

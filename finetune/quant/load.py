@@ -51,6 +51,12 @@ def load_quantized(
     return _named(model, str(path), section)
 
 
+def load_packed(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The model of a folder that `quantize_model` wrote, packed as it is there; computes in `dtype`."""
+    settings = {**open_packed(path).settings, "compute_dtype": str(dtype).removeprefix("torch.")}
+    return load_quantized(path, QuantizeSection.model_validate(settings), dtype=dtype)
+
+
 def quantize_model(
     path: str | Path,
     output: str | Path,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import finetune
 from finetune.adapters.attach import attach
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, UserError
@@ -17,7 +21,7 @@ from finetune.quant import nf4
 from finetune.quant.experts import Fp8Projection, PackedExperts, count_weights
 from finetune.quant.linear import is_linear_4bit
 from finetune.quant.load import load_quantized, quantize_model
-from tests.tiny import hub_tensors, save_as_hub, tiny_dense, tiny_moe, token_ids
+from tests.tiny import hub_tensors, save_as_hub, save_tokenizer, tiny_dense, tiny_moe, token_ids
 
 SCHEMES = {
     "nf4": {"scheme": "nf4"},
@@ -210,6 +214,38 @@ def test_packed_folders_are_checked(hub, tmp_path):
     save_file({n: t[:3].clone() if n == name else t for n, t in tensors.items()}, shard)
     with pytest.raises(ModelError, match=f"{name}: should be"):
         load(packed)
+
+
+def test_load_takes_packed_folders_too(hub, tmp_path):
+    quantize_model(hub, tmp_path / "packed", section())
+    save_tokenizer(tmp_path / "packed")
+    model, _ = finetune.load(tmp_path / "packed", torch.float32)
+    assert torch.equal(model(token_ids()).logits, load(hub)(token_ids()).logits)
+
+
+KILLED = """
+import os, signal, sys
+from finetune.config.schema import QuantizeSection
+from finetune.quant.load import quantize_model
+calls = 0
+def progress(*_):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+quantize_model(sys.argv[1], sys.argv[2], QuantizeSection(scheme="nf4"), progress=progress)
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 7, 23])
+def test_a_killed_quantize_leaves_nothing_that_loads(hub, tmp_path, moment):
+    packed = tmp_path / "packed"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(hub), str(packed), str(moment)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not packed.exists()
+    quantize_model(hub, packed, section())
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+    assert torch.equal(load(packed)(token_ids()).logits, load(hub)(token_ids()).logits)
 
 
 def test_moving_to_another_type_keeps_the_scales(hub):

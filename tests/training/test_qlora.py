@@ -76,3 +76,10 @@ def test_profile_and_plan_work_on_packed_models(models, tmp_path, scheme):  # no
 def test_gradient_checkpointing_changes_no_number(models, run, tmp_path):  # noqa: F811
     made = recipe(models["moe"], tmp_path / "run", *NF4, "train.gradient_checkpointing=true", adapter=ADAPTER)
     assert losses(train(made, console=QUIET)) == losses(run)
+
+
+@pytest.mark.slow
+def test_the_embedded_model_learns_its_new_skill_in_4_bits(tmp_path):
+    options = ("quantize.scheme=nf4", "quantize.compute_dtype=float32", f"output.dir={tmp_path / 'run'}")
+    learned = train(ft.load_recipe("recipes/quickstart.yaml", *options), console=QUIET)
+    assert learned.summary["eval"]["exact_match"] > 0.85
