@@ -61,7 +61,7 @@ adapter:
 experts: {{select: {{file: {plan}}}}}
 data: {{train: {data}, max_length: {tokens}, over_long: truncate, loss_on: all}}
 train: {{steps: {steps}, gradient_accumulation: 1, learning_rate: 1e-3, schedule: constant, warmup: 0,
-        gradient_checkpointing: true, precision: bf16, seed: 0, save_every: 1000}}
+        optimizer: adamw_8bit, gradient_checkpointing: true, precision: bf16, seed: 0, save_every: 1000}}
 output: {{dir: {output}}}
 """
 
@@ -208,9 +208,9 @@ def render(found: dict[str, Any]) -> str:
         ["median step, s", sorted(step["seconds"] for step in steps)[len(steps) // 2]],
     ]
     rows = [
-        [i + 1, step["seconds"], tokens / step["seconds"], step["loss"], sum(n > 0 for n in step["gradient_norms"]),
-         min(step["gradient_norms"]), max(step["gradient_norms"])]
-        for i, step in enumerate(steps)
+        [i + 1, s["seconds"], tokens / s["seconds"], f"{s['loss']:.4f}", sum(n > 0 for n in s["gradient_norms"]),
+         min(s["gradient_norms"]), max(s["gradient_norms"])]
+        for i, s in enumerate(steps)
     ]  # fmt: skip
     header = ["step", "seconds", "tokens / s", "loss", "layers with gradients", "smallest norm", "largest norm"]
     what = f"{found['layers']} layers, {tokens} tokens a step, rank {found['rank']}, a quarter of the experts"

@@ -143,14 +143,15 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     model = _load_frozen(recipe, console)
     with rows_done(console, "profiling") as advance:
         choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
-    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed)
+    trains: Any = {"expert_mode": recipe.experts.mode, "router": recipe.router.train}
+    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed, **trains)
     if is_main_process():
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_table(target_table(adapted)))
     rows = Rows(prepared.train, prepared.eval)
     progress_line = TrainingProgress(console)
-    train_sft(adapted, tokenizer, rows, recipe, folder, plan=choice.plan, resume=resume, progress=progress_line)
+    train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
         save_adapter(adapted, folder.adapter)
     return Run(folder.path, summarize(folder, adapted))
@@ -211,7 +212,7 @@ def export(
     """Write an adapter, or a model such as `merge` made, as another program reads it, with a note on how to start that.
 
     source: an adapter folder for peft, peft-per-expert, vllm, sglang and gguf-lora; a model for gguf, fp8, fp8-ct,
-    int4 and hf.  base: of an adapter, where the adapter says it is when None.
+    int4, gptq, awq and hf.  base: of an adapter, where the adapter says it is when None.
     """
     from finetune.adapters.stock_config import ADAPTER_CONFIG
     from finetune.errors import Problem, UserError

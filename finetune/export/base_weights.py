@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from finetune.adapters.files import AdapterFiles
 from finetune.config.schema import QuantizeSection
 from finetune.errors import AdapterError, Problem
@@ -95,7 +93,7 @@ def _measure(plan: MergePlan, seen: SeenCheckpoint, names: list[str]) -> Quantiz
         measured += 1
         weight += float(stored.square().sum())
         error += float((seen.read_float(name) - stored).square().sum())
-        delta += float(torch.mm(change.b * change.scale, change.a).square().sum())
+        delta += float(change.rows(slice(None)).square().sum())
         if measured == SAMPLED:
             break
     return QuantizationError(measured, (error / weight) ** 0.5, (delta / weight) ** 0.5) if delta and weight else None

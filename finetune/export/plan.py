@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from finetune.adapters.files import AdapterFiles, LowRank
+from finetune.adapters.change import Change, add_up
+from finetune.adapters.files import AdapterFiles
 from finetune.errors import AdapterError, ModelError, Problem, UserError
 from finetune.export.base_weights import BaseWeights, dequantized
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
+from finetune.models.shapes import Shapes, check_shapes
 from finetune.models.tensor_file import WEIGHT_DTYPES
 from finetune.quant.seen import SeenCheckpoint
 
@@ -49,17 +49,14 @@ class MergePlan:
         """Whether the base's weight is another than the stored one, with or without a change by the adapters."""
         return isinstance(self.base, SeenCheckpoint) and self.base.packs(name)
 
-    def read(self, name: str) -> LowRank | None:
+    def read(self, name: str) -> Change | None:
         """The change of one weight by all adapters together, None where it is zero."""
-        parts = [
-            replace(factors, scale=factors.scale * share)
-            for files, share in zip(self.adapters, self.shares, strict=True)
-            if name in files.pairs and not (factors := files.read(name)).is_zero and share
-        ]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        return LowRank(
-            torch.cat([part.a for part in parts]), torch.cat([part.b * part.scale for part in parts], dim=1), 1.0
+        return add_up(
+            [
+                change.times(share)
+                for files, share in zip(self.adapters, self.shares, strict=True)
+                if name in files.pairs and not (change := files.read(name)).is_zero and share
+            ]
         )
 
 
@@ -136,8 +133,8 @@ def _find_base(opened: Sequence[AdapterFiles], base: str | Path | None) -> Path:
     return find_checkpoint(opened[0].base_model or "", opened[0].config.revision)
 
 
-def check_model(base: Checkpoint) -> None:
-    """Raises ModelError unless it is a Qwen3 in 16 or 32 bits, or in FP8 blocks."""
+def check_model(base: Checkpoint) -> Shapes:
+    """Its sizes. Raises ModelError unless it is a Qwen3 in 16 or 32 bits or in FP8 blocks, as its config.json says."""
     where = str(base.path / "config.json")
     problems = []
     if base.config.get("model_type") not in MODEL_TYPES:
@@ -149,6 +146,9 @@ def check_model(base: Checkpoint) -> None:
         problems.append(Problem(f"{where}: quantization_config", "the base is quantized", hint, method))
     if problems:
         raise ModelError(*problems)
+    shapes = Shapes.of(base.config, where)
+    check_shapes(shapes, base.tensors, str(base.path))
+    return shapes
 
 
 def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:

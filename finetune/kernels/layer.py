@@ -92,6 +92,19 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Deltas:
+    """Whole changes of one projection, in compact slots: W_e + scale * delta_slot for each expert that has one.
+
+    delta_XOI: (X, out, in).
+    slot_of_expert: (E,) int64, the slot of each expert, -1 for a frozen one.
+    """
+
+    delta_XOI: Tensor
+    slot_of_expert: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Dropout:
     """Inverted dropout on what the factors read; the frozen path never sees it.
 
@@ -138,6 +151,7 @@ class ExpertLayer:
     down_EHI: frozen down projection, (E, H, I).
     gate_up_lora, down_lora: factors, None for none.
     dropout: of the factors' inputs, None for none.
+    gate_up_delta, down_delta: changes of whole experts, None for none; products run on the sum of both.
     """
 
     gate_up_EGH: Stack
@@ -145,6 +159,8 @@ class ExpertLayer:
     gate_up_lora: Factors | None = None
     down_lora: Factors | None = None
     dropout: Dropout | None = None
+    gate_up_delta: Deltas | None = None
+    down_delta: Deltas | None = None
 
     @property
     def num_experts(self) -> int:

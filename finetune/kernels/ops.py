@@ -13,10 +13,10 @@ from torch import Tensor
 from finetune.errors import AdapterError, Problem
 from finetune.kernels import device_op, reference, self_check, torch_path
 from finetune.kernels.blocks import make_room_, room_of, rounded_rank
-from finetune.kernels.layer import Dropout, ExpertLayer, Factors, PackedStack, Stack
+from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors, PackedStack, Stack
 from finetune.kernels.support import triton_fault
 
-__all__ = ["Backend", "Dropout", "Factors", "PackedStack", "expert_mlp", "make_room_"]
+__all__ = ["Backend", "Deltas", "Dropout", "Factors", "PackedStack", "expert_mlp", "make_room_"]
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 BACKENDS = ("reference", "torch", "triton")
@@ -33,6 +33,8 @@ def expert_mlp(
     *,
     gate_up_lora: Factors | None = None,
     down_lora: Factors | None = None,
+    gate_up_delta: Deltas | None = None,
+    down_delta: Deltas | None = None,
     dropout: Dropout | None = None,
     backend: Backend = "auto",
     recompute: bool = False,
@@ -46,6 +48,8 @@ def expert_mlp(
         Either may be a PackedStack: its weights are decoded per expert, again in backward, and never saved.
     gate_up_lora, down_lora: low-rank factors; x, the routing weights and the factors are differentiable once.
         Factors that no token reaches get zeros as gradients, not None.
+    gate_up_delta, down_delta: changes of whole experts, differentiable as factors are; a gradient is computed for their
+        slots alone. They have products per expert on any device: `triton` refuses them.
     dropout: on what the factors read.
     backend: `reference` (readable, slow), `torch` (any device: products per expert on CPU, grouped on CUDA), `triton`
         (CUDA; products in torch where `make_room_` laid out the experts), `auto`.
@@ -53,7 +57,7 @@ def expert_mlp(
 
     Raises AdapterError for shapes that do not fit, experts that require gradients, or a backend that cannot run.
     """
-    layer = ExpertLayer(gate_up_EGH, down_EHI, gate_up_lora, down_lora, dropout)
+    layer = ExpertLayer(gate_up_EGH, down_EHI, gate_up_lora, down_lora, dropout, gate_up_delta, down_delta)
     problems = _problems(x_TH, top_k_index_TK, top_k_weights_TK, layer)
     if problems:
         raise AdapterError(*problems)
@@ -71,6 +75,11 @@ def _choose(backend: Backend, layer: ExpertLayer) -> str:
         hint = f"use one of {', '.join(BACKENDS)}, or auto"
         raise AdapterError(Problem("backend", "cannot run here", hint, backend))
     on_gpu = layer.down_EHI.device.type == "cuda"
+    if layer.gate_up_delta or layer.down_delta:
+        if backend == "triton":
+            hint = "use one of reference, torch, or auto"
+            raise AdapterError(Problem("backend", "has no products for experts that train whole", hint, backend))
+        on_gpu = False
     if backend == "reference" or (not on_gpu and backend != "triton"):
         return _log_once("slices") if backend == "auto" else "slices" if backend == "torch" else backend
     return _products(backend, *_key(layer))
@@ -141,8 +150,24 @@ def _problems(x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, layer: ExpertL
     if torch.is_grad_enabled() and any(isinstance(stack, Tensor) and stack.requires_grad for stack in (gate_up, down)):
         hint_frozen = "call requires_grad_(False) on the experts: only factors are trained"
         problems.append(Problem("experts", "require gradients, which are never computed", hint_frozen))
+    problems += _delta_problems("gate_up", layer.gate_up_delta, gate_up)
+    problems += _delta_problems("down", layer.down_delta, down)
     problems += _factor_problems("gate_up", layer.gate_up_lora, num_experts, (hidden, 2 * intermediate))
     return problems + _factor_problems("down", layer.down_lora, num_experts, (intermediate, hidden))
+
+
+def _delta_problems(name: str, delta: Deltas | None, bank_EOI: Stack) -> list[Problem]:
+    if delta is None:
+        return []
+    shape, hint = (*delta.delta_XOI.shape[:1], *bank_EOI.shape[1:]), "one slot of a whole weight per trained expert"
+    problems = []
+    if tuple(delta.delta_XOI.shape) != shape:
+        got = tuple(delta.delta_XOI.shape)
+        problems.append(Problem(f"{name} delta", f"must have the shape {shape}", hint, got))
+    if tuple(delta.slot_of_expert.shape) != bank_EOI.shape[:1]:
+        got = tuple(delta.slot_of_expert.shape)
+        problems.append(Problem(f"{name} delta's slot_of_expert", "must have a slot or -1 per expert", hint, got))
+    return problems
 
 
 def _factor_problems(name: str, lora: Factors | None, num_experts: int, widths: tuple[int, int]) -> list[Problem]:
