@@ -7,10 +7,13 @@ from functools import partial
 from itertools import product
 
 import torch
+from torch import nn
 
 from benchmarks.gpu.layers import Case, Forward, Shape, ours, ours_packed, step
 from benchmarks.gpu.packed import SCHEMES
 from finetune.kernels import device_op, reference, self_check
+from finetune.kernels.blocks import make_room_
+from finetune.kernels.layer import all_weights
 from finetune.kernels.self_check import TOLERANCE
 from finetune.kernels.support import decodes_on
 from finetune.quant.experts import Scheme
@@ -69,7 +72,7 @@ def _decoded_bits(shape: Shape, scheme: Scheme, device: torch.device) -> list[st
     """Some experts as the CPU decodes them."""
     found = []
     for stack in Case(shape, 1, device).packed(scheme):
-        here, there = stack.all_weights(shape.dtype), stack.to("cpu")
+        here, there = all_weights(stack, shape.dtype), stack.to("cpu")
         for expert in (0, shape.experts // 2, shape.experts - 1):
             if not torch.equal(here[expert].cpu(), there.weights_of((expert,), shape.dtype)[0]):
                 found.append(f"expert {expert} of {tuple(stack.shape)} is decoded to other bits than on the CPU")
@@ -80,7 +83,10 @@ def _against_decoded(shape: Shape, products: str, scheme: Scheme, tokens: int, d
     """Every gradient of a layer of packed experts: those that the same products give on the decoded weights."""
     case = Case(shape, tokens, device)
     stacks = case.packed(scheme)
-    banks = [stack.all_weights(shape.dtype) for stack in stacks]
+    banks = [nn.Parameter(all_weights(stack, shape.dtype), requires_grad=False) for stack in stacks]
+    for bank in banks:
+        if products != "triton":  # they decode packed weights into block matrices
+            make_room_(bank, shape.rank)
     mlp = partial(device_op.expert_mlp, case.x, case.index, case.weights)
     got, want = (_gradients(case, partial(mlp, case.layer(held), False, products)) for held in (stacks, banks))
     names = ("x", "weights", "A1", "B1", "A2", "B2")

@@ -169,8 +169,8 @@ WAYS: dict[str, Callable[[Case], Forward]] = {
     "ours, triton, no adapter": lambda case: ours(case, "triton", room=False, adapted=False),
     "ours, triton, NF4": lambda case: ours_packed(case, "triton", "nf4"),
     "ours, triton, FP8": lambda case: ours_packed(case, "triton", "fp8"),
-    "ours, grouped, NF4": lambda case: ours_packed(case, "grouped", "nf4"),
-    "ours, grouped, FP8": lambda case: ours_packed(case, "grouped", "fp8"),
+    "ours, hybrid in blocks, NF4": lambda case: ours_packed(case, "hybrid", "nf4"),
+    "ours, grouped in blocks, NF4": lambda case: ours_packed(case, "grouped", "nf4"),
 }
 LIMIT = "frozen (transformers)"
 

@@ -25,6 +25,7 @@ import torch
 from benchmarks.gpu import check, layers, model_step, timing
 from benchmarks.gpu.layers import LIMIT, WAYS, Case, Shape
 from benchmarks.gpu.packed import SCHEMES
+from finetune.kernels.layer import all_weights
 
 RESULTS = Path(__file__).parent.parent / "results"
 TOKENS = (2048, 8192, 32768)
@@ -103,7 +104,7 @@ def decode_rows(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
         source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         runs = {
-            "decode": lambda stacks=stacks: [stack.all_weights(shape.dtype) for stack in stacks],
+            "decode": lambda stacks=stacks: [all_weights(stack, shape.dtype) for stack in stacks],
             "copy": lambda source=source, target=target: target.copy_(source),
         }
         times = timing.alternating(runs, device, 5, 5)

@@ -108,6 +108,6 @@ def advice(errors: dict[str, QuantizationError], base: Checkpoint) -> tuple[str,
     if isinstance(base, SeenCheckpoint):
         return (f"{what}. The merged model has those changes, as the run had: it is what was trained",)
     return (
-        f"{what}. The merged model is without those changes: mostly for the better, but it is not quite what was "
+        f"{what}. The merged model is without those changes: nearer to the base, but not quite what was "
         "trained. Compare it with the model that was: --base-weights dequantized",
     )

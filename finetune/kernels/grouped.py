@@ -10,7 +10,7 @@ from torch.nn.functional import embedding_bag, grouped_mm, pad, silu
 
 from finetune.kernels.blocks import blocks_of, rounded_rank
 from finetune.kernels.device_path import Inputs, Saved, SwigluGradients
-from finetune.kernels.layer import ExpertLayer, Factors
+from finetune.kernels.layer import ExpertLayer, Factors, Stack
 from finetune.kernels.sorted_rows import SortedRows
 
 
@@ -83,7 +83,7 @@ class GroupedProjection:
     The factors are written around the bank where there is room, else laid out per expert, zero for frozen experts.
     """
 
-    def __init__(self, bank_EOI: Tensor, lora: Factors | None, dtype: torch.dtype, room: int, work: RowWork) -> None:
+    def __init__(self, bank_EOI: Tensor, room: int, lora: Factors | None, dtype: torch.dtype, work: RowWork) -> None:
         self.weight_EOI, self.rank, self._blocks = bank_EOI.to(dtype), 0, None
         if lora is None:
             return
@@ -130,9 +130,11 @@ class GroupedProducts:
         self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype, room: list[int], work: RowWork
     ) -> None:
         self.rows, self._token_P, self._work = rows, rows.token_P, work
-        gate_up_EGH, down_EHI = layer.weights(dtype, rows.end_E)
-        self._gate_up = GroupedProjection(gate_up_EGH, layer.gate_up_lora, dtype, room[0], work)
-        self._down = GroupedProjection(down_EHI, layer.down_lora, dtype, room[1], work)
+        stacks, loras = (layer.gate_up_EGH, layer.down_EHI), (layer.gate_up_lora, layer.down_lora)
+        self._gate_up, self._down = (
+            GroupedProjection(*_bank(stack, lora, dtype, space, rows.end_E), lora, dtype, work)
+            for stack, lora, space in zip(stacks, loras, room, strict=True)
+        )
         self._of = {id(layer.gate_up_lora): self._gate_up, id(layer.down_lora): self._down}
 
     def inputs(self, x_TH: Tensor) -> Inputs:
@@ -196,6 +198,18 @@ class GroupedProducts:
     def _rows(self, like: Tensor, width: int, border: int) -> Tensor:
         """New rows of `width` columns, each followed by `border` to spare."""
         return like.new_empty(len(self.rows.pair_P), width + border)[:, :width]
+
+
+def _bank(stack: Stack, lora: Factors | None, dtype: torch.dtype, room: int, end_E: Tensor) -> tuple[Tensor, int]:
+    """A bank and the room around it; packed weights are decoded into block matrices with room for their factors."""
+    if isinstance(stack, Tensor):
+        return stack, room
+    num_experts, height, width = stack.shape
+    border = 0 if lora is None else rounded_rank(lora.a_XRI.shape[1])
+    blocks = torch.empty(num_experts, height + border, width + border, dtype=dtype, device=stack.device)
+    bank_EOI = blocks[:, :height, :width]
+    stack.decode_(bank_EOI, end_E)
+    return bank_EOI, border
 
 
 def _widened(rows_PN: Tensor, thin_PR: Tensor) -> Tensor:

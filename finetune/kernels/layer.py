@@ -31,10 +31,10 @@ class PackedStack(Protocol):
     def weights_of(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The weights of `experts`, (len(experts), out, in), for the caller to use once and drop."""
 
-    def all_weights(self, dtype: torch.dtype, end_E: Tensor | None = None) -> Tensor:
-        """All weights (E, out, in), likewise; those of experts without rows may be anything.
+    def decode_(self, out_EOI: Tensor, end_E: Tensor | None = None) -> None:
+        """All weights into `out_EOI`, rounded to its type; its rows and experts may lie apart.
 
-        end_E: where the rows of each expert end; None: all experts have some.
+        end_E: where the rows of each expert end; the weights of experts without rows may be left out.
         """
 
 
@@ -64,6 +64,15 @@ def weights_of(stack: Stack, experts: Sequence[int], dtype: torch.dtype) -> Tens
     if list(experts) == list(range(first, stop)):
         return stack[first:stop].to(dtype)
     return stack.index_select(0, torch.tensor(experts, device=stack.device)).to(dtype)
+
+
+def all_weights(stack: Stack, dtype: torch.dtype, end_E: Tensor | None = None) -> Tensor:
+    """The whole stack, (E, out, in), decoded to `dtype` where it is packed. end_E: as in `PackedStack.decode_`."""
+    if isinstance(stack, Tensor):
+        return stack.to(dtype)
+    out_EOI = torch.empty(stack.shape, dtype=dtype, device=stack.device)
+    stack.decode_(out_EOI, end_E)
+    return out_EOI
 
 
 @dataclass(frozen=True)
@@ -157,14 +166,6 @@ class ExpertLayer:
     def num_experts(self) -> int:
         """E."""
         return self.gate_up_EGH.shape[0]
-
-    def weights(self, dtype: torch.dtype, end_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Both stacks whole, decoded to `dtype` where they are packed. end_E: as in `PackedStack.all_weights`."""
-        gate_up, down = (
-            stack if isinstance(stack, Tensor) else stack.all_weights(dtype, end_E)
-            for stack in (self.gate_up_EGH, self.down_EHI)
-        )
-        return gate_up, down
 
     def compute_dtype(self) -> torch.dtype:
         """What the matrix products run in: autocast's type inside autocast, as F.linear would, else the weights'.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.errors import AdapterError, Problem
 from finetune.kernels import device_op, reference, self_check, torch_path
-from finetune.kernels.blocks import make_room_, room_of
+from finetune.kernels.blocks import make_room_, room_of, rounded_rank
 from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors, PackedStack, Stack
 from finetune.kernels.support import triton_fault
 
@@ -85,30 +85,34 @@ def _choose(backend: Backend, layer: ExpertLayer) -> str:
     return _products(backend, *_key(layer))
 
 
-def _key(layer: ExpertLayer) -> tuple[str, torch.dtype, int, int, int, int, int]:
-    """What decides between products, as torch.compile can hold it; the room counts where it holds both factors."""
+def _key(layer: ExpertLayer) -> tuple[bool, str, torch.dtype, int, int, int, int, int]:
+    """What decides between products, as torch.compile can hold it; the room counts where it holds both factors.
+
+    First of all, whether the experts are packed: grouped products decode them into room of their own.
+    """
     loras, banks = (layer.gate_up_lora, layer.down_lora), (layer.gate_up_EGH, layer.down_EHI)
     ranks = [0 if lora is None else lora.a_XRI.shape[1] for lora in loras]
-    rooms = [room_of(bank) for bank in banks]
+    packed = not any(isinstance(bank, Tensor) for bank in banks)
+    rooms = [rounded_rank(max(ranks)) if packed else room_of(bank) for bank in banks]
     room = min(rooms) if rooms[0] >= ranks[0] and rooms[1] >= ranks[1] else 0
     _, hidden, intermediate = layer.down_EHI.shape
-    return str(layer.down_EHI.device), layer.compute_dtype(), hidden, intermediate, ranks[0], ranks[1], room
+    return packed, str(layer.down_EHI.device), layer.compute_dtype(), hidden, intermediate, ranks[0], ranks[1], room
 
 
 @torch.compiler.assume_constant_result
-def _products(backend: Backend, device: str, dtype: torch.dtype, *sizes: int) -> str:
-    return _choose_products(backend, self_check.Case("", torch.device(device), dtype, *sizes))
+def _products(backend: Backend, packed: bool, device: str, dtype: torch.dtype, *sizes: int) -> str:
+    return _choose_products(backend, self_check.Case("", torch.device(device), dtype, *sizes), packed)
 
 
 @cache
-def _choose_products(backend: Backend, case: self_check.Case) -> str:
+def _choose_products(backend: Backend, case: self_check.Case, packed: bool = False) -> str:
     """The products for an accelerator. A fault is loud, and an error when the backend was asked for by name."""
     ways = {"torch": ["grouped"], "triton": [], "auto": []}[backend]
     if backend != "torch":
-        ways = ["hybrid" if case.room else "triton", "grouped"][: 2 if backend == "auto" else 1]
+        ways = ["hybrid" if case.room and not packed else "triton", "grouped"][: 2 if backend == "auto" else 1]
     for way in ways:
         fault = triton_fault(case.device) if way != "grouped" else None
-        fault = fault or self_check.fault(replace(case, products=way))
+        fault = fault or self_check.fault(replace(case, products=way, room=0 if way == "triton" else case.room))
         if fault is None:
             return _log_once(way)
         if backend == "triton":

@@ -63,11 +63,13 @@ class PackedProjection(nn.Module, ABC):
             weights[place] = self._decode(expert, dtype)
         return weights
 
-    def all_weights(self, dtype: torch.dtype, end_E: Tensor | None = None) -> Tensor:
-        """All weights, (E, out, in): in one go on an accelerator, without those of experts that have no rows."""
-        if self.codes is not None and decodes_on(self.device, dtype):
-            return self._decode_all(self.codes, dtype, end_E)
-        return self.weights_of(range(self.shape[0]), dtype)
+    def decode_(self, out_EOI: Tensor, end_E: Tensor | None = None) -> None:
+        """All weights into `out_EOI`: in one go on an accelerator, without those of experts that have no rows."""
+        if self.codes is not None and decodes_on(self.device, out_EOI.dtype):
+            self._decode_all_(self.codes, out_EOI, end_E)
+            return
+        for expert, weights_OI in enumerate(out_EOI):
+            weights_OI.copy_(self._decode(expert, out_EOI.dtype))
 
     @property
     def num_bytes(self) -> int:
@@ -97,7 +99,7 @@ class PackedProjection(nn.Module, ABC):
         """One expert's weights, (out, in)."""
 
     @abstractmethod
-    def _decode_all(self, codes: Tensor, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+    def _decode_all_(self, codes: Tensor, out_EOI: Tensor, end_E: Tensor | None) -> None:
         """Every expert's weights, by Triton."""
 
 
@@ -115,8 +117,8 @@ class Nf4Projection(PackedProjection):
     def _decode(self, expert: int, dtype: torch.dtype) -> Tensor:
         return nf4.decode(self._packed(self.codes_of(expert), expert), dtype)
 
-    def _decode_all(self, codes: Tensor, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
-        return nf4.decode(self._packed(codes, slice(None)), dtype, end_E)
+    def _decode_all_(self, codes: Tensor, out_EOI: Tensor, end_E: Tensor | None) -> None:
+        nf4.decode_by_triton_(self._packed(codes, slice(None)), out_EOI, end_E)
 
     def _packed(self, codes: Tensor, which: int | slice) -> Packed:
         scale_scales, offset = (None if t is None else t[which] for t in (self.scale_scales, self.offset))
@@ -144,12 +146,10 @@ class Fp8Projection(PackedProjection):
             part.copy_(fp8.dequantize(value, scale, (self.block, self.block)))
         return decoded
 
-    def _decode_all(self, codes: Tensor, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+    def _decode_all_(self, codes: Tensor, out_EOI: Tensor, end_E: Tensor | None) -> None:
         from finetune.kernels.triton import fp8 as kernel
 
-        weights = torch.empty(self.shape, dtype=dtype, device=self.device)
-        kernel.decode(kernel.Fp8(codes, self.scales, self.matrices, self.block), weights, end_E)
-        return weights
+        kernel.decode(kernel.Fp8(codes, self.scales, self.matrices, self.block), out_EOI, end_E)
 
 
 def packed_shapes(

@@ -95,13 +95,12 @@ def quantize(weight: Tensor, *, block: int = 64, double: bool = True) -> Packed:
     return Packed(packed, small, scale_scales, offset, tuple(weight.shape), block)
 
 
-def decode(packed: Packed, dtype: torch.dtype, end_E: Tensor | None = None) -> Tensor:
-    """The tensor in `dtype`: level times scale in float32, rounded once; what bitsandbytes decodes, bit for bit.
-
-    end_E: of a stack of experts, where the rows of each end; on an accelerator those without any may become anything.
-    """
+def decode(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`: level times scale in float32, rounded once; what bitsandbytes decodes, bit for bit."""
     if decodes_on(packed.codes.device, dtype):
-        return _decode_by_triton(packed, dtype, end_E)
+        out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
+        decode_by_triton_(packed, out.view(1, 1, -1))
+        return out
     scales = packed.float_scales()
     native = native_decode(packed.codes.device.type, dtype)
     if native is not None and math.prod(packed.shape) % packed.block == 0:
@@ -111,18 +110,24 @@ def decode(packed: Packed, dtype: torch.dtype, end_E: Tensor | None = None) -> T
     return out.view(packed.shape)
 
 
-def _decode_by_triton(packed: Packed, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+def decode_by_triton_(packed: Packed, out_EOI: Tensor, end_E: Tensor | None = None) -> None:
+    """A tensor, or a stack of E, into `out_EOI`, whose rows and experts may lie apart.
+
+    end_E: where the rows of each expert end; experts without any are left out.
+    """
     from finetune.kernels.triton import nf4 as kernel
 
-    device, number = packed.codes.device, packed.codes.shape[0] if packed.codes.ndim == 2 else 1
+    if not kernel.can_decode_to(out_EOI, packed.block):
+        whole_EOI = torch.empty_like(out_EOI, memory_format=torch.contiguous_format)
+        decode_by_triton_(packed, whole_EOI, end_E)
+        out_EOI.copy_(whole_EOI)
+        return
     fields = (packed.codes, packed.scales, packed.scale_scales)
-    codes, scales, scale_scales = (None if t is None else t.reshape(number, -1) for t in fields)
+    codes, scales, scale_scales = (None if t is None else t.reshape(len(out_EOI), -1) for t in fields)
     assert codes is not None
     assert scales is not None
-    out_EN = torch.empty(number, math.prod(packed.shape) // number, dtype=dtype, device=device)
-    levels = kernel.Levels(_levels(device), scale_levels(device))
-    kernel.decode(kernel.Nf4(codes, scales, scale_scales, packed.offset, packed.block), levels, out_EN, end_E)
-    return out_EN.view(packed.shape)
+    levels = kernel.Levels(_levels(codes.device), scale_levels(codes.device))
+    kernel.decode(kernel.Nf4(codes, scales, scale_scales, packed.offset, packed.block), levels, out_EOI, end_E)
 
 
 def _decode_into(out: Tensor, codes: Tensor, scales: Tensor, block: int) -> None:

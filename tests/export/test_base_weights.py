@@ -19,6 +19,7 @@ from finetune.export.verify import verify
 from finetune.models.checkpoint import Checkpoint
 from finetune.quant.load import load_quantized
 from finetune.quant.seen import SeenCheckpoint
+from finetune.routing.plan import ExpertPlan
 from tests.export.checkpoints import (
     ATTENTION,
     DENSE,
@@ -89,6 +90,27 @@ def test_dequantized_is_the_model_that_was_trained(name, tmp_path):
     assert report.tensors_changed + report.tensors_copied == len(seen.weights)
     with pytest.raises(VerifyError, match="if it was merged with --base-weights dequantized"):
         verify(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_whole_experts_and_routers_are_added_to_what_the_run_saw(tmp_path):
+    base = write_base(tmp_path / "base", MOE)
+    section = QuantizeSection(scheme="nf4", compute_dtype="float32")
+    plan = ExpertPlan(num_experts=5, experts_by_layer={0: (1, 3), 1: (0,)})
+    live = load_quantized(base, section, dtype=torch.float32)
+    live = attach(live, {**BANKS, "attention": []}, plan, expert_mode="full", router="lora", seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    save_adapter(live, tmp_path / "adapter")
+    report = merge(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized")
+    assert {family: seen.measured for family, seen in report.quantization.items()} == dict.fromkeys(
+        ("expert down", "expert gate", "expert up"), 3
+    )
+    want = logits(live.eval())
+    assert (logits(load_plain(tmp_path / "merged")) - want).abs().max() < 1e-5 * want.abs().max()
+    verify(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized")
 
 
 def changed_by(adapter):

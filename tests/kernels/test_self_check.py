@@ -81,3 +81,11 @@ def test_room_decides_between_products(room, way, monkeypatch):
     monkeypatch.setattr(ops, "triton_fault", lambda device: None)
     assert ops._choose_products("triton", replace(CASE, room=room)) == way
     assert ops._choose_products("torch", replace(CASE, room=room)) == "grouped"
+
+
+def test_packed_experts_run_on_triton_though_grouped_products_make_room(monkeypatch):
+    checked = []
+    monkeypatch.setattr(self_check, "fault", lambda case: checked.append((case.products, case.room)) or "broken")
+    monkeypatch.setattr(ops, "triton_fault", lambda device: None)
+    assert ops._choose_products("auto", replace(CASE, room=8), packed=True) == "slices"
+    assert checked == [("triton", 0), ("grouped", 8)]

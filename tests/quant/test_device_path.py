@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
 from finetune.kernels import device_op, layer
+from finetune.kernels.blocks import make_room_
 from finetune.kernels.layer import Dropout, ExpertLayer
 from finetune.kernels.ops import expert_mlp
 from finetune.quant import experts, nf4
@@ -41,6 +43,25 @@ def run(problem, stacks, products, recompute=False):
     return device_op.expert_mlp(problem.x, problem.index, problem.weights, call, recompute, products)
 
 
+def stack_in_blocks(stack, dtype):
+    """The weights, decoded into the upper left of larger matrices; what is around them stays."""
+    num_experts, height, width = stack.shape
+    blocks = torch.full((num_experts, height + 3, width + 5), torch.nan, dtype=dtype)
+    weights = blocks[:, :height, :width]
+    stack.decode_(weights)
+    assert blocks.isnan().sum() == blocks.numel() - weights.numel()
+    return weights
+
+
+def plain(stacks, problem, products, dtype=None):
+    """The decoded weights of packed stacks, with room where the products make some."""
+    banks = [nn.Parameter(decoded(stack, dtype), requires_grad=False) for stack in stacks]
+    for bank, lora in zip(banks, (problem.gate_up_lora, problem.down_lora), strict=True):
+        if products != "triton" and lora is not None:
+            make_room_(bank, lora.a_XRI.shape[1])
+    return banks
+
+
 def with_gradients(problem, out):
     return [out.detach(), *torch.autograd.grad(out, problem.leaves, output_gradient(out))]
 
@@ -63,11 +84,11 @@ CASES = [
 def test_outputs_and_gradients_are_those_of_the_decoded_weights(products, scheme, shape):
     problem = small(**SHAPES[shape])
     stacks = packed(problem, scheme)
-    plain = tuple(decoded(stack) for stack in stacks)
-    got, want = (with_gradients(problem, run(problem, banks, products)) for banks in (stacks, plain))
+    banks = plain(stacks, problem, products)
+    got, want = (with_gradients(problem, run(problem, these, products)) for these in (stacks, banks))
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
-    reference = replace(problem, gate_up=plain[0], down=plain[1]).with_gradients("reference")
+    reference = replace(problem, gate_up=banks[0], down=banks[1]).with_gradients("reference")
     tolerance = 1e-5 if problem.x.dtype == torch.float32 else 4e-3
     for a, b in zip(got, reference, strict=True):
         assert (a - b).norm() <= tolerance * max(1.0, float(b.norm()))
@@ -85,7 +106,8 @@ def test_triton_decodes_the_same_bits(scheme, dtype, request):
     stack = pack(make(hidden=70, intermediate=33).gate_up.to(dtype), scheme, matrices=2)
     want = decoded(stack)
     request.getfixturevalue("decoding_by_triton")
-    assert torch.equal(stack.all_weights(dtype), want)
+    assert torch.equal(layer.all_weights(stack, dtype), want)
+    assert torch.equal(stack_in_blocks(stack, dtype), want)
     if scheme != "fp8":
         assert torch.equal(stack.weights_of((3, 1), dtype), want[[3, 1]])
 
@@ -95,13 +117,13 @@ def test_triton_decodes_the_same_bits(scheme, dtype, request):
 def test_experts_without_rows_are_not_decoded(scheme, products, request):
     problem = small(tokens=3, index=torch.tensor([[4, 1], [1, 4], [4, 1]]))
     stacks = packed(problem, scheme)
-    want = with_gradients(problem, run(problem, [decoded(stack) for stack in stacks], products))
+    want = with_gradients(problem, run(problem, plain(stacks, problem, products), products))
     request.getfixturevalue("decoding_by_triton")
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
     try:
         got = with_gradients(problem, run(problem, stacks, products))
-        left_out = stacks[0].all_weights(torch.float32, torch.tensor([0, 2, 2, 2, 5, 5], dtype=torch.int32))
+        left_out = layer.all_weights(stacks[0], torch.float32, torch.tensor([0, 2, 2, 2, 5, 5], dtype=torch.int32))
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(got, want, strict=True):
@@ -113,9 +135,9 @@ def test_experts_without_rows_are_not_decoded(scheme, products, request):
 def test_the_dispatch_takes_packed_stacks(scheme):
     problem = small(tokens=3)
     stacks = packed(problem, scheme)
-    plain = replace(problem, gate_up=decoded(stacks[0]), down=decoded(stacks[1]))
+    whole = replace(problem, gate_up=decoded(stacks[0]), down=decoded(stacks[1]))
     got = replace(problem, gate_up=stacks[0], down=stacks[1]).with_gradients("triton")
-    for a, b in zip(got, plain.with_gradients("reference"), strict=True):
+    for a, b in zip(got, whole.with_gradients("reference"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -123,8 +145,8 @@ def test_a_packed_stack_beside_a_plain_one():
     problem = small()
     gate_up, down = packed(problem, "nf4")
     for stacks in ((gate_up, problem.down), (problem.gate_up, down)):
-        plain = [stack if isinstance(stack, torch.Tensor) else decoded(stack) for stack in stacks]
-        assert torch.equal(run(problem, stacks, "grouped"), run(problem, plain, "grouped"))
+        banks = [stack if isinstance(stack, torch.Tensor) else decoded(stack) for stack in stacks]
+        torch.testing.assert_close(run(problem, stacks, "grouped"), run(problem, banks, "grouped"))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -165,7 +187,7 @@ def test_autocast_decodes_to_its_type():
     problem = small()
     stacks = packed(problem, "nf4")
     low = replace(problem, x=problem.x.detach().half().requires_grad_())
-    want = run(low, [decoded(stack, torch.float16) for stack in stacks], "grouped")
+    want = run(low, plain(stacks, problem, "grouped", torch.float16), "grouped")
     with torch.autocast("cpu", torch.float16):
         out = run(problem, stacks, "grouped")
     torch.testing.assert_close(out, want.float(), rtol=2e-3, atol=2e-3)
@@ -198,8 +220,8 @@ def test_the_dispatch_compiles_too():
         loras = {"gate_up_lora": problem.gate_up_lora, "down_lora": problem.down_lora}
         return expert_mlp(x * 1, problem.index, problem.weights, *stacks, **loras, backend="triton")
 
-    plain = replace(problem, gate_up=decoded(stacks[0]), down=decoded(stacks[1]))
-    torch.testing.assert_close(forward(problem.x), plain.run("reference"))
+    whole = replace(problem, gate_up=decoded(stacks[0]), down=decoded(stacks[1]))
+    torch.testing.assert_close(forward(problem.x), whole.run("reference"))
 
 
 def test_handles_die_with_their_stacks():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from finetune.kernels.layer import all_weights
 from finetune.kernels.support import decodes_on
 from finetune.quant import nf4
 from tests.quant.packed import SCHEMES, decoded, pack
@@ -26,10 +27,13 @@ def test_a_stack_decodes_to_the_bits_of_the_cpu(shape, scheme, dtype):
     want = decoded(stack, dtype)
     stack = stack.to("cuda")
     assert decodes_on(stack.device, dtype)
-    assert torch.equal(stack.all_weights(dtype).cpu(), want)
+    assert torch.equal(all_weights(stack, dtype).cpu(), want)
+    blocks = torch.empty(shape[0], shape[1] + 16, shape[2] + 16, dtype=dtype, device="cuda")
+    stack.decode_(blocks[:, : shape[1], : shape[2]])
+    assert torch.equal(blocks[:, : shape[1], : shape[2]].cpu(), want)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        stack.all_weights(dtype)
+        all_weights(stack, dtype)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -47,10 +47,13 @@ class Levels(NamedTuple):
 @triton.jit
 def decode_nf4(
     codes_ptr, scales_ptr, scale_scales_ptr, offset_ptr, level_ptr, scale_level_ptr, end_ptr, out_ptr,
-    num_values, num_bytes, num_scales, num_scale_scales,
+    num_values, num_bytes, num_scales, num_scale_scales, run, stride_out, stride_run,
     DOUBLE: tl.constexpr, SKIP: tl.constexpr, WHOLE: tl.constexpr, B: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """S blocks of B weights of one expert. W: scales that share a scale. WHOLE: S B divides an expert's weights."""
+    """S blocks of B weights of one expert, `run` of which lie side by side in the output.
+
+    W: scales that share a scale. WHOLE: S B divides an expert's weights.
+    """
     expert = tl.program_id(1).to(tl.int64)
     if SKIP:  # noqa: SIM102 - there is no end_ptr otherwise
         if not has_rows(end_ptr, expert):
@@ -67,24 +70,32 @@ def decode_nf4(
     code_SC = code_SC.to(tl.int32)
     even_SC = (tl.load(level_ptr + (code_SC >> 4)) * scale_S[:, None]).to(out_ptr.dtype.element_ty)
     odd_SC = (tl.load(level_ptr + (code_SC & 15)) * scale_S[:, None]).to(out_ptr.dtype.element_ty)
-    values_SB, value_SB = tl.interleave(even_SC, odd_SC), block_S[:, None] * B + tl.arange(0, B)[None, :]
-    out_ptrs = out_ptr + expert * num_values + value_SB
+    values_SB, step_B = tl.interleave(even_SC, odd_SC), tl.arange(0, B)
+    start_S = block_S * B // run * stride_run + block_S * B % run
+    out_ptrs = out_ptr + expert * stride_out + (start_S[:, None] + step_B[None, :])
     if WHOLE:
         tl.store(out_ptrs, values_SB)
     else:
-        tl.store(out_ptrs, values_SB, mask=value_SB < num_values)
+        tl.store(out_ptrs, values_SB, mask=block_S[:, None] * B + step_B[None, :] < num_values)
 
 
-def decode(stack: Nf4, levels: Levels, out_EN: Tensor, end_E: Tensor | None = None) -> None:
-    """All weights of a stack into `out_EN`, (E, n) contiguous, in one launch.
+def can_decode_to(out_EOI: Tensor, block: int) -> bool:
+    """Whether `decode` takes this output: blocks must not go on in a row that lies elsewhere."""
+    return out_EOI.is_contiguous() or (out_EOI.stride(2) == 1 and out_EOI.shape[2] % block == 0)
+
+
+def decode(stack: Nf4, levels: Levels, out_EOI: Tensor, end_E: Tensor | None = None) -> None:
+    """All weights of a stack into `out_EOI`, (E, out, in), in one launch; see `can_decode_to`.
 
     end_E: where each expert's rows end; experts without rows are left out.
     """
-    num_experts, num_values = out_EN.shape
+    num_experts, height, width = out_EOI.shape
+    num_values = height * width
     num_scale_scales = 0 if stack.scale_scales is None else stack.scale_scales.shape[1]
     decode_nf4[(triton.cdiv(num_values, VALUES), num_experts)](
-        stack.codes, stack.scales, stack.scale_scales, stack.offset, *levels, end_E, out_EN,
+        stack.codes, stack.scales, stack.scale_scales, stack.offset, *levels, end_E, out_EOI,
         num_values, stack.codes.shape[1], stack.scales.shape[1], num_scale_scales,
+        num_values if out_EOI.is_contiguous() else width, out_EOI.stride(0), out_EOI.stride(1),
         DOUBLE=num_scale_scales > 0, SKIP=end_E is not None, WHOLE=num_values % VALUES == 0,
         B=stack.block, W=SCALES_PER_SCALE, S=VALUES // stack.block, **OPTIONS,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from finetune.kernels.device_path import Inputs, Saved, SwigluGradients
-from finetune.kernels.layer import ExpertLayer, Factors
+from finetune.kernels.layer import ExpertLayer, Factors, all_weights
 from finetune.kernels.sorted_rows import SortedRows
 from finetune.kernels.triton import rows as row_kernels
 from finetune.kernels.triton import swiglu
@@ -23,7 +23,9 @@ class TritonProducts:
 
     def __init__(self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype) -> None:
         self.rows, self._tiling, self._token_P = rows, Tiling.of(rows), rows.token_P
-        self._gate_up_EGH, self._down_EHI = (weight.to(dtype) for weight in layer.weights(dtype, rows.end_E))
+        self._gate_up_EGH, self._down_EHI = (
+            all_weights(stack, dtype, rows.end_E) for stack in (layer.gate_up_EGH, layer.down_EHI)
+        )
         self._gate_up_lora, self._down_lora = layer.gate_up_lora, layer.down_lora
 
     def inputs(self, x_TH: Tensor) -> Inputs:

@@ -161,11 +161,13 @@ def _decoders() -> dict:
         "decode_fp8": (
             fp8.decode_fp8, {"codes_ptr": U8, "scales_ptr": FP32, "end_ptr": I32, "out_ptr": BF16},
             {"SKIP": True, "B": 128, "S": fp8.VALUES // 128},
-            {"height": 2 * I, "width": H, "matrix_height": I, "num_scales": values // 128**2}, {"num_warps": 4},
+            {"height": 2 * I, "width": H, "matrix_height": I, "num_scales": values // 128**2,
+             "stride_out": (2 * I + 16) * (H + 16), "stride_row": H + 16}, {"num_warps": 4},
         )
     }  # fmt: skip
     for block in (64, 128):
         sizes = {"num_values": values, "num_bytes": values // 2, "num_scales": values // block}
+        sizes |= {"run": H, "stride_out": (2 * I + 16) * (H + 16), "stride_run": H + 16}
         constants = {"DOUBLE": True, "SKIP": True, "WHOLE": True, "B": block, "W": nf4.SCALES_PER_SCALE}
         found[f"decode_nf4 {block}"] = (
             nf4.decode_nf4, nf4_pointers, constants | {"S": nf4.VALUES // block},
@@ -210,6 +212,7 @@ def compiled(arch: int, kernel, pointers: dict, constants: dict, sizes: dict, op
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "cp_async": ptx.count("cp.async."),
+        "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
         "fused": ptx.count("fma.rn.f32"),
         "to_bf16": len(re.findall(r"cvt\.rn\.bf16(x2)?\.f32", ptx)),
     }

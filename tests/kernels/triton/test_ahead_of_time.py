@@ -31,4 +31,4 @@ def test_no_kernel_spills(arch, rank, record_property):
             assert u["wgmma" if arch == 90 and "DECODE" not in name else "mma"], f"{name} does not use tensor cores"
             assert u["cp_async"], f"{name} does not load ahead"
         if name.startswith("decode"):  # the CPU's bits: no fused multiply and add, and rounding to nearest
-            assert (u["fused"], u["to_bf16"] > 0) == (0, True), name
+            assert (u["fused"], u["to_bf16"] > 0, u["wide_stores"]) == (0, True, 4), name

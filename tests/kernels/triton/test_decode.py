@@ -3,8 +3,6 @@
 Not in bfloat16, to which Triton's interpreter does not round: see the compiled kernels, and tests/quant/test_on_gpu.py.
 """
 
-import math
-
 import pytest
 import torch
 
@@ -49,10 +47,23 @@ def levels():
 @pytest.mark.parametrize("shape", NF4_SHAPES.values(), ids=NF4_SHAPES.keys())
 def test_nf4_has_the_bits_of_the_cpu(shape, block, double, dtype):
     packed, stack = nf4_stack(normal(*shape), block=block, double=double)
-    room = torch.full((shape[0] + 1, math.prod(shape[1:])), torch.nan, dtype=dtype)
+    room = torch.full((shape[0] + 1, *shape[1:]), torch.nan, dtype=dtype)
     nf4.decode(stack, levels(), room[:-1])
-    assert torch.equal(room[:-1].view(shape), torch.stack([cpu_nf4.decode(expert, dtype) for expert in packed]))
+    assert torch.equal(room[:-1], torch.stack([cpu_nf4.decode(expert, dtype) for expert in packed]))
     assert room[-1].isnan().all()
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_nf4_into_rows_that_lie_apart(block):
+    packed, stack = nf4_stack(normal(3, 35, 256), block=block, double=True)
+    blocks = torch.full((3, 40, 272), torch.nan)
+    out = blocks[:, :35, :256]
+    assert nf4.can_decode_to(out, block)
+    nf4.decode(stack, levels(), out)
+    assert torch.equal(out, torch.stack([cpu_nf4.decode(expert, torch.float32) for expert in packed]))
+    assert blocks.isnan().sum() == blocks.numel() - out.numel()
+    assert not nf4.can_decode_to(blocks[:, :35, :96], 128)
+    assert not nf4.can_decode_to(blocks[:, :35, :256:2], 64)
 
 
 FP8_SHAPES = {
@@ -84,6 +95,10 @@ def test_fp8_has_the_bits_of_the_cpu(shape, matrices, block, dtype):
     fp8.decode(stack, room[:-1])
     assert torch.equal(room[:-1], want.to(dtype))
     assert room[-1].isnan().all()
+    blocks = torch.full((shape[0], shape[1] + 2, shape[2] + 3), torch.nan, dtype=dtype)
+    fp8.decode(stack, blocks[:, : shape[1], : shape[2]])
+    assert torch.equal(blocks[:, : shape[1], : shape[2]], want.to(dtype))
+    assert blocks.isnan().sum() == blocks.numel() - want.numel()
 
 
 def test_every_fp8_value():
@@ -99,14 +114,14 @@ def test_experts_without_rows_are_left_out():
     end_E = torch.tensor([0, 3, 3, 4], dtype=torch.int32)
     bank = normal(4, 6, 32)
     packed, stack = nf4_stack(bank, block=64, double=True)
-    out = torch.full((4, 6 * 32), torch.nan)
+    out = torch.full(bank.shape, torch.nan)
     nf4.decode(stack, levels(), out, end_E)
     stack_fp8, want_fp8 = fp8_stack(bank, 1, 128)
     out_fp8 = torch.full(bank.shape, torch.nan)
     fp8.decode(stack_fp8, out_fp8, end_E)
     for expert, reached in enumerate((False, True, False, True)):
         if reached:
-            assert torch.equal(out[expert].view(6, 32), cpu_nf4.decode(packed[expert], torch.float32))
+            assert torch.equal(out[expert], cpu_nf4.decode(packed[expert], torch.float32))
             assert torch.equal(out_fp8[expert], want_fp8[expert])
         else:
             assert out[expert].isnan().all()
