@@ -35,6 +35,13 @@ Shares = Annotated[
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL_OR_ADAPTER", help="a model or adapter folder, or a hub name")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
 WeightType = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; as it is stored by default")]
+BaseWeights = Annotated[
+    str,
+    typer.Option(
+        "--base-weights",
+        help="after QLoRA: add to the base's original weights, or to the dequantized ones that the run saw",
+    ),
+]
 BasePath = Annotated[Path | None, typer.Option("--base", help="base model; where the adapter says it is, by default")]
 
 
@@ -273,6 +280,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
     weights: Shares = None,
+    base_weights: BaseWeights = "original",
     dtype: WeightType = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a merge that was killed")] = False,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="prove the result afterwards")] = True,
@@ -282,7 +290,7 @@ def merge(
     from finetune import pipeline
 
     progress = _console(stderr=True)
-    settings: dict[str, Any] = {"base": base, "weights": _shares(weights)}
+    settings: dict[str, Any] = {"base": base, "weights": _shares(weights), "base_weights": _base_weights(base_weights)}
     report = pipeline.merge(adapters, output, **settings, dtype=_dtype(dtype), resume=resume, console=progress)
     if not as_json:
         _console().print(report)
@@ -301,12 +309,15 @@ def verify(
     merged: Annotated[Path, typer.Argument(metavar="MERGED", help="the folder merge made")],
     base: BasePath = None,
     weights: Shares = None,
+    base_weights: BaseWeights = "original",
     as_json: AsJson = False,
 ) -> None:
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
-    report = pipeline.verify(adapters, merged, base=base, weights=_shares(weights))
+    report = pipeline.verify(
+        adapters, merged, base=base, weights=_shares(weights), base_weights=_base_weights(base_weights)
+    )
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -438,6 +449,13 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _base_weights(text: str) -> Any:
+    allowed = ("original", "dequantized")
+    if text not in allowed:
+        raise typer.BadParameter(f"{text!r} is neither {' nor '.join(allowed)}", param_hint="--base-weights")
+    return text
 
 
 def _dtype(text: str | None) -> str | None:

@@ -19,6 +19,7 @@ from finetune.training.run_folder import RunFolder
 if TYPE_CHECKING:
     from finetune.data.dataset import Prepared
     from finetune.export.adapter_export import ExportReport
+    from finetune.export.base_weights import BaseWeights
     from finetune.export.import_adapter import ImportReport
     from finetune.export.merge import MergeReport
     from finetune.export.model_export import ModelOptions
@@ -87,16 +88,20 @@ def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared
 def quantize(
     model: str | Path,
     output: str | Path,
-    settings: QuantizeSection,
+    settings: QuantizeSection | dict[str, Any],
     *,
     revision: str | None = None,
     console: Console | None = None,
 ) -> int:
-    """Write a model with packed weights, which loads in seconds, to folder `output`; the number of packed weights."""
+    """Write a model with packed weights, which loads in seconds, to folder `output`; the number of packed weights.
+
+    settings: a recipe's quantize section, or a dict with its fields such as {"scheme": "nf4"}.
+    """
     from finetune.quant.load import quantize_model
 
     with bytes_done(console or Console(stderr=True), "quantizing") as progress:
-        return quantize_model(model, output, settings, revision=revision, progress=progress)
+        section = QuantizeSection.model_validate(settings)
+        return quantize_model(model, output, section, revision=revision, progress=progress)
 
 
 def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
@@ -159,18 +164,22 @@ def merge(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     dtype: Any = None,
+    base_weights: BaseWeights = "original",
     resume: bool = False,
     console: Console | None = None,
 ) -> MergeReport:
     """Write base + adapter to `output`, a checkpoint like the base's; dtype bf16, fp16, fp32, or None to keep it.
 
     adapter: one, or several whose deltas are added, each times its number in `weights`.
+    base_weights: for an adapter of a packed model: add it to the weights as they are stored (`original`), or as the
+        run saw them (`dequantized`).
     resume: go on where a killed merge stopped.
     """
     from finetune.export.merge import merge as merge_weights
 
     with bytes_done(console or Console(stderr=True), "merging") as progress:
-        return merge_weights(adapter, output, base=base, weights=weights, dtype=dtype, resume=resume, progress=progress)
+        settings: dict[str, Any] = {"base": base, "weights": weights, "base_weights": base_weights}
+        return merge_weights(adapter, output, **settings, dtype=dtype, resume=resume, progress=progress)
 
 
 def verify(
@@ -179,11 +188,15 @@ def verify(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
+    base_weights: BaseWeights = "original",
 ) -> VerifyReport:
-    """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not."""
+    """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not.
+
+    base, weights, base_weights: as for `merge`.
+    """
     from finetune.export.verify import verify as verify_weights
 
-    return verify_weights(adapter, merged, base=base, weights=weights)
+    return verify_weights(adapter, merged, base=base, weights=weights, base_weights=base_weights)
 
 
 def export(

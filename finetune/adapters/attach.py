@@ -85,6 +85,8 @@ def load_adapter(
     files = AdapterFiles.open(path)
     config = ExpertLoraConfig.load(path)
     config.inference_mode = not trainable
+    if trainable:
+        config.quantize = getattr(model, "packed_as", None)
     with _as_adapter_error(path), _quiet(), known_to_peft(model):
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)

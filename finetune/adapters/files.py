@@ -87,6 +87,11 @@ class AdapterFiles:
         return (self.sidecar or {}).get("base_fingerprint")
 
     @property
+    def quantize(self) -> dict[str, Any] | None:
+        """The quantize section with which that base was packed; None for 16 bit, and for adapters made elsewhere."""
+        return (self.sidecar or {}).get("quantize")
+
+    @property
     def has_single_experts(self) -> bool:
         """Whether experts have factors of their own, as older versions of transformers and servers name them."""
         return any(pair.expert is None and ".mlp.experts." in name for name, pair in self.pairs.items())

@@ -110,6 +110,7 @@ def lora_config(
         router="lora" if router == "frozen" else router,
         section=section.model_dump(mode="json"),
         base_fingerprint=getattr(model, "base_fingerprint", None) or _fingerprint(getattr(model, "name_or_path", "")),
+        quantize=getattr(model, "packed_as", None),
     )
 
 

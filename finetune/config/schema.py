@@ -294,6 +294,9 @@ class TrainSection(Section):
     max_grad_norm: Positive = Field(default=1.0, description="gradient norm is clipped to this")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="arithmetic of the frozen model")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    activation_offload: bool = Field(
+        default=False, description="keep what backward needs in host memory meanwhile (on a GPU, for long sequences)"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="seed of initialization, order and dropout"
     )

@@ -81,7 +81,7 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
     factors = plan.read(weight) if weight in plan.families else None
     info = plan.base.tensors[name]
     if factors is None:  # W + 0 is W to the bit, also where it is -0.0
-        if kept == info.dtype:
+        if kept == info.dtype and not plan.remakes(name):
             copy(plan.base.files[info.shard], info, place)
         else:
             for start, stop in row_ranges(info):

@@ -131,10 +131,9 @@ class _Rows:
 
 
 def _error_without_delta(rows: _Rows) -> tuple[float, float]:
-    base, merged = rows.base.tensors[rows.name], rows.merged.tensors[rows.name]
     m = rows.merged.read(rows.name, rows.rows)
     expected = rows.base.read(rows.name, rows.rows)
-    if base.dtype != merged.dtype:
+    if expected.dtype != m.dtype:
         expected = rows.base.read_float(rows.name, rows.rows).to(m.dtype)
     same_scales = rows.scales is None or torch.equal(_scales(rows.base, rows.name), _scales(rows.merged, rows.name))
     if torch.equal(_bits(expected), _bits(m)) and same_scales:

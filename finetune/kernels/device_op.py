@@ -151,7 +151,7 @@ def _outputs(call: _Call, index_TK: Tensor, keep_gate_up: bool) -> tuple[Tensor,
 
 @torch.library.custom_op(
     "finetune::expert_mlp_backward", mutates_args=(),
-    schema=f"(Tensor d_out, Tensor gate_up, Tensor pair, Tensor row, Tensor end, {CALL}, bool[] needs) -> Tensor[]",
+    schema=f"(Tensor d_out, Tensor kept, Tensor pair, Tensor row, Tensor end, {CALL}, bool[] needs) -> Tensor[]",
 )  # fmt: skip
 def _backward(d_out_TH: Tensor, gate_up_PG: Tensor, pair_P: Tensor, row_P: Tensor, end_E: Tensor, *rest: Any) -> Any:
     """One gradient for each differentiable input, empty where none is needed."""
@@ -187,6 +187,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *call[:10])
     ctx.others = call[10:]
+    ctx.packed = [stack_of(handle) for handle in call.packed if handle]  # alive as long as the graph, as tensors are
 
 
 def _derivative(ctx: Any, d_out_TH: Tensor | None, *_: Any) -> tuple[Any, ...]:

@@ -31,6 +31,12 @@ class PackedStack(Protocol):
     def weights_of(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The weights of `experts`, (len(experts), out, in), for the caller to use once and drop."""
 
+    def all_weights(self, dtype: torch.dtype, end_E: Tensor | None = None) -> Tensor:
+        """All weights (E, out, in), likewise; those of experts without rows may be anything.
+
+        end_E: where the rows of each expert end; None: all experts have some.
+        """
+
 
 Stack = Tensor | PackedStack
 
@@ -152,11 +158,10 @@ class ExpertLayer:
         """E."""
         return self.gate_up_EGH.shape[0]
 
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both stacks whole, decoded to `dtype` where they are packed."""
-        experts = range(self.num_experts)
+    def weights(self, dtype: torch.dtype, end_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Both stacks whole, decoded to `dtype` where they are packed. end_E: as in `PackedStack.all_weights`."""
         gate_up, down = (
-            stack if isinstance(stack, Tensor) else stack.weights_of(experts, dtype)
+            stack if isinstance(stack, Tensor) else stack.all_weights(dtype, end_E)
             for stack in (self.gate_up_EGH, self.down_EHI)
         )
         return gate_up, down

@@ -14,6 +14,7 @@ from finetune.errors import AdapterError, Problem
 from finetune.kernels import device_op, reference, self_check, torch_path
 from finetune.kernels.blocks import make_room_, room_of
 from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors, PackedStack, Stack
+from finetune.kernels.support import triton_fault
 
 __all__ = ["Backend", "Deltas", "Dropout", "Factors", "PackedStack", "expert_mlp", "make_room_"]
 
@@ -106,7 +107,7 @@ def _choose_products(backend: Backend, case: self_check.Case) -> str:
     if backend != "torch":
         ways = ["hybrid" if case.room else "triton", "grouped"][: 2 if backend == "auto" else 1]
     for way in ways:
-        fault = _triton_fault(case) if way != "grouped" else None
+        fault = triton_fault(case.device) if way != "grouped" else None
         fault = fault or self_check.fault(replace(case, products=way))
         if fault is None:
             return _log_once(way)
@@ -115,21 +116,6 @@ def _choose_products(backend: Backend, case: self_check.Case) -> str:
             raise AdapterError(Problem("backend", f"cannot run here: {fault}", hint, backend))
         logger.warning("expert MLP: %s products are not used on %s: %s", way, case.device, fault)
     return _log_once("slices")
-
-
-def _triton_fault(case: self_check.Case) -> str | None:
-    """Why Triton's kernels cannot run on a device."""
-    try:
-        import triton
-    except ImportError:
-        return "triton is not installed"
-    if triton.knobs.runtime.interpret:
-        return None
-    if case.device.type != "cuda":
-        return "Triton's kernels need a CUDA device"
-    if torch.cuda.get_device_capability(case.device) < (8, 0):
-        return "Triton's kernels need compute capability 8.0"
-    return None
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from finetune.kernels.layer import new_handle
 from finetune.kernels.ops import expert_mlp
+from finetune.kernels.support import decodes_on
 from finetune.models import fp8
 from finetune.models.qwen3 import PackedBank
 from finetune.quant import nf4
@@ -53,9 +54,20 @@ class PackedProjection(nn.Module, ABC):
         """Where it is decoded."""
         return self.get_buffer("scales").device
 
-    @abstractmethod
     def weights_of(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The weights of `experts` in `dtype`, (len(experts), out, in), decoded now and kept nowhere."""
+        if len(experts) == 1:
+            return self._decode(experts[0], dtype)[None]
+        weights = torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
+        for place, expert in enumerate(experts):
+            weights[place] = self._decode(expert, dtype)
+        return weights
+
+    def all_weights(self, dtype: torch.dtype, end_E: Tensor | None = None) -> Tensor:
+        """All weights, (E, out, in): in one go on an accelerator, without those of experts that have no rows."""
+        if self.codes is not None and decodes_on(self.device, dtype):
+            return self._decode_all(self.codes, dtype, end_E)
+        return self.weights_of(range(self.shape[0]), dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -69,23 +81,24 @@ class PackedProjection(nn.Module, ABC):
         assert self.on_disk is not None
         return self.on_disk.read(expert).to(self.device)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another stack."""
+        super().__setstate__(state)
+        self.handle = new_handle(self)
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedProjection:
         """Follow the model to another device; `model.to(dtype)` must not round the scales."""
         for name, buffer in self.named_buffers(recurse=False):
             self.register_buffer(name, buffer.to(fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device))
         return self
 
-    def _one_by_one(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if len(experts) == 1:
-            return self._decode(experts[0], dtype)[None]
-        weights = torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
-        for place, expert in enumerate(experts):
-            weights[place] = self._decode(expert, dtype)
-        return weights
-
     @abstractmethod
     def _decode(self, expert: int, dtype: torch.dtype) -> Tensor:
         """One expert's weights, (out, in)."""
+
+    @abstractmethod
+    def _decode_all(self, codes: Tensor, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+        """Every expert's weights, by Triton."""
 
 
 class Nf4Projection(PackedProjection):
@@ -99,14 +112,11 @@ class Nf4Projection(PackedProjection):
     scale_scales: Tensor | None
     offset: Tensor | None
 
-    def weights_of(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """On an accelerator all of a whole stack at once."""
-        if self.device.type != "cpu" and self.codes is not None and len(experts) == self.shape[0]:
-            return nf4.decode(self._packed(self.codes, slice(None)), dtype)
-        return self._one_by_one(experts, dtype)
-
     def _decode(self, expert: int, dtype: torch.dtype) -> Tensor:
         return nf4.decode(self._packed(self.codes_of(expert), expert), dtype)
+
+    def _decode_all(self, codes: Tensor, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+        return nf4.decode(self._packed(codes, slice(None)), dtype, end_E)
 
     def _packed(self, codes: Tensor, which: int | slice) -> Packed:
         scale_scales, offset = (None if t is None else t[which] for t in (self.scale_scales, self.offset))
@@ -115,7 +125,7 @@ class Nf4Projection(PackedProjection):
 
 
 class Fp8Projection(PackedProjection):
-    """In FP8 blocks, e4m3 as the hub stores them.
+    """In FP8 blocks, e4m3 as the hub stores them; a weight is value times scale, computed in float32.
 
     codes: the bytes of (out, in) values.
     scales: (E, matrices * ceil(rows / block) * ceil(in / block)) float32, those of the checkpoint, where gate_up_proj
@@ -125,10 +135,6 @@ class Fp8Projection(PackedProjection):
     scales: Tensor
     matrices: int = 1
 
-    def weights_of(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Value times scale, computed in float32."""
-        return self._one_by_one(experts, dtype)
-
     def _decode(self, expert: int, dtype: torch.dtype) -> Tensor:
         height, width = self.shape[1] // self.matrices, self.shape[2]
         values = self.codes_of(expert).view(torch.float8_e4m3fn).view(self.matrices, height, width)
@@ -137,6 +143,13 @@ class Fp8Projection(PackedProjection):
         for part, value, scale in zip(decoded.chunk(self.matrices), values, scales, strict=True):
             part.copy_(fp8.dequantize(value, scale, (self.block, self.block)))
         return decoded
+
+    def _decode_all(self, codes: Tensor, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+        from finetune.kernels.triton import fp8 as kernel
+
+        weights = torch.empty(self.shape, dtype=dtype, device=self.device)
+        kernel.decode(kernel.Fp8(codes, self.scales, self.matrices, self.block), weights, end_E)
+        return weights
 
 
 def packed_shapes(

@@ -165,16 +165,31 @@ def open_packed(path: str | Path) -> PackedFolder:
     return PackedFolder(checkpoint, settings, base, fingerprint)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a packed model was made from. config: its config.json. base: its name or path, for adapters to refer to.
+
+    fingerprint: `base_fingerprint` of it. side_files: tokenizer and the like, copied.
+    """
+
+    config: dict[str, Any]
+    base: str
+    fingerprint: str
+    side_files: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, base: str) -> Origin:
+        """A checkpoint, known as `base`."""
+        side_files = tuple(checkpoint.path / name for name in checkpoint.side_files if name != CONFIG)
+        return cls(checkpoint.config, base, base_fingerprint(checkpoint), side_files)
+
+
 def write_packed(
-    target: str | Path,
-    checkpoint: Checkpoint,
-    base: str,
-    parts: Iterable[tuple[Part, Fields]],
-    section: QuantizeSection,
+    target: str | Path, origin: Origin, parts: Iterable[tuple[Part, Fields]], section: QuantizeSection
 ) -> None:
-    """Write a packed model folder, all or nothing. base: name or path of `checkpoint`, for adapters to refer to."""
+    """Write a packed model folder, all or nothing."""
     settings = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **settings_of(section)}
-    settings |= {"base_model": base, "base_fingerprint": base_fingerprint(checkpoint)}
+    settings |= {"base_model": origin.base, "base_fingerprint": origin.fingerprint}
     with finished_folder(target) as building:
         weight_map: dict[str, str] = {}
         total = 0
@@ -182,10 +197,9 @@ def write_packed(
             _write_shard(building / shard, tensors)
             weight_map |= dict.fromkeys(tensors, shard)
             total += sum(t.numel() * t.element_size() for t in tensors.values())
-        for name in checkpoint.side_files:
-            if name != CONFIG:
-                shutil.copyfile(checkpoint.path / name, building / name)
-        write_json_atomic(building / CONFIG, {**checkpoint.config, "quantization_config": settings})
+        for file in origin.side_files:
+            shutil.copyfile(file, building / file.name)
+        write_json_atomic(building / CONFIG, {**origin.config, "quantization_config": settings})
         write_json_atomic(building / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

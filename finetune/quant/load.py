@@ -13,7 +13,7 @@ from finetune.models.checkpoint import Checkpoint, find_checkpoint
 from finetune.models.loading import check_config
 from finetune.models.skeleton import skeleton
 from finetune.quant.build import fill, weight_shapes
-from finetune.quant.folder import is_packed, open_packed, settings_of, write_packed
+from finetune.quant.folder import Origin, is_packed, open_packed, settings_of, write_packed
 from finetune.quant.parts import Part, Progress, check_parts, plan_parts, read_parts
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def load_quantized(
     parts = _plan(model, section)
     check_parts(checkpoint, parts)
     fill(model, read_parts(checkpoint, parts, section, dtype, progress), section)
-    return _named(model, str(path))
+    return _named(model, str(path), section)
 
 
 def quantize_model(
@@ -57,7 +57,6 @@ def quantize_model(
     section: QuantizeSection,
     *,
     revision: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
     progress: Progress | None = None,
 ) -> int:
     """Write the packed model to folder `output`; the number of packed weights. One layer is in memory at a time."""
@@ -65,9 +64,10 @@ def quantize_model(
     if is_packed(folder):
         raise UserError(Problem(str(path), "is packed already", "give the 16-bit model"))
     checkpoint = _open(folder, False)
-    parts = _plan(skeleton(folder, dtype), section)
+    parts = _plan(skeleton(folder, torch.bfloat16), section)
     check_parts(checkpoint, parts)
-    write_packed(output, checkpoint, str(path), read_parts(checkpoint, parts, section, dtype, progress), section)
+    stream = read_parts(checkpoint, parts, section, None, progress)
+    write_packed(output, Origin.of(checkpoint, str(path)), stream, section)
     return sum(part.packed for part in parts)
 
 
@@ -83,7 +83,7 @@ def _load_packed(
     stored = folder.read_parts(parts, progress, leave_codes=on_disk)
     whole = ((p, f if p.packed else {name: t.to(dtype) for name, t in f.items()}) for p, f in stored)
     fill(model, whole, section, codes)
-    model = _named(model, folder.base)
+    model = _named(model, folder.base, section)
     model.base_fingerprint = folder.fingerprint
     return model
 
@@ -105,7 +105,8 @@ def _plan(model: Any, section: QuantizeSection) -> list[Part]:
     return parts
 
 
-def _named(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Adapters refer to their base by `name`."""
+def _named(model: PreTrainedModel, name: str, section: QuantizeSection) -> PreTrainedModel:
+    """Adapters refer to their base by `name`, and remember how it was packed."""
     model.name_or_path = model.config._name_or_path = name
+    model.packed_as = {**settings_of(section), "compute_dtype": section.compute_dtype}
     return model

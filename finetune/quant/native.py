@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,17 +15,12 @@ NativeDecode = Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
 @cache
 def bitsandbytes() -> Any | None:
     """The library, or None where it is not installed or does not load."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns about optional kernels that we do not use
     try:
         import bitsandbytes as library
 
         return library
     except (ImportError, OSError, RuntimeError):
         return None
-    finally:
-        logger.setLevel(level)
 
 
 def native_decode(device: str, dtype: torch.dtype) -> NativeDecode | None:

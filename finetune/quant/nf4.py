@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ModelError, Problem
+from finetune.kernels.support import decodes_on
 from finetune.quant.native import native_decode
 
 BLOCKS = (64, 128)
@@ -76,9 +77,8 @@ def quantize(weight: Tensor, *, block: int = 64, double: bool = True) -> Packed:
         here, rows = slice(first * block, last * block), slice(first, last)
         values = flat[here].to(torch.float32).view(-1, block)
         scales[rows] = values.abs().amax(1)
-        _nearest_level(
-            values.mul_(scales[rows].clamp(min=_SMALLEST).reciprocal()[:, None]), codes[here].view(-1, block)
-        )
+        reciprocal = scales[rows].clamp(min=_SMALLEST).reciprocal()
+        _nearest_level(values * reciprocal[:, None], codes[here].view(-1, block))
     if whole < flat.numel():
         values = flat[whole:].to(torch.float32)
         scales[-1] = values.abs().amax().clamp(min=_SMALLEST)
@@ -95,8 +95,13 @@ def quantize(weight: Tensor, *, block: int = 64, double: bool = True) -> Packed:
     return Packed(packed, small, scale_scales, offset, tuple(weight.shape), block)
 
 
-def decode(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`: level times scale in float32, rounded once; what bitsandbytes decodes, bit for bit."""
+def decode(packed: Packed, dtype: torch.dtype, end_E: Tensor | None = None) -> Tensor:
+    """The tensor in `dtype`: level times scale in float32, rounded once; what bitsandbytes decodes, bit for bit.
+
+    end_E: of a stack of experts, where the rows of each end; on an accelerator those without any may become anything.
+    """
+    if decodes_on(packed.codes.device, dtype):
+        return _decode_by_triton(packed, dtype, end_E)
     scales = packed.float_scales()
     native = native_decode(packed.codes.device.type, dtype)
     if native is not None and math.prod(packed.shape) % packed.block == 0:
@@ -104,6 +109,20 @@ def decode(packed: Packed, dtype: torch.dtype) -> Tensor:
     out = torch.empty(math.prod(packed.shape), dtype=dtype, device=scales.device)
     _decode_into(out, packed.codes.view(-1), scales.view(-1), packed.block)
     return out.view(packed.shape)
+
+
+def _decode_by_triton(packed: Packed, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+    from finetune.kernels.triton import nf4 as kernel
+
+    device, number = packed.codes.device, packed.codes.shape[0] if packed.codes.ndim == 2 else 1
+    fields = (packed.codes, packed.scales, packed.scale_scales)
+    codes, scales, scale_scales = (None if t is None else t.reshape(number, -1) for t in fields)
+    assert codes is not None
+    assert scales is not None
+    out_EN = torch.empty(number, math.prod(packed.shape) // number, dtype=dtype, device=device)
+    levels = kernel.Levels(_levels(device), scale_levels(device))
+    kernel.decode(kernel.Nf4(codes, scales, scale_scales, packed.offset, packed.block), levels, out_EN, end_E)
+    return out_EN.view(packed.shape)
 
 
 def _decode_into(out: Tensor, codes: Tensor, scales: Tensor, block: int) -> None:
@@ -163,6 +182,11 @@ def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     nearer_right = levels[right] - rounded < rounded - levels[right - 1]
     index = (right - 1 + nearer_right.long()).masked_fill_((largest == 0)[:, None], 0)
     return index.to(torch.uint8).view(-1)[: len(scales)], largest
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 
 @cache

@@ -74,6 +74,21 @@ def plan_parts(shapes: Mapping[str, tuple[int, ...]], section: QuantizeSection, 
     return parts
 
 
+def packed_sources(name: str, section: QuantizeSection) -> tuple[str, ...]:
+    """The hub weights that a hub weight is packed together with, itself among them; none when it is not packed."""
+    module, projection = name.removesuffix(".weight").rpartition(".")[::2]
+    if module.rpartition(".")[0].endswith(EXPERTS):
+        together = next(matrices for matrices in EXPERT_MATRICES.values() if projection in matrices)
+        return tuple(f"{module}.{matrix}.weight" for matrix in together) if section.experts else ()
+    return (name,) if section.packs_attention and _is_projection(f"{module}.{projection}") else ()
+
+
+def pack_matrix(checkpoint: Checkpoint, sources: tuple[str, ...], section: QuantizeSection) -> Fields:
+    """What one matrix, put together from its sources, is packed into."""
+    reader = _Reader(checkpoint, Part("", (), (sources,), packed=True), section, torch.float32)
+    return reader.pack(0)
+
+
 def _is_projection(module: str) -> bool:
     parent, _, projection = module.rpartition(".")
     rooms = {"self_attn": ATTENTION_PROJECTIONS, "mlp": MLP_PROJECTIONS}
@@ -107,10 +122,13 @@ def read_parts(
     checkpoint: Checkpoint,
     parts: list[Part],
     section: QuantizeSection,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Part, Fields]]:
-    """Each part, packed or in `dtype`. In memory at a time: one part, and one expert per thread in float32."""
+    """Each part, packed or in `dtype`, as it is stored when None.
+
+    In memory at a time: one part, and one expert per thread in float32.
+    """
     total = sum(checkpoint.tensors[source].num_bytes for part in parts for row in part.sources for source in row)
     done = 0
     with ThreadPoolExecutor(cpu_count()) as pool:
@@ -127,7 +145,7 @@ class _Reader:
     checkpoint: Checkpoint
     part: Part
     section: QuantizeSection
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     def read(self, pool: ThreadPoolExecutor) -> Fields:
         part = self.part
@@ -137,28 +155,29 @@ class _Reader:
             return self._stack(pool, part.shape[1:], part.shape[0])
         if not part.is_stack:
             return {WHOLE: self._matrix(0, self.dtype)}
-        bank = torch.empty(part.shape, dtype=self.dtype)
-        list(pool.map(lambda expert: bank[expert].copy_(self._matrix(expert, self.dtype)), range(part.shape[0])))
+        first = self._matrix(0, self.dtype)
+        bank = torch.empty(part.shape, dtype=first.dtype)
+        list(pool.map(lambda expert: bank[expert].copy_(self._matrix(expert, first.dtype)), range(part.shape[0])))
         return {WHOLE: bank}
 
-    def _matrix(self, row: int, dtype: torch.dtype) -> Tensor:
+    def _matrix(self, row: int, dtype: torch.dtype | None) -> Tensor:
         """One weight, put together from its sources."""
         read = [
             self.checkpoint.read_float(source) if self.checkpoint.scales_of(source) else self.checkpoint.read(source)
             for source in self.part.sources[row]
         ]
-        return torch.cat([t.to(dtype) for t in read]) if len(read) > 1 else read[0].to(dtype)
+        whole = torch.cat(read) if len(read) > 1 else read[0]
+        return whole if dtype is None else whole.to(dtype)
 
     def _stack(self, pool: ThreadPoolExecutor, shape: tuple[int, ...], number: int) -> Fields:
         section, matrices = self.section, self.part.matrices
         assert section.scheme != "none"
         shapes = packed_shapes(section.scheme, shape, section.block_size, section.double, matrices)
         fields = {name: torch.empty(number, *size, dtype=dtype) for name, (dtype, size) in shapes.items()}
-        pack = self._fp8 if section.scheme == "fp8" else self._nf4
 
         def fill(row: int) -> None:
             try:
-                packed = pack(row)
+                packed = self.pack(row)
             except ModelError as error:
                 where = f"{self.checkpoint.path}: {self.part.sources[row][0]}"
                 raise ModelError(*(Problem(where, p.what, p.hint, p.got) for p in error.problems)) from None
@@ -168,12 +187,16 @@ class _Reader:
         list(pool.map(fill, range(number)))
         return fields
 
-    def _nf4(self, row: int) -> dict[str, Tensor]:
+    def pack(self, row: int) -> Fields:
+        """One matrix of the part, packed."""
+        return self._fp8(row) if self.section.scheme == "fp8" else self._nf4(row)
+
+    def _nf4(self, row: int) -> Fields:
         made = nf4.quantize(self._matrix(row, torch.float32), block=self.section.block_size, double=self.section.double)
         fields = {CODES: made.codes, "scales": made.scales, "scale_scales": made.scale_scales, "offset": made.offset}
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _fp8(self, row: int) -> dict[str, Tensor]:
+    def _fp8(self, row: int) -> Fields:
         pairs = [self._fp8_matrix(source) for source in self.part.sources[row]]
         codes = torch.cat([values.reshape(-1).view(torch.uint8) for values, _ in pairs])
         return {CODES: codes, "scales": torch.cat([scales.reshape(-1).float() for _, scales in pairs])}

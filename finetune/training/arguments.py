@@ -54,6 +54,7 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "ddp_find_unused_parameters": False,  # factors without tokens get zeros
         "report_to": "none",
         "disable_tqdm": True,
+        "activation_offloading": train.activation_offload,
         "dataloader_pin_memory": False,
         "remove_unused_columns": True,
     }

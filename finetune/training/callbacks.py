@@ -15,7 +15,7 @@ from finetune.adapters.table import check_gradients
 from finetune.errors import Problem, TrainingError
 from finetune.models.scoring import Score, score_rows
 from finetune.training.checkpoints import mark_complete, remove_older
-from finetune.training.memory import peak_memory_gib
+from finetune.training.memory import peak_memory_gib, release_free_memory
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
@@ -33,6 +33,14 @@ class GradientCheck(TrainerCallback):
         if not self._checked:
             check_gradients(kwargs["model"])
             self._checked = True
+
+
+class FreeMemory(TrainerCallback):
+    """For models that hardly fit: buffers of ever other sizes leave holes, which would add up from step to step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called once per optimizer step."""
+        release_free_memory()
 
 
 class Metrics(TrainerCallback):

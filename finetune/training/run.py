@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from finetune.adapters.table import trainable_parameters
@@ -30,7 +31,13 @@ MAY_CHANGE = {
 
 
 def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
-    """The folder of the run, made anew or, to resume, checked to hold the same recipe."""
+    """The folder of the run, made anew or, to resume, checked to hold the same recipe.
+
+    Raises UserError for a recipe that this machine cannot run, a folder that is taken, or one to resume that is not.
+    """
+    if recipe.train.activation_offload and not torch.accelerator.is_available():
+        hint = "remove the line; on a CPU activations are in host memory already"
+        raise UserError(Problem("train.activation_offload", "is true, but there is no GPU here", hint))
     folder = RunFolder(Path(recipe.output.dir))
     with processes().main_process_first():
         if not is_main_process():

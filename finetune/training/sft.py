@@ -16,7 +16,7 @@ from finetune.config.schema import Recipe
 from finetune.data.packing import packed
 from finetune.models.qwen3 import expert_layers
 from finetune.training.arguments import sft_arguments, warmup_steps
-from finetune.training.callbacks import Checkpoints, Evaluation, GradientCheck, Metrics
+from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpoints import newest_complete, step_of
 from finetune.training.reselection import Reselection
 from finetune.training.router_losses import RouterLosses, RouterLossTrainer
@@ -78,6 +78,8 @@ def train_sft(
     try:
         metrics = Metrics(folder, progress)
         trainer.add_callback(GradientCheck())
+        if recipe.quantize.scheme != "none":
+            trainer.add_callback(FreeMemory())
         trainer.add_callback(metrics)
         if rows.eval is not None:
             trainer.add_callback(Evaluation(list(rows.eval), recipe.train.eval_every, metrics))

@@ -111,6 +111,13 @@ def test_every_weight_gets_its_nearest_level(values, double):
     assert nf4.decode(nf4.quantize(weight, double=double), torch.float32).isfinite().all()
 
 
+def test_the_weight_stays_as_it_is():
+    weight = _uneven(40)
+    before = weight.clone()
+    nf4.quantize(weight)
+    assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_not_finite_weights_are_refused(value):
     weight = torch.ones(4, 64)
