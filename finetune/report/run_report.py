@@ -73,7 +73,7 @@ def _warnings(rows: list[dict[str, Any]]) -> str:
 def _swaps(rows: list[dict[str, Any]]) -> str:
     """Experts that were chosen anew on the way."""
     swaps = [
-        (f"step {row['step']}, layer {layer}", f"{_ids(change['left'])} left, {_ids(change['came'])} came")
+        (f"step {row['step']}, layer {layer}", f"left {_ids(change['left'])}; came {_ids(change['came'])}")
         for row in rows
         for layer, change in row.get("reselected", {}).items()
     ]

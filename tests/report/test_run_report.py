@@ -43,7 +43,7 @@ def test_one_page_with_everything(run):
         "1,200",
         "loss 0.5123",
         "step 2: &lt;drift&gt;",
-        "3 left, 0 came",
+        "left 3; came 0",
         "path: &lt;base&gt;",
         "a &lt;run&gt;",
     ):
