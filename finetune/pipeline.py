@@ -212,7 +212,7 @@ def export(
     """Write an adapter, or a model such as `merge` made, as another program reads it, with a note on how to start that.
 
     source: an adapter folder for peft, peft-per-expert, vllm, sglang and gguf-lora; a model for gguf, fp8, fp8-ct,
-    int4 and hf.  base: of an adapter, where the adapter says it is when None.
+    int4, gptq, awq and hf.  base: of an adapter, where the adapter says it is when None.
     """
     from finetune.adapters.stock_config import ADAPTER_CONFIG
     from finetune.errors import Problem, UserError

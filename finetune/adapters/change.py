@@ -20,7 +20,7 @@ class LowRank:
     @property
     def is_zero(self) -> bool:
         """Whether the weight stays as it is."""
-        return not bool(self.b.any()) or not bool(self.a.any()) or self.scale == 0.0
+        return self.scale == 0.0 or any(not any(torch.aminmax(side)) for side in (self.b, self.a))
 
     def times(self, share: float) -> LowRank:
         """The change times a number."""
@@ -29,6 +29,10 @@ class LowRank:
     def rows(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """Some rows of the change in float32, written to `out` if given."""
         return torch.mm(self.b[rows] * self.scale, self.a, out=out)
+
+    def add_to_(self, base: Tensor, rows: slice) -> Tensor:
+        """Some rows of a weight in float32, changed."""
+        return base.addmm_(self.b[rows], self.a, alpha=self.scale)
 
     def exact_rows(self, rows: slice) -> Tensor:
         """Some rows of the change in float64."""
@@ -49,7 +53,7 @@ class WholeDelta:
     @property
     def is_zero(self) -> bool:
         """Whether the weight stays as it is."""
-        return not bool(self.delta.any()) or self.scale == 0.0
+        return self.scale == 0.0 or not any(torch.aminmax(self.delta))
 
     def times(self, share: float) -> WholeDelta:
         """The change times a number."""
@@ -58,6 +62,10 @@ class WholeDelta:
     def rows(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """Some rows of the change in float32, written to `out` if given."""
         return torch.mul(self.delta[rows], self.scale, out=out)
+
+    def add_to_(self, base: Tensor, rows: slice) -> Tensor:
+        """Some rows of a weight in float32, changed."""
+        return base.add_(self.delta[rows], alpha=self.scale)
 
     def exact_rows(self, rows: slice) -> Tensor:
         """Some rows of the change in float64."""

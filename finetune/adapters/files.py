@@ -118,11 +118,11 @@ class AdapterFiles:
 
     def missing(self, base_weights: Iterable[str]) -> list[str]:
         """Weights of a base that the settings target but the file has no factors for."""
-        lost = []
+        lost, has_single_experts = [], self.has_single_experts
         for name in base_weights:
             module = name.removesuffix(".weight")
             bank, _, rest = module.partition(".mlp.experts.")
-            if rest and not self.has_single_experts:
+            if rest and not has_single_experts:
                 leaf = "down_proj" if rest.endswith("down_proj") else "gate_up_proj"
                 wanted = self.config.targets_parameter(f"{bank}.mlp.experts.{leaf}")
             else:

@@ -11,20 +11,22 @@ import numpy as np
 import torch
 
 from finetune.errors import ModelError, Problem, UserError
-from finetune.export.gguf_file import GgufTensor, architecture, load_gguf, plan_gguf, tensor_name
+from finetune.export import ggml
+from finetune.export.gguf_file import GgufTensor, architecture, load_gguf, plan_gguf, tensor_bytes, tensor_name
 from finetune.export.plan import EXPERT
 from finetune.export.shards import row_ranges
 from finetune.export.stream import OutputFile, Place
 from finetune.models.checkpoint import Checkpoint
+from finetune.models.shapes import Shapes
 
 FILE = "model.gguf"
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, **ggml.FILE_TYPES}
 
 
 def plan_model(source: Checkpoint, kind: str, name: str) -> OutputFile:
-    """The file of a checkpoint, with its matrices in ggml type `kind`; norms and routers stay float32.
+    """The file of a checkpoint, with its matrices in ggml type or mix `kind`; norms and routers stay float32.
 
-    Matrices whose rows are no whole number of blocks are stored as F16.
+    Matrices whose rows are no whole number of blocks are stored as Q8_0 (in a mix of K types) or F16.
     Raises ModelError when the tokenizer or a setting is missing.
     """
     experts: dict[str, list[str]] = {}
@@ -64,14 +66,21 @@ def _num_experts(source: Checkpoint) -> int:
 
 def _tensor(source: Checkpoint, name: str, weights: list[str], kind: str) -> GgufTensor:
     info = source.tensors[weights[0]]
-    block = load_gguf().GGML_QUANT_SIZES[load_gguf().GGMLQuantizationType[kind]][0]
     if len(info.shape) < 2 or ".ffn_gate_inp." in name:
         kind = "F32"
-    elif info.shape[-1] % block:
-        kind = "F16"
+    elif kind in ggml.MIXES:
+        tied = "lm_head.weight" not in source.tensors
+        kind = ggml.type_in_mix(kind, name, int(source.config["num_hidden_layers"]), tied=tied)
+    while len(info.shape) > 1 and info.shape[-1] % _block(kind):
+        kind = "Q8_0" if kind.endswith("_K") else "F16"
     shape = (len(weights), *info.shape) if len(weights) > 1 or EXPERT.fullmatch(weights[0]) else info.shape
     read_bytes = sum(source.tensors[weight].num_bytes for weight in weights)
     return GgufTensor(name, kind, shape, partial(_fill, source, weights, kind), read_bytes)
+
+
+def _block(kind: str) -> int:
+    gguf = load_gguf()
+    return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0])
 
 
 def _fill(source: Checkpoint, weights: list[str], kind: str, place: Place) -> None:
@@ -91,6 +100,8 @@ def _encode(rows: torch.Tensor, kind: str, where: str) -> torch.Tensor:
         if not torch.isfinite(stored).all():
             raise ModelError(Problem(where, f"does not fit into {kind}", "use --type BF16 or F32"))
         return stored
+    if kind.endswith("_K"):
+        return ggml.quantize(rows, kind, tensor_bytes(rows.shape[1:], kind))
     gguf = load_gguf()
     with np.errstate(divide="ignore", invalid="ignore"):  # blocks of zeros
         packed: np.ndarray[Any, Any] = gguf.quantize(rows.numpy(), gguf.GGMLQuantizationType[kind])
@@ -99,20 +110,22 @@ def _encode(rows: torch.Tensor, kind: str, where: str) -> torch.Tensor:
 
 def _add_settings(source: Checkpoint, kind: str, name: str, writer: Any) -> None:
     config = source.config
+    where = f"{source.path / 'config.json'}"
+    rope = _rope(config, where)
+    values = {**config, "rope_theta": config.get("rope_theta", rope.get("rope_theta"))}
+    values.setdefault("head_dim", Shapes.of(config, where).sizes["head_dim"])
+    problems = [
+        Problem(f"{where}: {key}", "is no positive number", "the checkpoint is damaged: download it again", value)
+        for key in _settings(writer)
+        if not _is_number(value := values.get(key), whole=key not in ("rms_norm_eps", "rope_theta"))
+    ]
+    if problems:
+        raise ModelError(*problems)
     for key, add in _settings(writer).items():
-        if config.get(key) is None:
-            hint = "the checkpoint is incomplete: download it again"
-            raise ModelError(Problem(f"{source.path / 'config.json'}: {key}", "is missing", hint))
-        add(config[key])
-    rope = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta", rope.get("rope_theta"))
-    if theta is None:
-        hint = "the checkpoint is incomplete: download it again"
-        raise ModelError(Problem(f"{source.path / 'config.json'}: rope_theta", "is missing", hint))
+        add(values[key])
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_rope_freq_base(float(theta))
-    _add_rope_scaling(source, config.get("rope_scaling") or rope, writer)
+    _add_rope_scaling(where, config.get("rope_scaling") or rope, writer)
     if architecture(source) == "qwen3moe":
         writer.add_expert_count(_num_experts(source))
         writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -120,6 +133,20 @@ def _add_settings(source: Checkpoint, kind: str, name: str, writer: Any) -> None
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(load_gguf().GGML_QUANT_VERSION)
     _add_tokenizer(source, writer)
+
+
+def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ModelError(Problem(f"{where}: {key}", "is no JSON object", "download config.json again", config[key]))
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    return rope
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    if type(value) is int:
+        return 0 < value < 2**32
+    return type(value) is float and not whole and 0 < value < float("inf")
 
 
 def _settings(writer: Any) -> dict[str, Callable[[Any], None]]:
@@ -132,19 +159,26 @@ def _settings(writer: Any) -> dict[str, Callable[[Any], None]]:
         "num_key_value_heads": writer.add_head_count_kv,
         "head_dim": lambda size: (writer.add_key_length(size), writer.add_value_length(size)),
         "rms_norm_eps": writer.add_layer_norm_rms_eps,
+        "rope_theta": lambda theta: writer.add_rope_freq_base(float(theta)),
         "vocab_size": writer.add_vocab_size,
     }
 
 
-def _add_rope_scaling(source: Checkpoint, scaling: dict[str, Any], writer: Any) -> None:
+def _add_rope_scaling(where: str, scaling: dict[str, Any], writer: Any) -> None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "yarn":
+        if not all(_is_number(scaling.get(key), whole=False) for key in ("factor", "original_max_position_embeddings")):
+            hint = "download config.json again"
+            raise ModelError(Problem(f"{where}: rope_scaling", "lacks the numbers of yarn", hint, scaling))
         writer.add_rope_scaling_type(load_gguf().RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(scaling["factor"]))
         writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
     elif kind != "default":
-        where = f"{source.path / 'config.json'}: rope_scaling"
-        raise ModelError(Problem(where, "cannot be said in a GGUF", "remove it from a copy of the checkpoint", kind))
+        raise ModelError(
+            Problem(
+                f"{where}: rope_scaling", "cannot be said in a GGUF", "remove it from a copy of the checkpoint", kind
+            )
+        )
 
 
 def _add_tokenizer(source: Checkpoint, writer: Any) -> None:
@@ -202,10 +236,8 @@ def _read_json(source: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def check_type(kind: str) -> None:
-    """Raises UserError for a type that cannot be written from here."""
-    if kind in FILE_TYPES:
-        return
-    hint = f"use one of {', '.join(FILE_TYPES)}"
-    if "_K" in kind:
-        hint = "K-quants are made from a written GGUF: llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M"
-    raise UserError(Problem("--type", "cannot be written", hint, kind))
+    """Raises UserError for a type that cannot be written from here, or not with what is installed."""
+    if kind not in FILE_TYPES:
+        raise UserError(Problem("--type", "cannot be written", f"use one of {', '.join(FILE_TYPES)}", kind))
+    if kind in ggml.MIXES:
+        ggml.load_ggml()

@@ -15,6 +15,7 @@ from finetune.errors import AdapterError, ModelError, Problem, UserError
 from finetune.export.base_weights import BaseWeights, dequantized
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
+from finetune.models.shapes import Shapes, check_shapes
 from finetune.models.tensor_file import WEIGHT_DTYPES
 from finetune.quant.seen import SeenCheckpoint
 
@@ -132,8 +133,8 @@ def _find_base(opened: Sequence[AdapterFiles], base: str | Path | None) -> Path:
     return find_checkpoint(opened[0].base_model or "", opened[0].config.revision)
 
 
-def check_model(base: Checkpoint) -> None:
-    """Raises ModelError unless it is a Qwen3 in 16 or 32 bits, or in FP8 blocks."""
+def check_model(base: Checkpoint) -> Shapes:
+    """Its sizes. Raises ModelError unless it is a Qwen3 in 16 or 32 bits or in FP8 blocks, as its config.json says."""
     where = str(base.path / "config.json")
     problems = []
     if base.config.get("model_type") not in MODEL_TYPES:
@@ -145,6 +146,9 @@ def check_model(base: Checkpoint) -> None:
         problems.append(Problem(f"{where}: quantization_config", "the base is quantized", hint, method))
     if problems:
         raise ModelError(*problems)
+    shapes = Shapes.of(base.config, where)
+    check_shapes(shapes, base.tensors, str(base.path))
+    return shapes
 
 
 def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:

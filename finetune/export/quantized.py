@@ -9,8 +9,7 @@ Router, embeddings, norms and lm_head stay as they are.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +25,6 @@ from finetune.models.checkpoint import Checkpoint
 from finetune.models.tensor_file import TORCH_DTYPES
 
 GROUP = 128
-_QUANTIZED = re.compile(
-    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(experts\.\d+\.)?(gate|up|down)_proj)\.weight"
-)
 _IGNORED = ["lm_head", r"re:.*mlp\.gate$"]
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -55,31 +51,12 @@ class Dialect:
     rows: int = 1
 
 
-def plan_quantized(source: Checkpoint, dialect: Dialect) -> list[list[Tensor]]:
+def plan_quantized(source: Checkpoint, dialect: Dialect, linears: Collection[str]) -> list[list[Tensor]]:
     """Groups of tensors that belong together, in the order of the source.
 
-    Raises ModelError when a weight does not fit the dialect, or when another number of weights than config.json calls
-    for would be quantized.
+    linears: the weights to quantize, all there.  Raises ModelError when one does not fit the dialect.
     """
-    quantized = [name for name in source.weights if _QUANTIZED.fullmatch(name)]
-    expected = expected_matrices(source.config)
-    if len(quantized) != expected:
-        hint = "config.json and weights do not belong together; nothing was written"
-        what = f"{len(quantized)} weights would be quantized, and config.json calls for {expected}"
-        raise ModelError(Problem(str(source.path), what, hint))
-    chosen = set(quantized)
-    return [_quantize(source, name, dialect) if name in chosen else keep(source, name) for name in source.weights]
-
-
-def expected_matrices(config: dict[str, Any]) -> int:
-    """Linear layers in attention, dense MLPs and experts, from config.json alone."""
-    total = 0
-    experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
-    for layer in range(config["num_hidden_layers"]):
-        sparse = experts and layer not in (config.get("mlp_only_layers") or [])
-        sparse = sparse and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
-        total += 4 + 3 * (experts if sparse else 1)
-    return total
+    return [_quantize(source, name, dialect) if name in linears else keep(source, name) for name in source.weights]
 
 
 def keep(source: Checkpoint, name: str, dtype: str | None = None) -> list[Tensor]:
@@ -91,7 +68,7 @@ def keep(source: Checkpoint, name: str, dtype: str | None = None) -> list[Tensor
     for each in names:
         info = source.tensors[each]
         kept = dtype if dtype is not None and info.dtype.startswith(("F", "BF")) else info.dtype
-        fill = partial(copy, source.files[info.shard], info)
+        fill = partial(copy, source.files[info.shard], each)
         if kept != info.dtype:
             fill = partial(_fill, source, each, 1, partial(_converted, each, kept))
         made.append(Tensor(each, kept, info.shape, fill, info.num_bytes))

@@ -45,6 +45,11 @@ def model_note(to: str, output: Path, *, thinking: bool) -> str:
             "Weights are FP8 in blocks of 128 x 128. With tensor parallelism, expert width / GPUs must be a multiple "
             "of 128: at most 2 GPUs for Qwen3-30B-A3B (768); more with expert parallelism.\n\n"
         )
+    if to in ("gptq", "awq"):
+        extra = (
+            f"Weights are 4-bit in {to.upper()}'s files, fitted to your rows; router, embeddings, norms and lm_head "
+            "are float16. vLLM runs experts in this form on GPUs only.\n\n"
+        )
     return f"# {output.name}: {to}\n\n{_shell(command)}\n{extra}{_thinking(to, thinking)}"
 
 

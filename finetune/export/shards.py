@@ -24,9 +24,9 @@ from finetune.export.stream import OutputFile, Place
 from finetune.models import fp8
 from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, TensorFile, TensorInfo
 
-PIECE_ELEMENTS = 2**17
-TALLIED = 4  # retention is measured on every fourth piece of a tensor: a third of the arithmetic otherwise
-COPY_BYTES = 2**22
+PIECE_ELEMENTS = 2**18
+MEASURED = 2**16  # elements of a tensor that retention is measured on; all of them would take a third of the time
+COPY_BYTES = 2**20
 _THREAD = threading.local()
 _FLOATS = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
 
@@ -82,7 +82,7 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
     info = plan.base.tensors[name]
     if factors is None:  # W + 0 is W to the bit, also where it is -0.0
         if kept == info.dtype and not plan.remakes(name):
-            copy(plan.base.files[info.shard], info, place)
+            copy(plan.base.files[info.shard], name, place)
         else:
             for start, stop in row_ranges(info):
                 piece = plan.base.read_float(name, slice(start, stop)) if info.shape else plan.base.read(name)
@@ -97,14 +97,15 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
 
 def _fill_merged(kept: str, plan: MergePlan, name: str, factors: Change, place: Place) -> Tally:
     tally = Tally(tensors=1)
-    for piece, (base, wanted) in enumerate(_merged(plan, name, factors, 1)):
-        merged = torch.add(base, wanted, out=_scratch("merged", base.shape))
-        stored = merged
-        if kept != "F32":
-            stored = _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
+    for rows, base in _base_rows(plan, name, 1):
+        first = slice(min(len(base), max(1, MEASURED // base.shape[1])) if rows.start == 0 else 0)
+        before = base[first].clone()
+        merged = factors.add_to_(base, rows)
+        stored = merged if kept == "F32" else _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
         place.append(_finite(plan, name, stored))
-        if piece % TALLIED == 0:
-            tally.add(merged.copy_(stored).sub_(base), wanted)
+        if rows.start == 0:
+            wanted = factors.rows(first)
+            tally.add(stored[first].float().sub_(before), wanted)
     return tally
 
 
@@ -126,39 +127,48 @@ def _merged_blocks(
     assert scales is not None
     assert block is not None
     scale_dtype = TORCH_DTYPES[plan.base.tensors[scales].dtype]
-    for base, wanted in _merged(plan, name, factors, block[0]):
+    for rows, base in _base_rows(plan, name, block[0]):
+        wanted = factors.rows(rows)
         merged = _finite(plan, name, torch.add(base, wanted))
         yield *fp8.quantize(merged, block, scale_dtype), (base, wanted)
 
 
-def _merged(plan: MergePlan, name: str, factors: Change, multiple: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(base, delta) in float32, in pieces of a multiple of `multiple` rows, valid until the next one."""
+def _base_rows(plan: MergePlan, name: str, multiple: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, base) in float32, in pieces of a multiple of `multiple` rows; to be overwritten, valid until the next."""
     info = plan.base.tensors[name]
     for start, stop in row_ranges(info, multiple):
         rows, shape = slice(start, stop), torch.Size((stop - start, *info.shape[1:]))
         if plan.base.scales_of(name):
-            base = plan.base.read_float(name, rows)
+            yield rows, plan.base.read_float(name, rows)
         else:
             raw = _scratch("read", torch.Size([shape.numel() * BITS[info.dtype] // 8]), torch.uint8)
-            base = _scratch("base", shape).copy_(plan.base.read(name, rows, scratch=raw))
-        yield base, factors.rows(rows, out=_scratch("wanted", shape))
+            yield rows, _scratch("base", shape).copy_(plan.base.read(name, rows, scratch=raw))
 
 
 def _scratch(use: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory of this thread that is used over and over: fresh pages would cost more than the arithmetic."""
-    held: dict[str, Tensor] = vars(_THREAD)
-    num_bytes = shape.numel() * dtype.itemsize
-    if use not in held or held[use].numel() < num_bytes:
-        held[use] = torch.empty(num_bytes, dtype=torch.uint8)
-    return held[use][:num_bytes].view(dtype).view(shape)
+    held: dict[Any, Tensor] = vars(_THREAD)
+    key = f"{use} {dtype} {shape}"
+    if key not in held:
+        num_bytes = shape.numel() * dtype.itemsize
+        if use not in held or held[use].numel() < num_bytes:
+            for other in [name for name in held if name.startswith(f"{use} ")]:
+                del held[other]
+            held[use] = torch.empty(num_bytes, dtype=torch.uint8)
+        held[key] = held[use][:num_bytes].view(dtype).view(shape)
+    return held[key]
 
 
-def copy(source: TensorFile, info: TensorInfo, place: Place) -> None:
-    """Writes a tensor's bytes as they are."""
-    buffer = memoryview(bytearray(min(COPY_BYTES, info.num_bytes)))
+def copy(source: TensorFile, name: str, place: Place) -> None:
+    """Writes a tensor's bytes as they are. Raises ModelError when it has values that are not finite."""
+    info = source.tensors[name]
+    buffer = torch.empty(min(COPY_BYTES, info.num_bytes), dtype=torch.uint8)
     for start in range(*info.offsets, COPY_BYTES):
         piece = buffer[: min(COPY_BYTES, info.offsets[1] - start)]
-        source.read_into(piece, start)
+        source.read_into(piece.numpy().data, start)
+        if info.dtype in _FLOATS and not _all_finite(piece.view(TORCH_DTYPES[info.dtype])):
+            hint = "the training that made it diverged, or the file is damaged"
+            raise ModelError(Problem(f"{source.path}: {name}", "has values that are not finite", hint))
         place.append(piece)
 
 
@@ -170,8 +180,14 @@ def row_ranges(info: TensorInfo, multiple: int = 1) -> Iterator[tuple[int, int]]
         yield start, min(start + step, height)
 
 
+def _all_finite(values: Tensor) -> bool:
+    if values.dtype == torch.float8_e4m3fn:
+        return not bool((values.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any())
+    return not values.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values))
+
+
 def _finite(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
-    if stored.numel() and not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(stored)):
+    if not _all_finite(stored):
         hint = "the base has such values itself, or they do not fit the dtype: use --dtype bf16 or fp32"
         what = f"is not finite as {str(stored.dtype).removeprefix('torch.')}"
         raise ModelError(Problem(f"{plan.base.files[plan.base.tensors[name].shard].path}: {name}", what, hint))

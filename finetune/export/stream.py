@@ -1,7 +1,7 @@
 """Big files written tensor by tensor: several at a time, each at its own place, file by file, resumable.
 
-A file is planned first, down to the offset of every tensor. Then workers fill it, it is made durable, and the journal
-says so. A run that was killed is continued after the last file in the journal.
+A file is planned first, down to the offset of every tensor. Then workers fill it; while they fill the next one, it is
+made durable, and the journal says so. A run that was killed is continued after the last file in the journal.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,15 +115,28 @@ def write_files(
     advance: called with (file, bytes read) after each tensor, from the calling thread.
     """
     reported: dict[str, Any] = {}
-    for file in files:
-        results = journal.results(file)
-        if results is None:
-            results = _write(folder / file.name, file, workers, advance)
-            journal.record(file, results)
-        else:
-            advance(file.name, sum(output.read_bytes for output in file.outputs))
-        reported |= {output.name: result for output, result in zip(file.outputs, results, strict=True)}
+    with ThreadPoolExecutor(1) as syncer:  # one file goes to the disk while the next is made
+        synced = []
+        for file in files:
+            results = journal.results(file)
+            if results is None:
+                results = _write(folder / file.name, file, workers, advance)
+                synced.append(syncer.submit(_make_durable, folder, file, results, journal))
+            else:
+                advance(file.name, sum(output.read_bytes for output in file.outputs))
+            reported |= {output.name: result for output, result in zip(file.outputs, results, strict=True)}
+        for task in synced:
+            task.result()
     return reported
+
+
+def _make_durable(folder: Path, file: OutputFile, results: list[Any], journal: Journal) -> None:
+    descriptor = os.open(folder / file.name, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    journal.record(file, results)
 
 
 def _write(path: Path, file: OutputFile, workers: Executor, advance: Advance) -> list[Any]:
@@ -141,7 +154,6 @@ def _write(path: Path, file: OutputFile, workers: Executor, advance: Advance) ->
             wait(tasks)
             raise
         os.ftruncate(opened.fileno(), file.size)
-        os.fsync(opened.fileno())
     return results
 
 

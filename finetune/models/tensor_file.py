@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,14 +87,16 @@ class TensorFile:
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fills `buffer` with the data bytes from offset `start` on (counted from the end of the header)."""
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.data_start + start)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
             done = 0
             while done < len(buffer):
-                count = file.readinto(buffer[done:])
+                count = os.preadv(descriptor, [buffer[done:]], self.data_start + start + done)
                 if not count:
                     raise self.error(Problem(str(self.path), "ends before its tensors do", _REDOWNLOAD))
                 done += count
+        finally:
+            os.close(descriptor)
 
     def read(self, name: str, rows: slice | None = None, *, scratch: Tensor | None = None) -> Tensor:
         """One tensor, or a range of rows of it, in its stored dtype; memory for nothing else.

@@ -213,7 +213,6 @@ class TestRefused:
     def test_options(self, base, tmp_path):
         for to, options, message in (
             ("onnx", ModelOptions(), "none of gguf"),
-            ("gguf", ModelOptions(type="Q4_K_M"), "llama-quantize"),
             ("gguf", ModelOptions(type="Q9"), "cannot be written"),
             ("int4", ModelOptions(group=24), "whole number of groups"),
             ("fp8", ModelOptions(dtype="bf16"), "has no meaning for fp8"),
