@@ -29,8 +29,8 @@ def write_page(results: list[Result], path: Path) -> None:
         "",
         f"{date.today().isoformat()}, torch {torch.__version__}, {platform.machine()}, one thread. New skill: a secret",
         "code, 0 % before. Old: held-out rows of the base's 12 domains. Exact match, greedy. `+-` is the standard",
-        "deviation over seeds. Step times are of whatever else the machine did. Intervals of a few seeds are hints: only",
-        "8 and more are called anything else. Made by `python benchmarks/freezing/study.py`.",
+        "deviation over seeds. Other work on the machine is in the step times. Below 8 seeds, intervals are hints.",
+        "Made by `python benchmarks/freezing/study.py`.",
     ]
     summary = []
     for base, replay, steps in settings:
