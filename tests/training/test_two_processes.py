@@ -25,7 +25,7 @@ NAMES = ("loss", "grad_norm", "router_aux_loss", "router_z_loss", "router_kl_to_
 def test_two_processes_are_one(tmp_path):
     model = save_moe(tmp_path / "moe")
     alone = run_of(model, tmp_path / "one", *OVERRIDES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["tests/training/two_processes.py", str(model), str(tmp_path / "two"), *OVERRIDES]
     command += ["train.gradient_accumulation=2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
