@@ -274,6 +274,19 @@ def train(
         console.print(f"\nnext: finetune merge {run.adapter} --output {run.path / 'merged'}", soft_wrap=True)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file; report.html in the run by default")
+    ] = None,
+) -> None:
+    """One HTML page about a run: summary, curves, which experts trained, and how the routing changed."""
+    from finetune import pipeline
+
+    typer.echo(pipeline.report(run, output))
+
+
 @app.command(cls=_TakesWeights)
 def merge(
     adapters: AdapterPaths,

@@ -239,6 +239,32 @@ def import_adapter(
     return write_imported(adapter, output, packing=packing, base=base)
 
 
+def report(run: str | Path, output: str | Path | None = None) -> Path:
+    """Write one HTML page about a run, `report.html` in its folder when `output` is None; returns its path."""
+    import json
+
+    from finetune.errors import Problem, UserError
+    from finetune.models.files import write_atomic
+    from finetune.report.run_report import RunFacts, render_run
+    from finetune.routing.plan_file import read_plan
+    from finetune.routing.profile_file import read_profile
+
+    folder = RunFolder(Path(run))
+    if not folder.recipe.is_file():
+        raise UserError(Problem(str(run), "holds no run", "give the output.dir of a recipe that was trained"))
+    facts = RunFacts(
+        name=folder.path.resolve().name,
+        recipe=folder.recipe.read_text(encoding="utf-8"),
+        summary=json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.is_file() else None,
+        rows=folder.read_metrics(),
+        profile=read_profile(folder.routing) if folder.routing.is_file() else None,
+        plan=read_plan(folder.plan) if folder.plan.is_file() else None,
+    )
+    path = Path(output) if output is not None else folder.path / "report.html"
+    write_atomic(path, render_run(facts).encode())
+    return path
+
+
 def evaluate(
     path: str | Path,
     data: Sequence[str],

@@ -14,7 +14,7 @@ from finetune.routing.score import shares
 from finetune.routing.select import apply_rule
 
 LORA_RATES = (1e-3, 3e-3, 1e-2)
-FULL_RATES = (1e-4, 3e-4, 1e-3)
+FULL_RATES = (3e-4, 1e-3, 3e-3)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_up_proj", "down_proj")
 

@@ -17,6 +17,7 @@ from arms import ARMS, EQUAL, HOT, RANDOM
 Result = dict[str, Any]
 MATCHED = 0.9
 DRAWS = 10_000
+ENOUGH = 8
 
 
 def write_page(results: list[Result], path: Path) -> None:
@@ -28,7 +29,8 @@ def write_page(results: list[Result], path: Path) -> None:
         "",
         f"{date.today().isoformat()}, torch {torch.__version__}, {platform.machine()}, one thread. New skill: a secret",
         "code, 0 % before. Old: held-out rows of the base's 12 domains. Exact match, greedy. `+-` is the standard",
-        "deviation over seeds. Made by `python benchmarks/freezing/study.py`.",
+        "deviation over seeds. Other work on the machine is in the step times. Below 8 seeds, intervals are hints.",
+        "Made by `python benchmarks/freezing/study.py`.",
     ]
     summary = []
     for base, replay, steps in settings:
@@ -120,7 +122,8 @@ def comparisons(arms: dict[str, list[Result]]) -> list[str]:
         for name, measure in measures.items():
             differences = np.array([measure(mine[seed]) - measure(theirs[seed]) for seed in seeds])
             low, high = bootstrap(differences)
-            verdict = "within noise" if low <= 0 <= high or len(seeds) < 3 else "hot higher" if low > 0 else "hot lower"
+            verdict = "within noise" if low <= 0 <= high else "hot higher" if low > 0 else "hot lower"
+            verdict += "" if len(seeds) >= ENOUGH else ", few seeds"
             lines.append(
                 f"- {HOT} - {other}, {name}: {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}], "
                 f"{len(seeds)} seeds: {verdict}"

@@ -11,12 +11,12 @@ from finetune.errors import Problem, UserError
 def metrics_frame(rows: Sequence[dict[str, Any]]) -> Any:
     """`metrics.jsonl` as a pandas DataFrame, one row per step, evaluation columns beside the training ones.
 
-    What is there by layer (`routing`) is left out, see `report.routing_plots`.
+    What is there by layer (`routing`, `reselected`) is left out, see `report.routing_plots`.
     """
     pandas = need("pandas")
     by_step: dict[int, dict[str, Any]] = {}
     for row in rows:
-        flat = {name: value for name, value in row.items() if name not in ("routing", "warnings")}
+        flat = {name: value for name, value in row.items() if name not in ("routing", "reselected", "warnings")}
         by_step.setdefault(row["step"], {}).update(flat)
     return pandas.DataFrame([by_step[step] for step in sorted(by_step)])
 

@@ -61,8 +61,7 @@ def choose_experts(
 ) -> Choice:
     """The choice of a run, saved as routing.json and plan.json in its folder.
 
-    A resumed run reads what it saved: the plan of its newest checkpoint, which is another one where experts were chosen
-    anew.
+    A resumed run reads what it saved; where experts are chosen anew, the plan of its newest checkpoint.
 
     One process measures and every process reads what it wrote, so that all train the same experts.
     """
@@ -75,7 +74,7 @@ def choose_experts(
                 profile = profile_for(recipe, model, rows, progress=progress)
                 write_profile(folder.routing, profile)
             write_plan(folder.plan, _plan(model, recipe, files, profile))
-        plan = _plan_of_checkpoint(folder) if resume else None
+        plan = _plan_of_checkpoint(folder) if resume and recipe.experts.reselect else None
         return Choice(
             plan or read_plan(folder.plan), read_profile(folder.routing) if folder.routing.is_file() else None
         )

@@ -1,0 +1,39 @@
+"""Two processes make the run of one: the routers' losses, whole experts, and experts chosen anew."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.training.run_folder import RunFolder
+from tests.training.runs import EXPERTS, rows_of, run_of, save_moe
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OVERRIDES = (
+    EXPERTS,
+    "experts.select={top_fraction: 0.34}",
+    "experts.mode=full",
+    "experts.reselect={every: 2, margin: 0}",
+    "router={train: full, aux_loss: 0.5, z_loss: 0.02, kl_to_base: 0.3}",
+)
+NAMES = ("loss", "grad_norm", "router_aux_loss", "router_z_loss", "router_kl_to_base")
+
+
+def test_two_processes_are_one(tmp_path):
+    model = save_moe(tmp_path / "moe")
+    alone = run_of(model, tmp_path / "one", *OVERRIDES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["tests/training/two_processes.py", str(model), str(tmp_path / "two"), *OVERRIDES]
+    command += ["train.gradient_accumulation=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = RunFolder(tmp_path / "two").read_metrics()
+    losses = [[row[name] for name in NAMES] for row in both if "loss" in row]
+    for mine, theirs in zip(losses, rows_of(alone), strict=True):
+        assert mine == pytest.approx([theirs[name] for name in NAMES], rel=1e-3, abs=1e-5)
+    swaps = [json.dumps(row) for row in both if "experts_swapped" in row]
+    assert swaps == [json.dumps(row) for row in RunFolder(alone.path).read_metrics() if "experts_swapped" in row]

@@ -1,0 +1,9 @@
+"""What torchrun starts: MODEL OUTPUT OVERRIDE..., a run of tests.training.runs in each process."""
+
+import sys
+from pathlib import Path
+
+from tests.training.runs import run_of
+
+if __name__ == "__main__":
+    run_of(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
