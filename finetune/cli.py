@@ -266,12 +266,13 @@ def verify(
     merged: Annotated[Path, typer.Argument(metavar="MERGED", help="the folder merge made")],
     base: BasePath = None,
     weights: Shares = None,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="text to compare on; may be repeated")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
-    report = pipeline.verify(adapters, merged, base=base, weights=_shares(weights))
+    report = pipeline.verify(adapters, merged, base=base, weights=_shares(weights), prompts=prompts or None)
     if as_json:
         _print_json(report.to_dict())
     else:

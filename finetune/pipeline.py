@@ -163,11 +163,15 @@ def verify(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> VerifyReport:
-    """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not."""
+    """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not.
+
+    prompts: texts to compare the logits on, a varied handful when None.
+    """
     from finetune.export.verify import verify as verify_weights
 
-    return verify_weights(adapter, merged, base=base, weights=weights)
+    return verify_weights(adapter, merged, base=base, weights=weights, prompts=prompts)
 
 
 def export(

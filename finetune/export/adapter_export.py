@@ -17,7 +17,7 @@ from finetune.export.folder import Progress, Work, describe_job, write_folder
 from finetune.export.plan import plan_merge
 from finetune.export.safetensors_file import plan_file
 from finetune.export.serving_note import NOTE, adapter_note
-from finetune.export.show import Shown, warnings
+from finetune.export.show import Shown, size_text, warnings
 from finetune.export.stream import OutputFile
 
 AdapterFormat = Literal["peft", "peft-per-expert", "vllm", "sglang", "gguf-lora"]
@@ -50,8 +50,7 @@ class ExportReport(Shown):
 
     def render(self) -> Group:
         """Where it is and how large, and how to start from there."""
-        size = sum(self.files.values())
-        shown = f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+        shown = size_text(sum(self.files.values()))
         told = ", ".join(f"{name} {value}" for name, value in self.facts.items())
         lines = f"{self.output}: {self.to}, {shown}, {self.tensors:,} tensors in {self.dtype}"
         text = f"{lines}; {told}" if told else lines
