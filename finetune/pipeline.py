@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from finetune.config.schema import Recipe
+from finetune.config.schema import QuantizeSection, Recipe
 from finetune.report.progress import TrainingProgress, bytes_done, rows_done, rows_read
 from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from finetune.data.dataset import Prepared
     from finetune.export.adapter_export import ExportReport
+    from finetune.export.base_weights import BaseWeights
     from finetune.export.import_adapter import ImportReport
     from finetune.export.merge import MergeReport
     from finetune.export.model_export import ModelOptions
@@ -84,6 +85,25 @@ def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared
         return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress), tokenizer
 
 
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    settings: QuantizeSection | dict[str, Any],
+    *,
+    revision: str | None = None,
+    console: Console | None = None,
+) -> int:
+    """Write a model with packed weights, which loads in seconds, to folder `output`; the number of packed weights.
+
+    settings: a recipe's quantize section, or a dict with its fields such as {"scheme": "nf4"}.
+    """
+    from finetune.quant.load import quantize_model
+
+    with bytes_done(console or Console(stderr=True), "quantizing") as progress:
+        section = QuantizeSection.model_validate(settings)
+        return quantize_model(model, output, section, revision=revision, progress=progress)
+
+
 def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
     from finetune.report.routing_table import render_profile
@@ -93,7 +113,7 @@ def profile(recipe: Recipe, *, output: str | Path | None = None, console: Consol
 
     console = console or Console(stderr=True)
     prepared, _ = prepare(recipe, console=console)
-    model = _load_frozen(recipe)
+    model = _load_frozen(recipe, console)
     with rows_done(console, "profiling") as progress:
         measured = profile_for(recipe, model, prepared.train, thorough=True, progress=progress)
     if output is not None:
@@ -120,17 +140,18 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     files = ExpertFiles.read(recipe)
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
-    model = _load_frozen(recipe)
+    model = _load_frozen(recipe, console)
     with rows_done(console, "profiling") as advance:
         choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
-    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed)
+    trains: Any = {"expert_mode": recipe.experts.mode, "router": recipe.router.train}
+    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed, **trains)
     if is_main_process():
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_table(target_table(adapted)))
     rows = Rows(prepared.train, prepared.eval)
     progress_line = TrainingProgress(console)
-    train_sft(adapted, tokenizer, rows, recipe, folder, plan=choice.plan, resume=resume, progress=progress_line)
+    train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
         save_adapter(adapted, folder.adapter)
     return Run(folder.path, summarize(folder, adapted))
@@ -143,18 +164,22 @@ def merge(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     dtype: Any = None,
+    base_weights: BaseWeights = "original",
     resume: bool = False,
     console: Console | None = None,
 ) -> MergeReport:
     """Write base + adapter to `output`, a checkpoint like the base's; dtype bf16, fp16, fp32, or None to keep it.
 
     adapter: one, or several whose deltas are added, each times its number in `weights`.
+    base_weights: for an adapter of a packed model: add it to the weights as they are stored (`original`), or as the
+        run saw them (`dequantized`).
     resume: go on where a killed merge stopped.
     """
     from finetune.export.merge import merge as merge_weights
 
     with bytes_done(console or Console(stderr=True), "merging") as progress:
-        return merge_weights(adapter, output, base=base, weights=weights, dtype=dtype, resume=resume, progress=progress)
+        settings: dict[str, Any] = {"base": base, "weights": weights, "base_weights": base_weights}
+        return merge_weights(adapter, output, **settings, dtype=dtype, resume=resume, progress=progress)
 
 
 def verify(
@@ -163,15 +188,17 @@ def verify(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
+    base_weights: BaseWeights = "original",
     prompts: Sequence[str] | None = None,
 ) -> VerifyReport:
     """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not.
 
-    prompts: texts to compare the logits on, a varied handful when None.
+    base, weights, base_weights: as for `merge`.  prompts: to compare the logits on, a varied handful when None.
     """
     from finetune.export.verify import verify as verify_weights
 
-    return verify_weights(adapter, merged, base=base, weights=weights, prompts=prompts)
+    settings: Any = {"weights": weights, "base_weights": base_weights}
+    return verify_weights(adapter, merged, base=base, prompts=prompts, **settings)
 
 
 def export(
@@ -246,19 +273,25 @@ def chat(
     converse(model, tokenizer, generation, prompt, system, console)
 
 
-def _load_frozen(recipe: Recipe) -> Any:
+def _load_frozen(recipe: Recipe, console: Console) -> Any:
     """The model of a recipe as it is before adapters."""
     import torch
 
-    from finetune.models.loading import load_model
+    section = recipe.model
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, section.dtype),
+        "revision": section.revision,
+        "attention_implementation": section.attention_implementation,
+        "trust_remote_code": section.trust_remote_code,
+    }
+    if recipe.quantize.scheme == "none":
+        from finetune.models.loading import load_model
 
-    return load_model(
-        recipe.model.path,
-        dtype=getattr(torch, recipe.model.dtype),
-        revision=recipe.model.revision,
-        attention_implementation=recipe.model.attention_implementation,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+        return load_model(section.path, **options)
+    from finetune.quant.load import load_quantized
+
+    with bytes_done(console, "loading") as progress:
+        return load_quantized(section.path, recipe.quantize, **options, progress=progress)
 
 
 def _torch_dtype(name: str | None) -> Any:

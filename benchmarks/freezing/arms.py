@@ -44,14 +44,18 @@ class Arm:
     @property
     def short_rate(self) -> float:
         """The one learning rate of the short form; attention is not stable at the highest."""
+        if self.weights is not None:
+            return max(FULL_RATES)
         return 3e-3 if self.attention_rank else 1e-2
 
     def section(self) -> dict[str, Any]:
         """The adapter section of a recipe; alpha is twice the rank."""
         section: dict[str, Any] = {"attention": ATTENTION if self.attention_rank else ()}
-        rank = self.attention_rank or self.expert_rank
+        rank = self.attention_rank or self.expert_rank or 1
         section |= {"rank": rank, "alpha": 2.0 * rank}
-        if self.expert_rank:
+        if self.weights == "experts":
+            section |= {"experts": EXPERTS}
+        elif self.expert_rank:
             section |= {"experts": EXPERTS, "expert_rank": self.expert_rank, "expert_alpha": 2.0 * self.expert_rank}
         return section
 
@@ -68,6 +72,7 @@ class Arm:
 
 
 HOT, RANDOM, EQUAL = "hot 25 % (tokens)", "random 25 %", "all experts, equal parameters"
+ESFT = "ESFT: hot 25 %, own weights"
 
 ARMS = (
     Arm(HOT, "tokens", expert_rank=8),
@@ -85,8 +90,8 @@ ARMS = (
     Arm("attention + random 25 %", "random", expert_rank=8, attention_rank=8),
     Arm("attention + all experts", expert_rank=8, attention_rank=8),
     Arm("full fine-tuning", weights="all"),
-    Arm("ESFT: hot 25 %, own weights", "tokens", weights="experts"),
+    Arm(ESFT, "tokens", weights="experts"),
 )
-SHORT_ARMS = (HOT, RANDOM, EQUAL, "all experts", "coldest 25 %", "hot 25 % (contrast)", "attention + hot 25 %")
+SHORT_ARMS = (HOT, RANDOM, EQUAL, "all experts", "coldest 25 %", "hot 25 % (contrast)", "attention + hot 25 %", ESFT)
 MANY_SEEDS = (HOT, RANDOM, EQUAL)
 """Arms of the comparisons that matter."""

@@ -1,6 +1,6 @@
 """Does it matter which experts train? The freezing study on the embedded base model.
 
-    python benchmarks/freezing/study.py --short            a first look: 7 arms, 3 seeds, one learning rate
+    python benchmarks/freezing/study.py --short            a first look: 8 arms, 3 seeds, one learning rate
     python benchmarks/freezing/study.py                    the whole study: every arm, 8 seeds where it matters
     python benchmarks/freezing/study.py --base OTHER ...   the base to use; may be given several times
     python benchmarks/freezing/study.py --page             only write the page from the results there are

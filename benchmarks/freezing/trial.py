@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import finetune as ft
 from finetune.models.loading import load_model
-from finetune.models.qwen3 import expert_modules
 from finetune.models.scoring import IGNORED, Score, score_rows
 from finetune.routing.collect import Block, Measure, join_rows, profile_routing, take_sample
 from finetune.routing.plan import ExpertPlan
@@ -62,7 +61,7 @@ class Trial:
         curve, times = self._train(model, optimizer, data)
         state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
         share = 1.0 if plan is None else _routing_share(plan, data.profile)
-        mine = _trainable(model, arm, plan)
+        mine = sum(parameter.numel() for parameter in trained)
         return {
             **asdict(self),
             "curve": curve,
@@ -147,18 +146,10 @@ def _blocks(rows: list[dict[str, Any]]) -> list[Block]:
 
 def _prepare(model: Any, arm: Arm, plan: ExpertPlan | None, seed: int) -> Any:
     """The model with what the arm trains, and nothing else, asking for gradients."""
-    if arm.weights is None:
-        return ft.attach(model, arm.section(), plan, seed=seed)
-    model.requires_grad_(arm.weights == "all")
-    if arm.weights == "experts":
-        assert plan is not None
-        for (_, bank), experts in zip(expert_modules(model).items(), plan.experts_by_layer.values(), strict=True):
-            frozen = torch.ones(plan.num_experts, 1, 1)
-            frozen[list(experts)] = 0.0
-            for parameter in bank.parameters():
-                parameter.requires_grad_(True)
-                parameter.register_hook(lambda gradient, frozen=frozen: gradient.masked_fill(frozen.bool(), 0.0))
-    return model
+    if arm.weights == "all":
+        return model.requires_grad_(True)
+    mode = "full" if arm.weights == "experts" else "lora"
+    return ft.attach(model, arm.section(), plan, seed=seed, expert_mode=mode)
 
 
 def _loss(model: Any, block: Block) -> Tensor:
@@ -166,14 +157,6 @@ def _loss(model: Any, block: Block) -> Tensor:
     logits = model(input_ids=block.ids_T[None], position_ids=block.positions_T[None], use_cache=False).logits[0, :-1]
     target_T = block.labels_T[1:].masked_fill(block.positions_T[1:] == 0, IGNORED)
     return nn.functional.cross_entropy(logits, target_T)
-
-
-def _trainable(model: nn.Module, arm: Arm, plan: ExpertPlan | None) -> int:
-    """Parameters that move; ESFT's mask is on gradients here, so its frozen experts are taken off."""
-    total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if arm.weights == "experts" and plan is not None:
-        total = total * plan.num_trained // (plan.num_experts * len(plan.experts_by_layer))
-    return total
 
 
 def _routing_share(plan: ExpertPlan, profile: RoutingProfile) -> float:

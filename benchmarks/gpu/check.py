@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
 
-from benchmarks.gpu.layers import Case, Forward, Shape, ours, step
-from finetune.kernels import reference, self_check
+from benchmarks.gpu.layers import Case, Forward, Shape, ours, ours_packed, step
+from benchmarks.gpu.packed import SCHEMES
+from finetune.kernels import device_op, reference, self_check
 from finetune.kernels.self_check import TOLERANCE
+from finetune.kernels.support import decodes_on
+from finetune.quant.experts import Scheme
 
 
 def faults(shape: Shape, products: list[str], device: torch.device) -> list[str]:
@@ -20,10 +25,24 @@ def faults(shape: Shape, products: list[str], device: torch.device) -> list[str]
             found.append(f"{name}, room {room}, rank {rank}: {fault}")
     for name, tokens in product(products, (1, 7, 300)):
         found += [f"{name}, {tokens} tokens: {fault}" for fault in _against_reference(shape, name, tokens, device)]
+    for scheme in SCHEMES:
+        found += [f"{scheme}: {fault}" for fault in _decoded_bits(shape, scheme, device)]
+    for name, scheme, tokens in product(products, SCHEMES, (1, 300)):
+        found += [
+            f"{name}, {scheme}, {tokens} tokens: {f}" for f in _against_decoded(shape, name, scheme, tokens, device)
+        ]
     if device.type == "cuda":
-        for name in products:
-            found += [f"{name}: {fault}" for fault in _stays_on_device(shape, name, device)]
+        for way, forward in _ways_that_stay(shape, products, device).items():
+            found += [f"{way}: {fault}" for fault in _stays_on_device(Case(shape, 256, device), forward)]
     return found
+
+
+def _ways_that_stay(shape: Shape, products: list[str], device: torch.device) -> dict[str, Callable[[Case], Forward]]:
+    """What should not wait for the host: all products, and packed experts where Triton decodes them."""
+    ways = {name: partial(ours, products=name, room=name != "triton") for name in products}
+    if decodes_on(device, shape.dtype):
+        ways |= {f"{n}, {s}": partial(ours_packed, products=n, scheme=s) for n, s in product(products, SCHEMES)}
+    return ways
 
 
 def _gradients(case: Case, forward: Forward) -> list[torch.Tensor]:
@@ -46,10 +65,31 @@ def _against_reference(shape: Shape, products: str, tokens: int, device: torch.d
     return found
 
 
-def _stays_on_device(shape: Shape, products: str, device: torch.device) -> list[str]:
+def _decoded_bits(shape: Shape, scheme: Scheme, device: torch.device) -> list[str]:
+    """Some experts as the CPU decodes them."""
+    found = []
+    for stack in Case(shape, 1, device).packed(scheme):
+        here, there = stack.all_weights(shape.dtype), stack.to("cpu")
+        for expert in (0, shape.experts // 2, shape.experts - 1):
+            if not torch.equal(here[expert].cpu(), there.weights_of((expert,), shape.dtype)[0]):
+                found.append(f"expert {expert} of {tuple(stack.shape)} is decoded to other bits than on the CPU")
+    return found
+
+
+def _against_decoded(shape: Shape, products: str, scheme: Scheme, tokens: int, device: torch.device) -> list[str]:
+    """Every gradient of a layer of packed experts: those that the same products give on the decoded weights."""
+    case = Case(shape, tokens, device)
+    stacks = case.packed(scheme)
+    banks = [stack.all_weights(shape.dtype) for stack in stacks]
+    mlp = partial(device_op.expert_mlp, case.x, case.index, case.weights)
+    got, want = (_gradients(case, partial(mlp, case.layer(held), False, products)) for held in (stacks, banks))
+    names = ("x", "weights", "A1", "B1", "A2", "B2")
+    return [f"gradient of {name} differs" for name, a, b in zip(names, got, want, strict=True) if not torch.equal(a, b)]
+
+
+def _stays_on_device(case: Case, way: Callable[[Case], Forward]) -> list[str]:
     """No host synchronization, and the same bits from a CUDA graph."""
-    case = Case(shape, 256, device)
-    forward = ours(case, products, room=products != "triton")
+    forward = way(case)
     want = [grad.clone() for grad in _gradients(case, forward)]
     torch.cuda.set_sync_debug_mode("error")
     try:

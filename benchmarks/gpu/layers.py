@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, silu
 
+from benchmarks.gpu.packed import random_stack
 from finetune.kernels import device_op
 from finetune.kernels.blocks import make_room_
-from finetune.kernels.layer import ExpertLayer, Factors
+from finetune.kernels.layer import ExpertLayer, Factors, Stack
+from finetune.quant.experts import PackedProjection, Scheme
 
 SCALE = 2.0
 
@@ -56,7 +58,14 @@ class Case:
     def _normal(self, size: tuple[int, ...], std: float, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self.device).normal_(std=std, generator=self._generator)
 
-    def layer(self, banks: list[Tensor], *, adapted: bool = True) -> ExpertLayer:
+    def packed(self, scheme: Scheme) -> list[PackedProjection]:
+        """Both stacks packed, with other weights."""
+        return [
+            random_stack(scheme, tuple(bank.shape), matrices, self.shape.dtype, self._generator)
+            for bank, matrices in zip(self.banks, (2, 1), strict=True)
+        ]
+
+    def layer(self, banks: Sequence[Stack], *, adapted: bool = True) -> ExpertLayer:
         """What our kernels compute with."""
         a1, b1, a2, b2 = self.factors
         slots = torch.arange(self.shape.experts, device=self.device)
@@ -80,6 +89,12 @@ def ours(case: Case, products: str, *, room: bool, adapted: bool = True) -> Forw
         for bank in banks:
             make_room_(bank, case.shape.rank)
     layer = case.layer(banks, adapted=adapted)
+    return lambda: device_op.expert_mlp(case.x, case.index, case.weights, layer, False, products)
+
+
+def ours_packed(case: Case, products: str, scheme: Scheme) -> Forward:
+    """Our layer on packed experts."""
+    layer = case.layer(case.packed(scheme))
     return lambda: device_op.expert_mlp(case.x, case.index, case.weights, layer, False, products)
 
 
@@ -152,6 +167,10 @@ WAYS: dict[str, Callable[[Case], Forward]] = {
     "ours, grouped in blocks": lambda case: ours(case, "grouped", room=True),
     "ours, grouped": lambda case: ours(case, "grouped", room=False),
     "ours, triton, no adapter": lambda case: ours(case, "triton", room=False, adapted=False),
+    "ours, triton, NF4": lambda case: ours_packed(case, "triton", "nf4"),
+    "ours, triton, FP8": lambda case: ours_packed(case, "triton", "fp8"),
+    "ours, grouped, NF4": lambda case: ours_packed(case, "grouped", "nf4"),
+    "ours, grouped, FP8": lambda case: ours_packed(case, "grouped", "fp8"),
 }
 LIMIT = "frozen (transformers)"
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.gpu.packed import random_stack
 from benchmarks.gpu.timing import GIB, seconds
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.expert_lora import LoraExperts
+from finetune.quant.experts import PackedExperts, Scheme, count_weights
 
+Experts = Literal["16 bit"] | Scheme
 LOSS_ROWS = 2048
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -34,13 +37,17 @@ def tiny() -> dict[str, Any]:
     return qwen3_30b_a3b() | small | {"num_experts_per_tok": 2, "vocab_size": 512}
 
 
-def build(config: dict[str, Any], device: torch.device, dtype: torch.dtype, rank: int) -> nn.Module:
+def build(
+    config: dict[str, Any], device: torch.device, dtype: torch.dtype, *, experts: Experts, rank: int
+) -> nn.Module:
     """The model with random weights and adapters, ready to train with gradient checkpointing."""
     from peft import get_peft_model
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config, attn_implementation="sdpa")).to(dtype)
+    if experts != "16 bit":
+        _pack_experts_(model, experts, device, dtype)
     rotary = type(model.model.rotary_emb)
     model = model.to_empty(device=device)
     model.model.rotary_emb = rotary(model.config).to(device)
@@ -59,6 +66,17 @@ def build(config: dict[str, Any], device: torch.device, dtype: torch.dtype, rank
     return adapted.train()
 
 
+def _pack_experts_(model: Any, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> None:
+    """Banks of random packed experts in place of those of a model without weights; the rest stays in 16 bit."""
+    generator = torch.Generator(device).manual_seed(0)
+    for layer in model.model.layers:
+        bank, old = PackedExperts(model.config), layer.mlp.experts
+        for name, matrices in (("gate_up_proj", 2), ("down_proj", 1)):
+            shape = tuple(getattr(old, name).shape)
+            setattr(bank, name, random_stack(scheme, shape, matrices, dtype, generator))
+        layer.mlp.experts = bank
+
+
 def loss_of(model: Any, ids_BS: Tensor) -> Tensor:
     """Cross-entropy of the next token, a few rows of logits at a time."""
     hidden = model.base_model.model.model(input_ids=ids_BS, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
@@ -73,13 +91,20 @@ def loss_of(model: Any, ids_BS: Tensor) -> Tensor:
 
 
 def measure(
-    config: dict[str, Any], device: torch.device, dtype: torch.dtype, *, backend: str, batch: tuple[int, int], rank: int
+    config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    experts: Experts,
+    backend: str,
+    batch: tuple[int, int],
+    rank: int,
 ) -> dict[str, Any]:
     """Tokens per second and peak memory of whole steps, optimizer included. batch: sequences, tokens of each."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    model = build(config, device, dtype, rank)
+    model = build(config, device, dtype, experts=experts, rank=rank)
     for module in model.modules():
         if isinstance(module, LoraExperts):
             module.backend = backend
@@ -101,13 +126,14 @@ def measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elapsed_s = seconds(step, device, 3)
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / GIB
     peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     first, last = float(losses[0]), float(losses[-1])
     if not last < first:
         raise RuntimeError(f"the loss does not fall: {first:.4f} to {last:.4f}")
     return {
-        "backend": backend, "sequences": batch[0], "sequence_tokens": batch[1], "rank": rank,
-        "parameters": sum(p.numel() for p in model.parameters()), "trainable": sum(p.numel() for p in trainable),
-        "step_s": elapsed_s, "tokens_per_s": batch[0] * batch[1] / elapsed_s, "peak_gib": peak,
+        "experts": experts, "backend": backend, "sequences": batch[0], "sequence_tokens": batch[1], "rank": rank,
+        "parameters": count_weights(model), "trainable": sum(p.numel() for p in trainable),
+        "step_s": elapsed_s, "tokens_per_s": batch[0] * batch[1] / elapsed_s, "weights_gib": weights, "peak_gib": peak,
         "first_loss": first, "last_loss": last,
     }  # fmt: skip

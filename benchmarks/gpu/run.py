@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.gpu import check, layers, model_step, timing
 from benchmarks.gpu.layers import LIMIT, WAYS, Case, Shape
+from benchmarks.gpu.packed import SCHEMES
 
 RESULTS = Path(__file__).parent.parent / "results"
 TOKENS = (2048, 8192, 32768)
@@ -93,16 +94,39 @@ def tile_rows(shape: Shape, tokens: int, device: torch.device) -> list[dict[str,
     return rows
 
 
+def decode_rows(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
+    """Decoding both stacks of a layer, once: bytes read and written per second, beside a copy of as many."""
+    case, rows = Case(shape, 1, device), []
+    for scheme in SCHEMES:
+        stacks = case.packed(scheme)
+        moved = sum(stack.num_bytes + stack.shape.numel() * shape.dtype.itemsize for stack in stacks)
+        source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        runs = {
+            "decode": lambda stacks=stacks: [stack.all_weights(shape.dtype) for stack in stacks],
+            "copy": lambda source=source, target=target: target.copy_(source),
+        }
+        times = timing.alternating(runs, device, 5, 5)
+        rate = moved / times["decode"] / 1e9
+        row = {"scheme": scheme, "ms": 1e3 * times["decode"], "gb": moved / 1e9, "gb_per_s": rate}
+        rows.append(row | {"of_copy_rate": times["copy"] / times["decode"]})
+    return rows
+
+
 def model_rows(device: torch.device, products: list[str], *, smoke: bool) -> list[dict[str, Any]]:
-    """Whole training steps."""
+    """Whole training steps: experts in 16 bit, NF4 and FP8, attention in 16 bit."""
     if smoke:
-        return [model_step.measure(model_step.tiny(), device, torch.float32, backend="torch", batch=(1, 64), rank=4)]
-    config, backends = model_step.qwen3_30b_a3b(), ["triton", "torch"] if "triton" in products else ["torch"]
-    return [
-        model_step.measure(config, device, torch.bfloat16, backend=backend, batch=(sequences, 4096), rank=16)
-        for backend in backends
-        for sequences in ((1, 4) if backend == backends[0] else (1,))
-    ]
+        tiny = partial(model_step.measure, model_step.tiny(), device, torch.float32, rank=4)
+        return [tiny(experts=experts, backend="torch", batch=(1, 64)) for experts in ("16 bit", *SCHEMES)]
+    best, measure = (
+        products[0],
+        partial(model_step.measure, model_step.qwen3_30b_a3b(), device, torch.bfloat16, rank=16),
+    )
+    backends = {"triton": ("triton", "torch"), "grouped": ("torch",)}[best]
+    runs = [(experts, backends[0], 1) for experts in ("16 bit", *SCHEMES)]
+    runs += [(experts, backends[0], 4) for experts in ("16 bit", "nf4")]
+    runs += [("16 bit", backend, 1) for backend in backends[1:]]
+    return [measure(experts=experts, backend=backend, batch=(n, 4096)) for experts, backend, n in runs]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -122,7 +146,12 @@ def report(found: dict[str, Any]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in found["conditions"].items())
     rate = f"- measured matmul rate: {found['matmul_tflop_per_s']:.4g} TFLOP/s"
     parts = [f"# One GPU, {found['conditions']['date']}\n\n{facts}\n{rate}\n"]
-    for title, key in (("Expert layer, forward and backward", "layers"), ("Tiles", "tiles"), ("Whole model", "model")):
+    for title, key in (
+        ("Expert layer, forward and backward", "layers"),
+        ("Tiles", "tiles"),
+        ("Decoding", "decode"),
+        ("Whole model", "model"),
+    ):
         parts.append(f"## {title}\n\n{table(found[key])}")
     return "\n".join(parts)
 
@@ -144,6 +173,7 @@ def main() -> int:
         "matmul_tflop_per_s": rate / 1e12,
         "layers": [row for count in tokens for row in layer_rows(shape, count, device, products, rate)],
         "tiles": tile_rows(shape, 8192, device) if "triton" in products else [],
+        "decode": decode_rows(shape, device),
         "model": [] if options.layers_only else model_rows(device, products, smoke=options.smoke),
     }
     name = f"{found['conditions']['date']}-gpu{'-smoke' if options.smoke else ''}"

@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
 from finetune.adapters.config import ExpertLoraConfig
+from finetune.adapters.delta import Delta
 from finetune.adapters.expert_lora import LoraExperts
 from finetune.adapters.factor import Factor
 from finetune.adapters.files import AdapterFiles
@@ -24,6 +25,7 @@ def check_same_plan(model: PeftModel, folder: str | Path) -> None:
     Resuming with others would hand the optimizer state to other parameters; torch's fused AdamW corrupts memory then.
     """
     files, config, name = AdapterFiles.open(folder), ExpertLoraConfig.load(folder), model.active_adapter
+    now_config: Any = model.peft_config[name]
     hint = "resume with the adapter and experts sections of the run, or start anew without --resume"
     now, then = stock_shapes(model, name), {key: info.shape for key, info in files.file.tensors.items()}
     problems = [
@@ -35,9 +37,12 @@ def check_same_plan(model: PeftModel, folder: str | Path) -> None:
     ]
     if not problems:
         for layer_name, experts in _experts_by_layer(model, name).items():
-            trained = config.experts_of(layer_name, _num_experts(files, layer_name))
-            if trained != experts:
-                what = f"trained experts {list(trained)} before and {list(experts)} now"
+            trained = config.experts_of(layer_name, files.num_experts[layer_name])
+            ranks_before, ranks_now = config.ranks_of(layer_name), now_config.ranks_of(layer_name)
+            if trained != experts or ranks_before != ranks_now:
+                then_now = (trained, experts) if trained != experts else (ranks_before, ranks_now)
+                kind = "experts" if trained != experts else "ranks"
+                what = f"trained {kind} {list(then_now[0] or ())} before and {list(then_now[1] or ())} now"
                 problems.append(Problem(f"{folder}: {layer_name}", what, hint))
     if problems:
         raise AdapterError(*problems[:MOST_PROBLEMS])
@@ -61,11 +66,11 @@ def stock_shapes(model: PeftModel, adapter_name: str) -> Mapping[str, tuple[int,
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        for side in ("lora_A", "lora_B"):
-            holder: Any = getattr(module, side)
+        for side in ("lora_A", "lora_B", "lora_delta"):
+            holder: Any = getattr(module, side, {})
             if adapter_name in holder:
                 factor = holder[adapter_name]
-                shape = factor.stock_shape if isinstance(factor, Factor) else tuple(factor.weight.shape)
+                shape = factor.stock_shape if isinstance(factor, Factor | Delta) else tuple(factor.weight.shape)
                 shapes[f"{name}.{side}.weight"] = shape
     return shapes
 
@@ -73,11 +78,7 @@ def stock_shapes(model: PeftModel, adapter_name: str) -> Mapping[str, tuple[int,
 def _experts_by_layer(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
     """Trained experts of each wrapped bank, by the bank's name in the base model."""
     return {
-        name: module.lora_A[adapter_name].experts
+        name: trained.experts
         for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraExperts) and adapter_name in module.lora_A
+        if isinstance(module, LoraExperts) and (trained := module.trained(adapter_name)) is not None
     }
-
-
-def _num_experts(files: AdapterFiles, bank: str) -> int:
-    return files.num_experts[bank]

@@ -15,12 +15,13 @@ from finetune.adapters.agreement import check_consumed, check_same_plan
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
 from finetune.adapters.stock_config import ADAPTER_CONFIG
-from finetune.adapters.targets import lora_config, parse_section
+from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_section
 from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.files import finished_folder
 from finetune.models.loading import load_model, load_tokenizer, stored_dtype
+from finetune.quant.linear import known_to_peft
 from finetune.routing.plan import ExpertPlan
 
 if TYPE_CHECKING:
@@ -37,19 +38,23 @@ def attach(
     experts: ExpertPlan | None = None,
     *,
     seed: int | None = None,
+    expert_mode: ExpertMode = "lora",
+    router: Router = "frozen",
 ) -> PeftModel:
     """`model` with trainable LoRA factors on attention, experts and dense MLPs; its output is the same at first.
 
     adapter: the recipe's adapter section, or a dict with its fields.
     experts: which experts get factors; all of the model's when None.
+    expert_mode: `full` trains the weights themselves of the experts in the plan, which has to be given.
+    router: `lora` trains factors of `adapter.rank` on every router, `full` its whole weight (saved as a delta).
     seed: of the factors' start, torch's generator is left as it was; torch's generator is used when None.
 
     The base weights are frozen and otherwise untouched, and so is the model's config: whether the router's auxiliary
     loss is computed stays its `output_router_logits` (off by default).
     Raises AdapterError with every setting that is wrong and every target that matches nothing.
     """
-    config = lora_config(model, parse_section(adapter), experts)
-    with _seeded(seed), _quiet():
+    config = lora_config(model, parse_section(adapter), experts, expert_mode, router)
+    with _seeded(seed), _quiet(), known_to_peft(model):
         return get_peft_model(model, config)
 
 
@@ -80,7 +85,9 @@ def load_adapter(
     files = AdapterFiles.open(path)
     config = ExpertLoraConfig.load(path)
     config.inference_mode = not trainable
-    with _as_adapter_error(path), _quiet():
+    if trainable:
+        config.quantize = getattr(model, "packed_as", None)
+    with _as_adapter_error(path), _quiet(), known_to_peft(model):
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
             model.load_adapter(str(path), name, is_trainable=trainable)

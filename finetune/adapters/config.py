@@ -6,7 +6,11 @@ Live and on disk differ in how targets are spelled, because stock PEFT wraps par
     experts                    target_parameters: mlp.experts.gate_up_proj, mlp.experts.down_proj (those targeted)
     model.layers.3.mlp.experts target_parameters: model.layers.3.mlp.experts.gate_up_proj, ...
     mlp.gate_proj (in a MoE)   target_parameters: mlp.gate_proj.weight
+    mlp.gate                   target_parameters: mlp.gate.weight
     q_proj, ...                target_modules: q_proj, ...
+
+Whole experts are in no layout that stock PEFT knows. With them its peft_type is one it refuses, and their targets are
+in the sidecar alone.
 
 Stock PEFT refuses dropout on parameters, so with any of them lora_dropout is 0 on disk; the sidecar has the true rates.
 """
@@ -24,18 +28,27 @@ from peft.utils.other import get_pattern_key
 
 from finetune.adapters.expert_lora import LoraExperts
 from finetune.adapters.files import FORMAT_VERSION, SIDECAR, read_sidecar
-from finetune.adapters.stock_config import ADAPTER_CONFIG, read_json_object
+from finetune.adapters.router_lora import LoraRouter
+from finetune.adapters.stock_config import ADAPTER_CONFIG, WHOLE_EXPERTS, read_json_object
 from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
-from finetune.models.qwen3 import EXPERT_PROJECTIONS, EXPERTS, MLP, expert_bank_class, layer_index
+from finetune.models.qwen3 import (
+    EXPERT_PROJECTIONS,
+    EXPERTS,
+    MLP,
+    PackedBank,
+    expert_bank_class,
+    layer_index,
+    router_class,
+)
 from finetune.routing.plan import ExpertPlan
 
 _BANK_PARAMETER = re.compile(rf"(?:(?P<bank>.*\b{EXPERTS})\.)?(?P<projection>{'|'.join(EXPERT_PROJECTIONS)})")
-_DENSE_PARAMETER = re.compile(rf"(?:.*\.)?{MLP}\.\w+_proj\.weight")
+_PLAIN_PARAMETER = re.compile(rf"(?:.*\.)?{MLP}\.(?:\w+_proj|gate)\.weight")
 
 
-class DenseMlpTarget(str):
-    """`mlp.gate_proj` and its like as targets in a mixture-of-experts model, where they mean its dense layers.
+class PlainTarget(str):
+    """`mlp.gate_proj` and its like as targets in a mixture-of-experts model: its dense layers, and `mlp.gate`, routers.
 
     PEFT takes every target of a Qwen3-MoE that ends in `.gate_proj` for a fused expert parameter of an older
     transformers and rewrites it. It asks the string, and this one says no.
@@ -55,8 +68,11 @@ class ExpertLoraConfig(LoraConfig):
     expert_targets: projections of the bank that get factors.
     expert_plan: which experts; all of the targeted layers when None.
     expert_dropout: rate on the input of the experts' factors.
+    expert_mode: `lora`, or `full` to train the weights of the experts in the plan.
+    router: `lora`, or `full` for factors of full rank of which A alone trains; read where `mlp.gate` is targeted.
     section: the recipe's adapter section this came from, for the record.
     base_fingerprint: see `models.checkpoint.base_fingerprint`; None when the base is not on disk.
+    quantize: the recipe's quantize section with which the base was packed; None for a base in 16 bit.
 
     rank_pattern and alpha_pattern match `...mlp.experts.gate_up_proj` and `...down_proj`, as stock PEFT's do.
     """
@@ -64,8 +80,11 @@ class ExpertLoraConfig(LoraConfig):
     expert_targets: tuple[str, ...] = ()
     expert_plan: ExpertPlan | None = None
     expert_dropout: float = 0.0
+    expert_mode: str = "lora"
+    router: str = "lora"
     section: dict[str, Any] | None = field(default=None)
     base_fingerprint: str | None = None
+    quantize: dict[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,15 +92,14 @@ class ExpertLoraConfig(LoraConfig):
         targets: Any = self.target_modules
         if isinstance(targets, set):
             prefix = f"{MLP}."
-            self.target_modules: Any = {
-                DenseMlpTarget(t) if t.startswith(prefix) and t != EXPERTS else t for t in targets
-            }
+            self.target_modules: Any = {PlainTarget(t) if t.startswith(prefix) and t != EXPERTS else t for t in targets}
         if self.init_lora_weights not in (True, False):
             hint = "leave init_lora_weights at True"
             raise AdapterError(
                 Problem("init_lora_weights", "is not supported with experts", hint, self.init_lora_weights)
             )
-        self._register_custom_module({expert_bank_class(): LoraExperts})
+        banks: dict[type, type] = {expert_bank_class(): LoraExperts, PackedBank: LoraExperts}
+        self._register_custom_module({**banks, router_class(): LoraRouter})
 
     def rank_and_alpha(self, key: str) -> tuple[int, float]:
         """Rank and alpha of a module or bank parameter by its full name, matched as PEFT does."""
@@ -102,6 +120,11 @@ class ExpertLoraConfig(LoraConfig):
             raise AdapterError(Problem(module_name, "is targeted but not in the expert plan", "target its layers only"))
         return experts
 
+    def ranks_of(self, name: str) -> tuple[int, ...] | None:
+        """Rank of each expert that `experts_of` names for a layer's bank; None when all have the adapter's."""
+        ranks = None if self.expert_plan is None else self.expert_plan.ranks_by_layer
+        return None if ranks is None else ranks[layer_index(name)]
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json as stock PEFT reads it, and the sidecar."""
         folder = Path(save_directory)
@@ -112,10 +135,12 @@ class ExpertLoraConfig(LoraConfig):
         targets: Any = self.target_modules
         if isinstance(targets, set):
             parameters = [p for target in targets for p in self._parameters_of(target)]
-            content["target_modules"] = sorted(t for t in targets if not self._parameters_of(t))
+            content["target_modules"] = sorted(t for t in targets if not (self._parameters_of(t) or _is_bank(t)))
             content["target_parameters"] = sorted(parameters) or None
             if parameters:
                 content["lora_dropout"] = 0.0
+        if self.expert_mode == "full":
+            content["peft_type"] = WHOLE_EXPERTS
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
         write_json_atomic(folder / ADAPTER_CONFIG, dict(sorted(content.items())))
@@ -123,18 +148,24 @@ class ExpertLoraConfig(LoraConfig):
 
     def _parameters_of(self, target: str) -> list[str]:
         """What stock PEFT has to wrap as parameters for one of our target modules; nothing for plain modules."""
-        if target == "experts" or str.endswith(target, EXPERTS):
+        if _is_bank(target):
+            if self.expert_mode == "full":
+                return []
             bank = EXPERTS if target == "experts" else target
             return [f"{bank}.{projection}" for projection in self.expert_targets]
-        return [f"{target}.weight"] if isinstance(target, DenseMlpTarget) else []
+        return [f"{target}.weight"] if isinstance(target, PlainTarget) else []
 
     def _sidecar(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model_name_or_path,
             "base_fingerprint": self.base_fingerprint,
+            "quantize": self.quantize,
             "dropout": self.lora_dropout,
             "expert_dropout": self.expert_dropout,
+            "expert_mode": self.expert_mode,
+            "expert_targets": list(self.expert_targets),
+            "router": self.router,
             "experts": None if self.expert_plan is None else self.expert_plan.to_dict(),
             "adapter": self.section,
         }
@@ -158,11 +189,21 @@ class ExpertLoraConfig(LoraConfig):
             options["target_modules"] = [*named, *modules]
         sidecar = read_sidecar(folder) or {}
         if sidecar.get("experts") is not None:
-            options["expert_plan"] = ExpertPlan.from_dict(sidecar["experts"])
+            options["expert_plan"] = plan = ExpertPlan.from_dict(sidecar["experts"])
+            if sidecar.get("expert_mode") == "full":
+                banks = [f"model.layers.{layer}.{EXPERTS}" for layer in plan.experts_by_layer]
+                options["target_modules"] = [*(options.get("target_modules") or []), *banks]
+                options["expert_mode"], experts = "full", tuple(sidecar["expert_targets"])
         if "dropout" in sidecar:
             options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar["expert_dropout"]
+        options["router"] = sidecar.get("router", "lora")
         options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
+        options["quantize"] = sidecar.get("quantize")
         return cls(**options, expert_targets=experts)
+
+
+def _is_bank(target: str) -> bool:
+    return target == "experts" or str.endswith(target, EXPERTS)
 
 
 def _as_plan(value: Any) -> ExpertPlan | None:
@@ -175,16 +216,16 @@ _OUR_FIELDS = tuple({f.name for f in fields(ExpertLoraConfig)} - {f.name for f i
 
 def _live_targets(folder: Path, parameters: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
     """Our target modules and expert projections for stock PEFT's target_parameters."""
-    modules: dict[str, set[str]] = {}  # module -> expert projections, none for a dense MLP
+    modules: dict[str, set[str]] = {}  # module -> expert projections, none for others
     problems = []
     for parameter in sorted(parameters):
         if match := _BANK_PARAMETER.fullmatch(parameter):
             bank = match["bank"] or EXPERTS
             modules.setdefault("experts" if bank == EXPERTS else bank, set()).add(match["projection"])
-        elif _DENSE_PARAMETER.fullmatch(parameter):
-            modules.setdefault(DenseMlpTarget(parameter.removesuffix(".weight")), set())
+        elif _PLAIN_PARAMETER.fullmatch(parameter):
+            modules.setdefault(PlainTarget(parameter.removesuffix(".weight")), set())
         else:
-            hint = "only experts' and dense MLPs' projections are hosted"
+            hint = "only routers and the projections of experts and dense MLPs are hosted"
             problems.append(Problem(str(folder), "targets a parameter we do not know", hint, parameter))
     projections = {frozenset(p) for p in modules.values() if p}
     if len(projections) > 1:

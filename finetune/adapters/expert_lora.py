@@ -1,4 +1,4 @@
-"""LoRA on a bank of experts, hosted by PEFT and computed by our kernels.
+"""LoRA on a bank of experts, or the training of whole experts, hosted by PEFT and computed by our kernels.
 
 Two nested layers mirror stock PEFT's nested parameter wrappers, so names on disk and in memory are the same:
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from finetune.adapters.expert_factors import ExpertFactors
 from finetune.errors import AdapterError, Problem
-from finetune.kernels.ops import Backend, Dropout, Factors, expert_mlp
+from finetune.kernels.ops import Backend, Dropout, expert_mlp
 from finetune.models.qwen3 import EXPERT_PROJECTIONS
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class LoraExperts(ExpertFactors):
             what = f"has adapters on {', '.join(sorted(here))} already"
             raise AdapterError(Problem(target_name or "experts", what, hint, config.expert_targets))
         for level in self.levels:
-            level.add_factors(adapter_name, config, target_name)
+            level.add(adapter_name, config, target_name)
             level.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **kwargs: Any) -> Tensor:
@@ -76,7 +76,10 @@ class LoraExperts(ExpertFactors):
             hint = "run one batch per adapter and switch with set_adapter"
             raise AdapterError(Problem("adapter_names", "expert adapters cannot be mixed in one batch", hint))
         bank: Any = self.get_base_layer()
-        factors = self._active()
+        levels = {level.projection: level for level in self._active()}
+        names = self.active_adapters
+        factors = {projection: level.active_factors(names) for projection, level in levels.items()}
+        deltas = {projection: level.active_deltas(names) for projection, level in levels.items()}
         return expert_mlp(
             hidden_states,
             top_k_index,
@@ -85,21 +88,21 @@ class LoraExperts(ExpertFactors):
             bank.down_proj,
             gate_up_lora=factors.get(GATE_UP),
             down_lora=factors.get(DOWN),
-            dropout=self._draw_dropout() if factors else None,
+            gate_up_delta=deltas.get(GATE_UP),
+            down_delta=deltas.get(DOWN),
+            dropout=self._draw_dropout() if any(factors.values()) else None,
             backend=self.backend,
             recompute=self.recompute,
         )
 
-    def _active(self) -> dict[str, Factors]:
-        """Factors to compute with, by projection."""
+    def _active(self) -> list[ExpertFactors]:
+        """The levels to compute with."""
         if self.disable_adapters:
             for level in self.levels:
                 if level.merged:
                     level.unmerge()
-            return {}
-        unmerged = [level for level in self.levels if not level.merged]
-        found = {level.projection: level.active_factors(self.active_adapters) for level in unmerged}
-        return {projection: factors for projection, factors in found.items() if factors is not None}
+            return []
+        return [level for level in self.levels if not level.merged]
 
     def _draw_dropout(self) -> Dropout | None:
         layers = [self.lora_dropout[name] for name in self.active_adapters if name in self.lora_dropout]

@@ -1,7 +1,7 @@
 """Adapter folders on disk: the standard PEFT layout, plus one sidecar of ours.
 
     adapter_config.json          PEFT's settings: targets, rank, alpha
-    adapter_model.safetensors    the factors, in the packing of `layouts`
+    adapter_model.safetensors    the factors, in the packing of `layouts`; the changes of whole experts (X, out, in)
     finetune_adapter.json        format version, expert plan, fingerprint of the base (optional)
 
 `AdapterFiles` says which factors change which tensor of a hub checkpoint, and reads them one pair at a time.
@@ -15,21 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from finetune.adapters.change import Change, LowRank, WholeDelta
 from finetune.adapters.layouts import ExpertBanks, pack_a, pack_b, unpack_a, unpack_b
-from finetune.adapters.pairs import Pair, read_pairs
+from finetune.adapters.pairs import Pair, Slot, WholeExperts, read_pairs
 from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
 from finetune.errors import AdapterError, Problem
 from finetune.models.tensor_file import TensorFile
+from finetune.routing.plan import ExpertPlan
 
 __all__ = [
     "FORMAT_VERSION",
     "SIDECAR",
     "WEIGHTS",
     "AdapterFiles",
+    "Change",
     "LowRank",
     "Pair",
+    "WholeDelta",
     "pack_a",
     "pack_b",
     "read_sidecar",
@@ -43,32 +46,18 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """The change of one weight: scale * b @ a, with a (R, in) and b (out, R) in float32."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether the weight stays as it is."""
-        return self.scale == 0.0 or any(not any(torch.aminmax(side)) for side in (self.b, self.a))
-
-
-@dataclass(frozen=True)
 class AdapterFiles:
     """A saved adapter, checked, with its tensors still on disk.
 
-    pairs: hub weight name -> the factors that change it.  num_experts: per fused bank (`...mlp.experts`) the number of
-    experts it was made for.  sidecar: content of finetune_adapter.json, None for adapters made elsewhere.
+    pairs: hub weight name -> the factors or the slot that change it.  num_experts: per fused bank (`...mlp.experts`)
+    the number of experts it was made for.  sidecar: content of finetune_adapter.json, None for adapters made elsewhere.
     """
 
     path: Path
     config: StockConfig
     sidecar: dict[str, Any] | None
     file: TensorFile
-    pairs: dict[str, Pair]
+    pairs: dict[str, Pair | Slot]
     num_experts: dict[str, int]
     _banks: ExpertBanks = field(repr=False, compare=False)
 
@@ -83,7 +72,7 @@ class AdapterFiles:
         config = StockConfig.open(path)
         sidecar = read_sidecar(path)
         file = _open_weights(path)
-        pairs = read_pairs(config, file, ours=sidecar is not None)
+        pairs = read_pairs(config, file, ours=sidecar is not None, whole=_whole_experts(sidecar))
         _check_values(file)
         return cls(path, config, sidecar, file, pairs.by_weight, pairs.num_experts, ExpertBanks(file))
 
@@ -98,13 +87,26 @@ class AdapterFiles:
         return (self.sidecar or {}).get("base_fingerprint")
 
     @property
+    def quantize(self) -> dict[str, Any] | None:
+        """The quantize section with which that base was packed; None for 16 bit, and for adapters made elsewhere."""
+        return (self.sidecar or {}).get("quantize")
+
+    @property
     def has_single_experts(self) -> bool:
         """Whether experts have factors of their own, as older versions of transformers and servers name them."""
         return any(pair.expert is None and ".mlp.experts." in name for name, pair in self.pairs.items())
 
-    def read(self, name: str) -> LowRank:
-        """The factors of one hub weight, in float32."""
+    @property
+    def has_whole_experts(self) -> bool:
+        """Whether some experts train whole, which only our own adapters can say."""
+        return any(isinstance(pair, Slot) for pair in self.pairs.values())
+
+    def read(self, name: str) -> Change:
+        """The change of one hub weight, in float32."""
         pair = self.pairs[name]
+        if isinstance(pair, Slot):
+            (whole_OI,) = self.file.read(pair.a_name, slice(pair.slot, pair.slot + 1)).float()
+            return WholeDelta(whole_OI.chunk(pair.part[1])[pair.part[0]])
         if pair.expert is None:
             return LowRank(self.file.read(pair.a_name).float(), self.file.read(pair.b_name).float(), pair.scale)
         rows = slice(pair.expert * pair.rank, (pair.expert + 1) * pair.rank)
@@ -140,6 +142,13 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
         hint = f"this version reads format {FORMAT_VERSION}; install the version of finetune-moe that saved it"
         raise AdapterError(Problem(f"{file}: format_version", "is not known", hint, content.get("format_version")))
     return content
+
+
+def _whole_experts(sidecar: dict[str, Any] | None) -> WholeExperts | None:
+    """What the sidecar says of experts that train whole."""
+    if not sidecar or sidecar.get("expert_mode") != "full":
+        return None
+    return WholeExperts(ExpertPlan.from_dict(sidecar["experts"]), tuple(sidecar["expert_targets"]))
 
 
 def _open_weights(path: Path) -> TensorFile:

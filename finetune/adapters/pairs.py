@@ -10,8 +10,9 @@ from finetune.adapters.layouts import b_order
 from finetune.adapters.stock_config import StockConfig
 from finetune.errors import AdapterError, Problem
 from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
+from finetune.routing.plan import ExpertPlan
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A|B|delta)\.weight")
 _BANK = re.compile(r"(?P<experts>(?:.+\.)?mlp\.experts)(?P<inner>\.base_layer)?")
 _FIRST_PACKING = (0, 19)
 
@@ -34,19 +35,42 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Every pair of a file by hub weight name, and per fused bank (`...mlp.experts`) its number of experts."""
+class Slot:
+    """Where the change of one weight of an expert that trains whole lies: in a slot of `a_name` (X, out, in).
 
-    by_weight: dict[str, Pair]
+    The rest is as in Pair.
+    """
+
+    a_name: str
+    shape: tuple[int, int]
+    slot: int
+    expert: int
+    part: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class WholeExperts:
+    """What the sidecar says of experts that train whole: which ones, and which fused parameters of them."""
+
+    plan: ExpertPlan
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Every pair or slot of a file by hub weight name, and per fused bank (`...mlp.experts`) its number of experts."""
+
+    by_weight: dict[str, Pair | Slot]
     num_experts: dict[str, int]
 
 
-def read_pairs(config: StockConfig, file: TensorFile, *, ours: bool) -> Pairs:
+def read_pairs(config: StockConfig, file: TensorFile, *, ours: bool, whole: WholeExperts | None = None) -> Pairs:
     """Assigns every tensor of the file to weights, each exactly once. Raises AdapterError with every problem.
 
     ours: the adapter was saved here, so its packing is known whatever the settings say about PEFT's version.
+    whole: experts that train whole, None for none.
     """
-    reader = _PairReader(config, file)
+    reader = _PairReader(config, file, whole)
     reader.read()
     if reader.num_experts and not ours:
         reader.check_packing()
@@ -59,9 +83,9 @@ def read_pairs(config: StockConfig, file: TensorFile, *, ours: bool) -> Pairs:
 class _PairReader:
     """Turns tensor names and shapes into pairs; collects problems instead of stopping at the first."""
 
-    def __init__(self, config: StockConfig, file: TensorFile) -> None:
-        self.config, self.file = config, file
-        self.pairs: dict[str, Pair] = {}
+    def __init__(self, config: StockConfig, file: TensorFile, whole: WholeExperts | None) -> None:
+        self.config, self.file, self.whole = config, file, whole
+        self.pairs: dict[str, Pair | Slot] = {}
         self.num_experts: dict[str, int] = {}
         self.consumed: set[str] = set()
         self.problems: list[Problem] = []
@@ -73,10 +97,11 @@ class _PairReader:
                 modules.setdefault(match["module"], {})[match["side"]] = name
             else:
                 self._refuse(name, *_why_unknown(name))
+        self._read_whole({module: sides.pop("delta") for module, sides in modules.items() if "delta" in sides})
         for module, sides in modules.items():
             if len(sides) == 2:
                 self._read_module(module, sides["A"], sides["B"], modules)
-            else:
+            elif sides:
                 present, absent = ("A", "B") if "A" in sides else ("B", "A")
                 self._refuse(sides[present], f"has no lora_{absent} beside it", "the file is incomplete: save it again")
 
@@ -99,7 +124,11 @@ class _PairReader:
             what = "Unsloth made it, and ordered the columns of lora_B otherwise than PEFT until September 2026"
             self.problems.append(Problem(where, what, _PACKING_HINT))
         elif not self.problems:
-            banks = {(pair.b_name, pair.rank) for pair in self.pairs.values() if pair.expert is not None}
+            banks = {
+                (pair.b_name, pair.rank)
+                for pair in self.pairs.values()
+                if isinstance(pair, Pair) and pair.expert is not None
+            }
             for name, rank in sorted(banks):
                 stock = self.file.read(name)
                 if b_order(stock, stock.shape[1] // rank, rank) == "expert-major":
@@ -118,6 +147,39 @@ class _PairReader:
         parameter = self._fused_parameter(module, bank, modules)
         if parameter is not None:
             self._read_bank(bank["experts"], parameter, a_name, b_name)
+
+    def _read_whole(self, found: dict[str, str]) -> None:
+        """The changes of whole experts, one tensor for each bank and fused parameter that the sidecar names."""
+        if self.whole is None:
+            for name in found.values():
+                self._refuse(name, "holds whole experts, but the sidecar does not say which", "save the adapter again")
+            return
+        targets = [target for target in ("gate_up_proj", "down_proj") if target in self.whole.targets]
+        for layer, experts in self.whole.plan.experts_by_layer.items():
+            bank = f"model.layers.{layer}.mlp.experts"
+            for target in targets:
+                module = f"{bank}.base_layer" if len(targets) == 2 and target == "gate_up_proj" else bank
+                if module in found:
+                    self._read_slots(found.pop(module), bank, target, experts)
+                else:
+                    where = f"base_model.model.{module}.lora_delta.weight"
+                    self._refuse(where, "is missing", "the file is incomplete: save it again")
+            self.num_experts[bank] = self.whole.plan.num_experts
+        for name in found.values():
+            self._refuse(name, "holds experts of a layer that is not in the plan", "save the adapter again")
+
+    def _read_slots(self, name: str, bank: str, target: str, experts: tuple[int, ...]) -> None:
+        info = self.file.tensors[name]
+        parts = ("gate_proj", "up_proj") if target == "gate_up_proj" else ("down_proj",)
+        if info.dtype not in WEIGHT_DTYPES or len(info.shape) != 3 or len(experts) != info.shape[0]:
+            what = f"is not one matrix for each of {len(experts)} experts: {info.dtype} {list(info.shape)}"
+            self._refuse(name, what, "save the adapter again")
+            return
+        for slot, expert in enumerate(experts):
+            for index, part in enumerate(parts):
+                shape = (info.shape[1] // len(parts), info.shape[2])
+                self._add(f"{bank}.{expert}.{part}.weight", Slot(name, shape, slot, expert, (index, len(parts))))
+        self.consumed.add(name)
 
     def _check_factors(self, a_name: str, a: TensorInfo, b_name: str, b: TensorInfo) -> bool:
         before = len(self.problems)
@@ -184,7 +246,7 @@ class _PairReader:
                 self._add(f"{experts}.{expert}.{part}.weight", pair)
         self.consumed |= {a_name, b_name}
 
-    def _add(self, name: str, pair: Pair) -> None:
+    def _add(self, name: str, pair: Pair | Slot) -> None:
         if name in self.pairs:
             self._refuse(
                 pair.a_name, f"changes {name}, which {self.pairs[name].a_name} changes too", "keep one of them"

@@ -70,7 +70,7 @@ def _add_(part: nn.Module, files: AdapterFiles, share: float, prefix: str) -> No
     for name in files.pairs:
         if not name.startswith(f"{prefix}."):
             continue
-        factors = files.read(name)
+        change = files.read(name)
         bank, single, rest = name.partition(".mlp.experts.")
         if single:
             expert, projection, _ = rest.split(".")
@@ -80,7 +80,7 @@ def _add_(part: nn.Module, files: AdapterFiles, share: float, prefix: str) -> No
                 weight = weight.chunk(2)[projection == "up_proj"]
         else:
             weight = part.get_parameter(name)
-        weight.addmm_(factors.b, factors.a, alpha=factors.scale * share)
+        weight.add_(change.rows(slice(None)), alpha=share)
 
 
 def _check(files: AdapterFiles, told: Any, name: str) -> None:

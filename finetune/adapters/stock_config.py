@@ -12,6 +12,8 @@ from typing import Any
 from finetune.errors import AdapterError, Problem
 
 ADAPTER_CONFIG = "adapter_config.json"
+WHOLE_EXPERTS = "FINETUNE_EXPERT_WEIGHTS"
+"""The peft_type of our adapters that hold whole experts: stock PEFT refuses it instead of leaving those out."""
 
 _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
@@ -125,7 +127,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def _refusals(path: Path, content: dict[str, Any]) -> list[Problem]:
     problems = []
-    if content.get("peft_type") != "LORA":
+    if content.get("peft_type") not in ("LORA", WHOLE_EXPERTS):
         what = "is not a LoRA adapter"
         problems.append(Problem(f"{path}: peft_type", what, "only LoRA can be read", content.get("peft_type")))
     if content.get("bias") not in (None, "none"):

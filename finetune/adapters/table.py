@@ -10,8 +10,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from finetune.adapters.expert_factors import ExpertFactors
+from finetune.adapters.router_lora import LoraRouter
 from finetune.errors import Problem, TrainingError
 from finetune.models.qwen3 import ATTENTION_PROJECTIONS
+from finetune.quant.experts import count_weights
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TargetGroup:
-    """All weights of one kind that get factors.
+    """All weights of one kind that train, mostly by factors.
 
     name: room and projection, like `attention.q_proj`, `experts.gate_up_proj`, `mlp.up_proj`.
     matched: weight matrices adapted; each trained expert of each layer counts.
@@ -34,23 +36,25 @@ class TargetGroup:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _Trained:
+    """What trains of one module: A and B, or the change of whole experts.
+
+    sides: name and weight, those first that have a gradient from the first step on.
+    """
+
     group: str
     matched: int
-    a: Tensor
-    b: Tensor
+    sides: dict[str, Tensor]
 
 
 def target_table(model: nn.Module) -> list[TargetGroup]:
     """The groups that train in `model`, attention first, then MLPs, then experts."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    groups: dict[str, list[_Pair]] = {}
-    for pair in _trainable_pairs(model):
-        groups.setdefault(pair.group, []).append(pair)
+    total = count_weights(model)
+    groups = _groups(model)
     rows = []
     for name in sorted(groups, key=_order):
-        parameters = sum(t.numel() for pair in groups[name] for t in (pair.a, pair.b) if t.requires_grad)
-        rows.append(TargetGroup(name, sum(pair.matched for pair in groups[name]), parameters, parameters / total))
+        parameters = sum(t.numel() for part in groups[name] for t in part.sides.values() if t.requires_grad)
+        rows.append(TargetGroup(name, sum(part.matched for part in groups[name]), parameters, parameters / total))
     return rows
 
 
@@ -65,17 +69,16 @@ def check_gradients(model: nn.Module) -> None:
     While a group's B is zero its A has no gradient, as it should be; B must have one. Once B is not zero both must.
     """
     problems = []
-    pairs: dict[str, list[_Pair]] = {}
-    for pair in _trainable_pairs(model):
-        pairs.setdefault(pair.group, []).append(pair)
-    for group in sorted(pairs, key=_order):
-        started = any(bool(pair.b.detach().any()) for pair in pairs[group])
-        for side in ("b", "a") if started else ("b",):
-            weights = [getattr(pair, side) for pair in pairs[group]]
-            if not any(w.requires_grad and w.grad is not None and bool(w.grad.any()) for w in weights):
-                what = f"the gradient of {side.upper()} is zero everywhere after the first backward"
+    groups = _groups(model)
+    for group in sorted(groups, key=_order):
+        sides = list(groups[group][0].sides)
+        started = any(bool(part.sides[sides[0]].detach().any()) for part in groups[group])
+        for side in sides if started else sides[:1]:
+            weights = [weight for part in groups[group] if (weight := part.sides[side]).requires_grad]
+            if weights and not any(w.grad is not None and bool(w.grad.any()) for w in weights):
+                what = f"the gradient of {side} is zero everywhere after the first backward"
                 problems.append(Problem(group, what, _NO_GRADIENT))
-    if not pairs:
+    if not groups:
         hint = "attach adapters first, or load them with trainable=True"
         problems.append(Problem("adapters", "nothing trains", hint))
     if problems:
@@ -101,26 +104,37 @@ def render_table(groups: list[TargetGroup]) -> Table:
     return table
 
 
-def _trainable_pairs(model: nn.Module) -> Iterator[_Pair]:
-    """A and B of every adapter on every target, where either trains."""
+def _groups(model: nn.Module) -> dict[str, list[_Trained]]:
+    groups: dict[str, list[_Trained]] = {}
+    for part in _trained(model):
+        groups.setdefault(part.group, []).append(part)
+    return groups
+
+
+def _trained(model: nn.Module) -> Iterator[_Trained]:
+    """What every adapter trains on every target."""
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        for adapter in module.lora_A:
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            if a.requires_grad or b.requires_grad:
-                matched = len(a) if isinstance(module, ExpertFactors) else 1
-                yield _Pair(_group(name, module), matched, a, b)
+        experts = isinstance(module, ExpertFactors)
+        for adapter in (*module.lora_A, *(module.lora_delta if experts else ())):
+            sides = {"B": "lora_B", "A": "lora_A"} if adapter in module.lora_A else {"the weights": "lora_delta"}
+            weights = {side: getattr(module, holder)[adapter].weight for side, holder in sides.items()}
+            if any(weight.requires_grad for weight in weights.values()):
+                matched = len(module.trained(adapter).experts) if experts else 1
+                yield _Trained(_group(name, module), matched, weights)
 
 
 def _group(name: str, module: Any) -> str:
     if isinstance(module, ExpertFactors):
         return f"experts.{module.projection}"
     projection = name.rpartition(".")[2]
+    if isinstance(module, LoraRouter):
+        return "router"
     return f"{'attention' if projection in ATTENTION_PROJECTIONS else 'mlp'}.{projection}"
 
 
-_ROOMS = ("attention", "mlp", "experts")
+_ROOMS = ("attention", "mlp", "experts", "router")
 _PROJECTIONS = (*ATTENTION_PROJECTIONS, "gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 

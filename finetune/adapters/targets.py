@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from torch import nn
@@ -17,14 +17,19 @@ from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkp
 from finetune.models.qwen3 import (
     EXPERTS,
     MLP,
+    ROUTER,
     expert_modules,
     is_moe,
     is_qwen3,
     layer_index,
     model_type,
     projection_names,
+    router_layers,
 )
 from finetune.routing.plan import ExpertPlan
+
+ExpertMode = Literal["lora", "full"]
+Router = Literal["frozen", "lora", "full"]
 
 
 def parse_section(adapter: Any) -> AdapterSection:
@@ -52,35 +57,64 @@ def _problem(finding: Finding) -> Problem:
     return Problem(dotted(finding.path), finding.what, finding.hint, **got)
 
 
-def lora_config(model: Any, section: AdapterSection, experts: ExpertPlan | None) -> ExpertLoraConfig:
+def lora_config(
+    model: Any,
+    section: AdapterSection,
+    experts: ExpertPlan | None,
+    expert_mode: ExpertMode = "lora",
+    router: Router = "frozen",
+) -> ExpertLoraConfig:
     """The configuration that attaches `section` to `model`. Raises AdapterError with every target that has no place."""
     problems = list(_misfits(model, section, experts))
+    if expert_mode == "full" and experts is None:
+        hint = "choose experts with a plan; ExpertPlan.all names every one"
+        problems.append(Problem("experts", "train whole, but there is no plan", hint))
+    if router != "frozen" and not problems and not router_layers(model):
+        hint = "a dense model has no experts to route to: leave router at frozen"
+        problems.append(Problem("router.train", "matches nothing in this model", hint, router))
     if problems:
         raise AdapterError(*problems)
     bank_targets = _bank_targets(model, experts) if section.experts else []
     mlp = [f"{MLP}.{target}" if is_moe(model.config) else target for target in section.mlp]
     main = section.experts != ()
+    rank, alpha = (section.rank_of_experts, section.alpha_of_experts) if main else (section.rank, section.alpha)
+    if main and experts is not None and experts.max_rank is not None:  # every expert keeps the scale of the section
+        ratio = experts.max_rank / rank
+        rank, alpha = experts.max_rank, alpha * (ratio**0.5 if section.rslora else ratio)
     options: dict[str, Any] = {
-        "r": section.rank_of_experts if main else section.rank,
-        "lora_alpha": _whole(section.alpha_of_experts if main else section.alpha),
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {},
+        "alpha_pattern": {},
     }
-    if main and (section.rank_of_experts, section.alpha_of_experts) != (section.rank, section.alpha):
+    routers = [ROUTER] if router != "frozen" else []
+    if main and (rank, alpha) != (section.rank, section.alpha):
         # on disk a dense MLP's target is its weight, live it is the module: the pattern matches both
-        names = [*section.attention, *(rf"{target}(\.weight)?" for target in mlp)]
+        names = [*section.attention, *(rf"{target}(\.weight)?" for target in (*mlp, *routers))]
         options["rank_pattern"] = dict.fromkeys(names, section.rank)
         options["alpha_pattern"] = dict.fromkeys(names, _whole(section.alpha))
+    if router == "full":
+        rank = model.config.num_experts
+        options["rank_pattern"][_ROUTER_WEIGHT] = rank
+        options["alpha_pattern"][_ROUTER_WEIGHT] = rank**0.5 if section.rslora else rank  # a scale of 1
     return ExpertLoraConfig(
         **options,
-        target_modules=[*section.attention, *mlp, *bank_targets],
+        target_modules=[*section.attention, *mlp, *bank_targets, *routers],
         lora_dropout=section.dropout,
         use_rslora=section.rslora,
         task_type="CAUSAL_LM",
         expert_targets=section.experts,
         expert_plan=experts,
         expert_dropout=section.dropout_of_experts if section.experts else 0.0,
+        expert_mode=expert_mode,
+        router="lora" if router == "frozen" else router,
         section=section.model_dump(mode="json"),
-        base_fingerprint=_fingerprint(getattr(model, "name_or_path", "")),
+        base_fingerprint=getattr(model, "base_fingerprint", None) or _fingerprint(getattr(model, "name_or_path", "")),
+        quantize=getattr(model, "packed_as", None),
     )
+
+
+_ROUTER_WEIGHT = rf"{ROUTER}(\.weight)?"
 
 
 def _bank_targets(model: nn.Module, experts: ExpertPlan | None) -> list[str]:
@@ -118,13 +152,13 @@ def _misfits(model: Any, section: AdapterSection, experts: ExpertPlan | None) ->
             yield from _plan_misfits(banks, experts)
 
 
-def _plan_misfits(banks: dict[str, nn.Module], experts: ExpertPlan) -> Any:
+def _plan_misfits(banks: dict[str, Any], experts: ExpertPlan) -> Any:
     hint = "make the plan with this model"
     layers = {layer_index(name) for name in banks}
     strange = sorted(set(experts.experts_by_layer) - layers)
     if strange:
         yield Problem("expert plan", "names layers that have no experts", hint, strange)
-    (num_experts,) = {len(bank.get_parameter("down_proj")) for bank in banks.values()}
+    (num_experts,) = {bank.down_proj.shape[0] for bank in banks.values()}
     if experts.num_experts != num_experts:
         what = f"is for another number of experts than the model's {num_experts}"
         yield Problem("expert plan", what, hint, experts.num_experts)

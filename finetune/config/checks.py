@@ -1,60 +1,30 @@
-"""What the schema alone cannot say: fields that contradict one another, and features that are not available yet."""
+"""What the schema alone cannot say: fields that contradict one another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from os.path import normpath
 
-from finetune.config.fields import kind_at
 from finetune.config.files import find_in_files
 from finetune.config.findings import FieldPath, Finding, Places
 from finetune.config.schema import Recipe
 from finetune.errors import RecipeError
 
-NOT_BUILT_YET: dict[FieldPath, str] = {
-    ("quantize", "scheme"): "4-bit and 8-bit storage of the frozen weights",
-    ("experts", "mode"): "training the experts' own weights",
-    ("router", "train"): "training the router",
-    ("router", "aux_loss"): "the load-balance loss",
-    ("router", "z_loss"): "the router z-loss",
-    ("router", "kl_to_base"): "the KL loss to the base model's routing",
-}
-"""Fields of which only the default is available, and what any other value would need."""
-
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
-    """Check what one recipe says as a whole, what is available, and the local files it names.
+    """Check what one recipe says as a whole, and the local files it names.
 
     `load_recipe` does this already; recipes made in Python need it. Raises RecipeError with every problem.
     """
-    findings = [*text_findings(recipe), *file_findings(recipe)]
+    findings = [*text_findings(recipe), *find_in_files(recipe)]
     if findings:
         raise RecipeError(*Places(source, {}, {}).problems(findings))
 
 
 def text_findings(recipe: Recipe) -> list[Finding]:
     """Contradictions between fields."""
-    checks = (_adapter, _experts, _precision, _quantize, _data)
+    checks = (_adapter, _experts, _router, _precision, _quantize, _data)
     return [finding for check in checks for finding in check(recipe)]
-
-
-def file_findings(recipe: Recipe) -> list[Finding]:
-    """What depends on this installation: features that are not available yet, and local files."""
-    return [*_not_built(recipe), *find_in_files(recipe)]
-
-
-def _not_built(recipe: Recipe) -> Iterator[Finding]:
-    for path, feature in NOT_BUILT_YET.items():
-        section, name = path
-        value, kind = getattr(getattr(recipe, str(section)), str(name)), kind_at(path)
-        assert kind is not None
-        assert kind.field is not None
-        default = kind.field.default
-        if value != default:
-            shown = "null" if default is None else default
-            got = value.model_dump(exclude_none=True) if hasattr(value, "model_dump") else value
-            hint = f"remove the line, or write {name}: {shown}, the only value this version can run"
-            yield Finding(path, f"is not available yet: {feature}", hint, got)
 
 
 def _clash(path: FieldPath | str, what: str, hint: str, *others: FieldPath | str) -> Finding:
@@ -80,7 +50,13 @@ def _adapter(recipe: Recipe) -> Iterator[Finding]:
 
 def _experts(recipe: Recipe) -> Iterator[Finding]:
     experts = recipe.experts
-    if experts.select is not None and experts.mode == "lora" and not recipe.adapter.experts:
+    if experts.mode == "full":
+        yield from _whole_experts(recipe)
+    if experts.hot is not None:
+        yield from _hot_experts(recipe)
+    if experts.reselect is not None:
+        yield from _reselect(recipe)
+    if experts.select is not None and not recipe.adapter.experts:
         hint = "write adapter.experts: [gate_up_proj, down_proj], or remove experts.select"
         yield _clash("experts.select", "chooses experts, but adapter.experts is empty", hint, "adapter.experts")
     if experts.score == "contrast" and experts.against is None:
@@ -94,6 +70,55 @@ def _experts(recipe: Recipe) -> Iterator[Finding]:
         yield _clash(
             "experts.against", "is only read with score: contrast", "set the score, or remove the line", "experts.score"
         )
+
+
+def _hot_experts(recipe: Recipe) -> Iterator[Finding]:
+    select = recipe.experts.select
+    if select is None or select.file is not None:
+        hint = "write a rule, such as experts.select: {top_fraction: 0.5}; a plan file holds ranks itself"
+        yield _clash("experts.hot", "is given, but no rule chooses experts", hint, "experts.select")
+    elif select.budget is not None:
+        what = "is given, but experts.select.budget counts every expert at one rank"
+        yield _clash("experts.hot", what, "choose with top_fraction or top_p", "experts.select.budget")
+    if recipe.experts.mode == "full":
+        what = "is given, but experts.mode: full trains no factors on experts"
+        yield _clash("experts.hot", what, "remove the line, or write mode: lora", "experts.mode")
+
+
+def _reselect(recipe: Recipe) -> Iterator[Finding]:
+    experts, where = recipe.experts, "experts.reselect"
+    if experts.select is None:
+        hint = "write a rule, such as experts.select: {top_fraction: 0.25}, or remove the line"
+        yield _clash(where, "is given, but every expert trains", hint, "experts.select")
+    if experts.score != "tokens":
+        what = f"counts tokens, but experts.score is {experts.score}"
+        yield _clash(where, what, "write score: tokens, or remove the line", "experts.score")
+    if experts.hot is not None:
+        what = "is given, but experts.hot gives experts different ranks"
+        yield _clash(where, what, "remove one of them", "experts.hot")
+    if recipe.train.optimizer == "adamw_8bit":
+        what = "moves optimizer state between experts, but adamw_8bit packs it across them"
+        yield _clash(where, what, "write train.optimizer: adamw", "train.optimizer")
+
+
+def _whole_experts(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.experts.select is None:
+        what = "is full, but no rule chooses the experts whose weights train"
+        hint = "write a rule, such as experts.select: {top_p: 0.2}; top_fraction: 0.999 chooses them all"
+        yield _clash("experts.mode", what, hint, "experts.select")
+    for name in ("expert_rank", "expert_alpha", "expert_dropout"):
+        if getattr(recipe.adapter, name) is not None:
+            what = "is given, but experts.mode: full trains no factors on experts"
+            yield _clash(f"adapter.{name}", what, "remove the line, or write mode: lora", "experts.mode")
+
+
+def _router(recipe: Recipe) -> Iterator[Finding]:
+    router = recipe.router
+    for name in ("aux_loss", "z_loss"):
+        if getattr(router, name) and router.train == "frozen":
+            what = "is given, but the router is frozen: it would push the attention and expert factors around instead"
+            hint = "write router.train: lora, or remove the line"
+            yield _clash(f"router.{name}", what, hint, "router.train")
 
 
 def _precision(recipe: Recipe) -> Iterator[Finding]:
@@ -117,7 +142,14 @@ def _quantize(recipe: Recipe) -> Iterator[Finding]:
     quantize, compute = recipe.quantize, {"bf16": "bfloat16", "fp32": "float32"}[recipe.train.precision]
     if quantize.scheme == "none":
         return
-    if not (quantize.attention or quantize.experts):
+    if quantize.scheme == "fp8":
+        if quantize.attention:
+            hint = "write attention: false, or remove the line; or write scheme: nf4"
+            yield _clash("quantize.attention", "is true, but fp8 packs experts alone", hint, "quantize.scheme")
+        if quantize.block == 64:
+            hint = "remove the line"
+            yield _clash("quantize.block", "is 64, but blocks of fp8 are 128 x 128", hint, "quantize.scheme")
+    if not (quantize.packs_attention or quantize.experts):
         yield _clash(
             "quantize.scheme",
             f"is {quantize.scheme}, but neither attention nor experts are quantized",

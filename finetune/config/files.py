@@ -93,6 +93,12 @@ def _targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
         what = f"names expert projections, but {recipe.model.path} is dense"
         hint = "write mlp: [gate_proj, up_proj, down_proj] instead of experts"
         yield Finding(("adapter", "experts"), what, hint, list(adapter.experts), with_paths=(model,))
+    if not shape.moe_layers:
+        for name in ("train", "kl_to_base"):
+            value = getattr(recipe.router, name)
+            if value not in ("frozen", 0.0):
+                what = f"is given, but {recipe.model.path} is dense and has no router"
+                yield Finding(("router", name), what, "remove the line", value, with_paths=(model,))
     if adapter.mlp and not shape.dense_layers:
         what = f"names projections of dense layers, but every layer of {recipe.model.path} has experts"
         hint = "write experts: [gate_up_proj, down_proj] instead of mlp"

@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from finetune.config.checks import file_findings, text_findings
+from finetune.config.checks import text_findings
 from finetune.config.document import MAX_BYTES, TOO_LARGE, add_scalars, read_document
+from finetune.config.files import find_in_files
 from finetune.config.findings import Finding, Places
 from finetune.config.messages import findings_of, value_at
 from finetune.config.overrides import apply_overrides
@@ -70,7 +71,7 @@ def _load(text: str, source: str, overrides: tuple[str, ...], check_files: bool)
         findings += [finding for finding in findings_of(error, tree) if finding.path not in told_already]
         rest = salvage(tree, unread)
     if rest is not None:
-        told = [*text_findings(rest.recipe), *(file_findings(rest.recipe) if check_files else ())]
+        told = [*text_findings(rest.recipe), *(find_in_files(rest.recipe) if check_files else ())]
         findings += [finding for finding in told if rest.still_true(finding)]
     if findings:
         raise RecipeError(*places.problems(findings))

@@ -50,14 +50,13 @@ class ModelShape:
         layers = self.layers * (attention + 2 * self.hidden) + self.moe_layers * moe + self.dense_layers * dense
         return embeddings + layers + self.hidden
 
-    def trainable(self, adapter: AdapterSection) -> int:
-        """Parameters of the LoRA factors when every expert trains: rank * (in + out) per matrix."""
+    def trainable_outside(self, adapter: AdapterSection) -> int:
+        """Parameters of the LoRA factors on attention and dense MLPs: rank * (in + out) per matrix."""
         wide, narrow, hidden = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden
         attention = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow, "o_proj": wide}
         per_rank = self.layers * sum(hidden + attention[name] for name in adapter.attention)
         per_rank += self.dense_layers * len(adapter.mlp) * (hidden + self.intermediate)
-        per_expert = adapter.expert_parameters(hidden, self.expert_intermediate)
-        return adapter.rank * per_rank + self.moe_layers * self.experts * per_expert
+        return adapter.rank * per_rank
 
     def smallest_side(self, experts: bool) -> int:
         """The smallest in or out size of an adapted matrix; a rank above it buys nothing."""

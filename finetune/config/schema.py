@@ -59,19 +59,32 @@ class QuantizeSection(Section):
     """How the frozen weights are stored."""
 
     scheme: Literal["none", "nf4", "fp8"] = Field(default="none", description="storage of the frozen weights")
-    attention: bool = Field(default=True, description="quantize the attention projections")
+    attention: bool | None = Field(
+        default=None,
+        description="quantize the linear layers of attention and dense MLPs; null: with nf4, which alone can",
+    )
     experts: bool = Field(default=True, description="quantize the experts")
-    block: Literal[64, 128] = Field(default=64, description="weights that share one scale")
-    double: bool = Field(default=True, description="quantize the scales as well")
+    block: Literal[64, 128] | None = Field(
+        default=None, description="weights that share one scale; null: 64 with nf4, 128 x 128 with fp8"
+    )
+    double: bool = Field(default=True, description="quantize the scales as well (nf4)")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="type the weights are decoded to"
     )
-    scratch_gib: Positive | None = Field(
-        default=None, description="GiB for decoded experts; chosen from free memory when null"
-    )
     resident: Literal["all", "mmap"] = Field(
-        default="all", description="hold packed experts in memory or map them from disk"
+        default="all",
+        description="hold packed experts in memory, or read them from the file of `finetune quantize` when needed",
     )
+
+    @property
+    def packs_attention(self) -> bool:
+        """Whether attention and dense MLPs are quantized."""
+        return self.scheme == "nf4" and self.attention is not False
+
+    @property
+    def block_size(self) -> int:
+        """Weights that share one scale; rows and columns of a block with fp8."""
+        return self.block or {"none": 0, "nf4": 64, "fp8": 128}[self.scheme]
 
 
 class AdapterSection(Section):
@@ -160,6 +173,27 @@ class SelectRule(Section):
         return max(1, int(self.top_fraction * num_experts + 0.5))
 
 
+class HotExperts(Section):
+    """Experts that get a rank of their own: the hottest of each layer."""
+
+    rank: Count = Field(description="LoRA rank of the hottest experts; the others have `adapter.expert_rank`")
+    top_fraction: OpenShare = Field(description="share of the experts of each layer, hottest first")
+
+    @property
+    def rule(self) -> SelectRule:
+        """Which experts are meant."""
+        return SelectRule(top_fraction=self.top_fraction)
+
+
+class Reselect(Section):
+    """Choosing experts anew while the run trains."""
+
+    every: Count = Field(description="steps between choices, by the tokens each expert got in them")
+    margin: NonNegative = Field(
+        default=0.2, description="a frozen expert replaces a trained one whose share it exceeds by this part"
+    )
+
+
 class ExpertsSection(Section):
     """Which experts of each layer train; the others stay frozen."""
 
@@ -169,24 +203,38 @@ class ExpertsSection(Section):
     select: SelectRule | None = Field(
         default=None, description="rule that turns scores into a plan; every expert trains when null"
     )
+    hot: HotExperts | None = Field(
+        default=None, description="another rank for the hottest of the experts that train; one rank for all when null"
+    )
     against: PathName | None = Field(default=None, description="routing profile of general data, for score: contrast")
+    reselect: Reselect | None = Field(default=None, description="choose anew every so many steps; never when null")
     profile_tokens: Count = Field(default=65_536, description="tokens of training rows that are looked at, about")
     profile_rows: Count | None = Field(default=None, description="training rows that are looked at, at most")
     profile_on: Literal["all", "loss"] = Field(
         default="all", description="count all tokens, or those that carry loss only"
     )
     mode: Literal["lora", "full"] = Field(
-        default="lora", description="train factors, or the chosen experts' weights themselves"
+        default="lora", description="train factors on the chosen experts, or their weights themselves (ESFT)"
     )
 
 
 class RouterSection(Section):
     """What happens to the router; the default leaves it alone."""
 
-    train: Literal["frozen", "lora", "full"] = Field(default="frozen", description="whether the router's weights move")
-    aux_loss: NonNegative = Field(default=0.0, description="weight of the load-balance loss")
-    z_loss: NonNegative = Field(default=0.0, description="weight of the router z-loss")
-    kl_to_base: NonNegative = Field(default=0.0, description="weight of the KL divergence to the base model's routing")
+    train: Literal["frozen", "lora", "full"] = Field(
+        default="frozen",
+        description="leave the routers alone, train LoRA of `adapter.rank` on them, or all their weights",
+    )
+    aux_loss: NonNegative = Field(default=0.0, description="weight of the load-balance loss; 0.001 is common")
+    z_loss: NonNegative = Field(default=0.0, description="weight of the mean squared logsumexp of router logits")
+    kl_to_base: NonNegative = Field(
+        default=0.0, description="weight of KL(base routing, routing now); reads each batch once more without adapters"
+    )
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether any loss is added to the trainer's own."""
+        return any((self.aux_loss, self.z_loss, self.kl_to_base))
 
 
 class DataFile(Section):
@@ -238,11 +286,17 @@ class TrainSection(Section):
         default="cosine", description="learning rate after warm-up"
     )
     warmup: Share = Field(default=0.03, description="share of the steps with rising learning rate")
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(default="adamw", description="AdamW, or AdamW with 8-bit state")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="AdamW with 32-bit or 8-bit state; paged state moves to host memory when the GPU's is full",
+    )
     weight_decay: NonNegative = Field(default=0.0, description="decoupled weight decay")
     max_grad_norm: Positive = Field(default=1.0, description="gradient norm is clipped to this")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="arithmetic of the frozen model")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    activation_offload: bool = Field(
+        default=False, description="keep what backward needs in host memory meanwhile (on a GPU, for long sequences)"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="seed of initialization, order and dropout"
     )
@@ -260,6 +314,13 @@ class OutputSection(Section):
 
 class Recipe(Section):
     """Everything one run needs, in walk order."""
+
+    def expert_parameters(self, hidden: int, intermediate: int) -> int:
+        """Trainable parameters that one expert of one layer costs."""
+        if self.experts.mode == "lora":
+            return self.adapter.expert_parameters(hidden, intermediate)
+        matrices = {"gate_up_proj": 2, "down_proj": 1}
+        return hidden * intermediate * sum(matrices[name] for name in self.adapter.experts)
 
     model: ModelSection
     quantize: QuantizeSection = QuantizeSection()

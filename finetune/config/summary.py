@@ -62,13 +62,18 @@ def _counts(recipe: Recipe, shape: ModelShape) -> dict[str, Any]:
 
 def _trainable(recipe: Recipe, shape: ModelShape) -> int | None:
     """Trainable parameters; None when they depend on what the router does."""
-    every, select = shape.trainable(recipe.adapter), recipe.experts.select
-    if select is None:
-        return every
-    if select.top_fraction is None:
-        return None
-    frozen = shape.experts - select.count_of(shape.experts)
-    return every - shape.moe_layers * frozen * recipe.adapter.expert_parameters(shape.hidden, shape.expert_intermediate)
+    hidden, select, trained = shape.hidden, recipe.experts.select, shape.experts
+    if select is not None:
+        if select.top_fraction is None:
+            return None
+        trained = select.count_of(shape.experts)
+    price = recipe.expert_parameters(hidden, shape.expert_intermediate)
+    router = {"frozen": 0, "lora": recipe.adapter.rank * (hidden + shape.experts), "full": hidden * shape.experts}
+    per_layer = trained * price + router[recipe.router.train]
+    if (hot := recipe.experts.hot) is not None:
+        hot_experts = min(hot.rule.count_of(shape.experts), trained)
+        per_layer += hot_experts * price // recipe.adapter.rank_of_experts * (hot.rank - recipe.adapter.rank_of_experts)
+    return shape.trainable_outside(recipe.adapter) + shape.moe_layers * per_layer
 
 
 def _adapter(recipe: Recipe) -> dict[str, Any]:
@@ -80,8 +85,9 @@ def _adapter(recipe: Recipe) -> dict[str, Any]:
     if adapter.attention or adapter.mlp:
         facts |= {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout}
     if adapter.experts:
+        facts["experts"] = list(adapter.experts)
+    if adapter.experts and recipe.experts.mode == "lora":
         facts |= {
-            "experts": list(adapter.experts),
             "expert_rank": adapter.rank_of_experts,
             "expert_alpha": adapter.alpha_of_experts,
             "expert_dropout": adapter.dropout_of_experts,
@@ -95,6 +101,8 @@ def _experts(recipe: Recipe) -> dict[str, Any]:
     if experts.select is None:
         return {}
     rule = experts.select.model_dump(exclude_none=True, exclude_defaults=True)
+    rule |= {"hot": experts.hot.model_dump()} if experts.hot is not None else {}
+    rule |= {"mode": "full"} if experts.mode == "full" else {}
     return {"experts_that_train": rule if experts.select.file is not None else {"score": experts.score, **rule}}
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.adapters.files import LowRank
+from finetune.adapters.change import LowRank
+from finetune.adapters.pairs import Pair
 from finetune.errors import AdapterError, Problem
 from finetune.export.plan import EXPERT, MergePlan
 
@@ -35,15 +36,23 @@ class Factors:
 
     @classmethod
     def of(cls, plan: MergePlan) -> Factors:
-        """The factors of one adapter. Several are to be merged, not exported."""
+        """The factors of one adapter. Several are to be merged, not exported.
+
+        Raises AdapterError for an adapter of whole experts, which no format of adapters can hold.
+        """
         (files,) = plan.adapters
-        matches = {name: EXPERT.fullmatch(name) for name in files.pairs}
+        if files.has_whole_experts:
+            hint = f"merge it, then serve or export the merged model: finetune merge {files.path} --output MERGED"
+            what = "trained the weights of whole experts, which no format of adapters can hold"
+            raise AdapterError(Problem(str(files.path), what, hint))
+        pairs = {name: pair for name, pair in files.pairs.items() if isinstance(pair, Pair)}
+        matches = {name: EXPERT.fullmatch(name) for name in pairs}
         plain = tuple(name.removesuffix(".weight") for name, match in matches.items() if match is None)
         banks = tuple(dict.fromkeys(match["bank"] for match in matches.values() if match is not None))
         config = plan.base.config
         num_experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
-        scales = {pair.scale for pair in files.pairs.values()}
-        ranks = {name: pair.rank for name, pair in files.pairs.items()}
+        scales = {pair.scale for pair in pairs.values()}
+        ranks = {name: pair.rank for name, pair in pairs.items()}
         scale = scales.pop() if len(scales) == 1 else None
         return cls(plan, plain, banks, num_experts, ranks, scale)
 
@@ -71,7 +80,8 @@ class Factors:
         a_RI, b_OR = torch.zeros(rank, width), torch.zeros(out, rank)
         name = f"{module}.weight"
         if name in self.ranks:
-            factors: LowRank = self.plan.adapters[0].read(name)
+            factors = self.plan.adapters[0].read(name)
+            assert isinstance(factors, LowRank)
             own = len(factors.a)
             if own > rank:
                 hint = "export with a rank at least as large as the adapter's"
@@ -89,6 +99,8 @@ class Factors:
                 return False
             if gate is None or up is None or gate.a_name == up.a_name:
                 continue
+            assert isinstance(gate, Pair)
+            assert isinstance(up, Pair)
             if gate.rank != up.rank or not torch.equal(files.file.read(gate.a_name), files.file.read(up.a_name)):
                 return False
         return True

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
 from finetune.errors import Problem, UserError
+from finetune.export.base_weights import BaseWeights, QuantizationError, quantization_errors
+from finetune.export.base_weights import advice as advice_on_base
 from finetune.export.folder import CONFIG_DTYPES, Progress, Work, describe_job, side_contents, write_folder
 from finetune.export.plan import Adapters, MergePlan, plan_merge
 from finetune.export.retention import Retention, Tally, advice
@@ -29,6 +32,7 @@ class MergeReport(Shown):
 
     dtype: what --dtype asked for, None when each tensor kept its own.  tensors_converted: tensors without a delta that
     only changed their dtype.  retention: per family of weights, what rounding left of the delta.
+    quantization: per family of weights that the run had packed, how much that changed them; empty for a base in 16 bit.
     """
 
     output: Path
@@ -41,6 +45,7 @@ class MergeReport(Shown):
     bytes_written: int
     elapsed_s: float
     retention: dict[str, Retention]
+    quantization: dict[str, QuantizationError]
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +64,15 @@ class MergeReport(Shown):
         for family, kept in self.retention.items():
             share = f"{kept.unchanged_share:.1%}"
             rows.add_row(family, f"{kept.tensors:,}", f"{kept.ratio:.1%}", f"{kept.cosine:.4f}", share)
-        return Group(Text(facts), rows, *warnings(self.warnings))
+        return Group(Text(facts), rows, *self._quantization(), *warnings(self.warnings))
+
+    def _quantization(self) -> list[Table]:
+        if not self.quantization:
+            return []
+        rows = table("what packing did to the weights", "family", "measured", "|error| / |W|", "|delta| / |W|", "ratio")
+        for family, seen in self.quantization.items():
+            rows.add_row(family, str(seen.measured), f"{seen.error:.2%}", f"{seen.delta:.2%}", f"{seen.ratio:.2f}")
+        return [rows]
 
 
 def merge(
@@ -69,6 +82,7 @@ def merge(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    base_weights: BaseWeights = "original",
     resume: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -78,6 +92,7 @@ def merge(
     complete.  base: folder or cached hub name, where the adapter says it is when None.
     weights: what the delta of each adapter is multiplied with, 1 when None.
     dtype: storage of all weights, each tensor's own when None; then tensors without a delta keep their bytes.
+    base_weights: for the adapter of a packed model, add it to the weights as they are stored, or as the run saw them.
     resume: go on after the last shard that a killed merge of the same inputs finished.
     progress: called with (shard, bytes read so far, bytes in all).
     Raises AdapterError, ModelError or UserError before the first byte is written if anything does not fit.
@@ -86,11 +101,14 @@ def merge(
         raise UserError(Problem("--dtype", f"is none of {', '.join(DTYPES)}", "leave it out to keep the dtype", dtype))
     started = time.perf_counter()
     output = Path(output).absolute()
-    plan = plan_merge(adapters, base, weights)
+    plan = plan_merge(adapters, base, weights, base_weights)
+    if base_weights == "dequantized" and plan.base.fp8_block is not None and dtype is None:
+        hint = "give --dtype bf16"
+        raise UserError(Problem("--base-weights", "dequantized weights would be rounded to the base's FP8", hint))
     stored = stored_dtypes(plan, DTYPES[dtype] if dtype else None)
     files = plan_files(plan, DTYPES[dtype] if dtype else None)
     side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None) | _index(plan, stored)
-    job = describe_job("merge", dtype, list(plan.shares), folders=[plan.base.path, *plan.paths])
+    job = describe_job("merge", dtype, list(plan.shares), base_weights, folders=[plan.base.path, *plan.paths])
     reported = write_folder(Work(output, plan.base, tuple(files), side, job, resume), progress)
     return _report(plan, output, dtype, stored, reported, time.perf_counter() - started)
 
@@ -117,9 +135,11 @@ def _report(
             tallies.setdefault(plan.families[name], Tally()).merge(Tally.from_dict(reported[name]))
     retention = {family: tallies[family].retention() for family in sorted(tallies)}
     changed = {name for name, tally in reported.items() if tally is not None}
+    changed |= {name for name in stored if plan.remakes(name)}
     changed |= {scales for scales, name in plan.scales.items() if name in changed and scales in stored}
     converted = sum(plan.base.tensors[name].dtype != kept for name, kept in stored.items() if name not in changed)
-    notices = [*plan.warnings, *advice(retention)]
+    quantization = quantization_errors(plan)
+    notices = [*plan.warnings, *advice(retention), *advice_on_base(quantization, plan.base)]
     if not changed:
         notices.append("every delta is zero: the output equals the base")
     if converted:
@@ -135,5 +155,6 @@ def _report(
         bytes_written=sum(file.stat().st_size for file in output.iterdir()),
         elapsed_s=elapsed_s,
         retention=retention,
+        quantization=quantization,
         warnings=tuple(notices),
     )

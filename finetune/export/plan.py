@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from finetune.adapters.files import AdapterFiles, LowRank
+from finetune.adapters.change import Change, add_up
+from finetune.adapters.files import AdapterFiles
 from finetune.errors import AdapterError, ModelError, Problem, UserError
+from finetune.export.base_weights import BaseWeights, dequantized
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.shapes import Shapes, check_shapes
 from finetune.models.tensor_file import WEIGHT_DTYPES
+from finetune.quant.seen import SeenCheckpoint
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 EXPERT = re.compile(r"(?P<bank>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
@@ -44,28 +45,35 @@ class MergePlan:
         """Folders of the adapters."""
         return tuple(files.path for files in self.adapters)
 
-    def read(self, name: str) -> LowRank | None:
+    def remakes(self, name: str) -> bool:
+        """Whether the base's weight is another than the stored one, with or without a change by the adapters."""
+        return isinstance(self.base, SeenCheckpoint) and self.base.packs(name)
+
+    def read(self, name: str) -> Change | None:
         """The change of one weight by all adapters together, None where it is zero."""
-        parts = [
-            replace(factors, scale=factors.scale * share)
-            for files, share in zip(self.adapters, self.shares, strict=True)
-            if name in files.pairs and not (factors := files.read(name)).is_zero and share
-        ]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        return LowRank(
-            torch.cat([part.a for part in parts]), torch.cat([part.b * part.scale for part in parts], dim=1), 1.0
+        return add_up(
+            [
+                change.times(share)
+                for files, share in zip(self.adapters, self.shares, strict=True)
+                if name in files.pairs and not (change := files.read(name)).is_zero and share
+            ]
         )
 
 
 Adapters = str | Path | Sequence[str | Path]
 
 
-def plan_merge(adapters: Adapters, base: str | Path | None = None, shares: Sequence[float] | None = None) -> MergePlan:
+def plan_merge(
+    adapters: Adapters,
+    base: str | Path | None = None,
+    shares: Sequence[float] | None = None,
+    base_weights: BaseWeights = "original",
+) -> MergePlan:
     """Opens all, checks that they belong together, and says what will change.
 
     adapters: one folder, or several.  base: folder or cached hub name; what the adapters' settings name when None.
     shares: what each adapter's delta is multiplied with, 1 when None.
+    base_weights: the base's weights as they are stored, or as the run saw them that packed them.
     Raises AdapterError (an adapter does not fit) or ModelError (the base is damaged or of no use).
     """
     paths = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
@@ -84,6 +92,8 @@ def plan_merge(adapters: Adapters, base: str | Path | None = None, shares: Seque
     warnings = [text for files in opened for text in _check_identity(checkpoint, files, chosen=base is not None)]
     families = {name: family_of(name) for files in opened for name in files.pairs}
     scales = {scales: name for name in checkpoint.tensors if (scales := checkpoint.scales_of(name))}
+    if base_weights == "dequantized":
+        checkpoint = dequantized(checkpoint, opened)
     return MergePlan(checkpoint, opened, shares, families, scales, tuple(warnings))
 
 

@@ -1,6 +1,7 @@
 """Merge, part two: what fills every tensor of the output, piece by piece.
 
-W' = round(float32(W) + (scale * float32(B)) @ float32(A)), rounded once, to the storage dtype.
+W' = round(float32(W) + (scale * float32(B)) @ float32(A)), or + float32(delta) for a whole expert, rounded once, to the
+storage dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.adapters.files import LowRank
+from finetune.adapters.change import Change
 from finetune.errors import ModelError, Problem
 from finetune.export import safetensors_file
 from finetune.export.plan import MergePlan
@@ -80,7 +81,7 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
     factors = plan.read(weight) if weight in plan.families else None
     info = plan.base.tensors[name]
     if factors is None:  # W + 0 is W to the bit, also where it is -0.0
-        if kept == info.dtype:
+        if kept == info.dtype and not plan.remakes(name):
             copy(plan.base.files[info.shard], name, place)
         else:
             for start, stop in row_ranges(info):
@@ -94,21 +95,20 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
     return (_fill_blocks if kept == fp8.DTYPE else partial(_fill_merged, kept))(plan, name, factors, place).to_dict()
 
 
-def _fill_merged(kept: str, plan: MergePlan, name: str, factors: LowRank, place: Place) -> Tally:
+def _fill_merged(kept: str, plan: MergePlan, name: str, factors: Change, place: Place) -> Tally:
     tally = Tally(tensors=1)
     for rows, base in _base_rows(plan, name, 1):
         first = slice(min(len(base), max(1, MEASURED // base.shape[1])) if rows.start == 0 else 0)
         before = base[first].clone()
-        merged = base.addmm_(factors.b[rows], factors.a, alpha=factors.scale)
+        merged = factors.add_to_(base, rows)
         stored = merged if kept == "F32" else _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
         place.append(_finite(plan, name, stored))
         if rows.start == 0:
-            wanted = torch.mm(factors.b[first], factors.a).mul_(factors.scale)
-            tally.add(stored[first].float().sub_(before), wanted)
+            tally.add(stored[first].float().sub_(before), factors.rows(first))
     return tally
 
 
-def _fill_blocks(plan: MergePlan, name: str, factors: LowRank, place: Place) -> Tally:
+def _fill_blocks(plan: MergePlan, name: str, factors: Change, place: Place) -> Tally:
     block = plan.base.fp8_block
     assert block is not None
     tally = Tally(tensors=1)
@@ -119,7 +119,7 @@ def _fill_blocks(plan: MergePlan, name: str, factors: LowRank, place: Place) -> 
 
 
 def _merged_blocks(
-    plan: MergePlan, name: str, factors: LowRank
+    plan: MergePlan, name: str, factors: Change
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]:
     """(values, scales, (base, delta)) of a merged FP8 weight, some rows of blocks at a time."""
     scales, block = plan.base.scales_of(name), plan.base.fp8_block
@@ -127,7 +127,7 @@ def _merged_blocks(
     assert block is not None
     scale_dtype = TORCH_DTYPES[plan.base.tensors[scales].dtype]
     for rows, base in _base_rows(plan, name, block[0]):
-        wanted = torch.mm(factors.b[rows], factors.a).mul_(factors.scale)
+        wanted = factors.rows(rows)
         merged = _finite(plan, name, torch.add(base, wanted))
         yield *fp8.quantize(merged, block, scale_dtype), (base, wanted)
 

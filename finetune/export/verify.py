@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.errors import Problem, VerifyError
+from finetune.export.base_weights import BaseWeights, packing_of
 from finetune.export.logits_check import LogitAgreement, check_logits
 from finetune.export.plan import Adapters, MergePlan, plan_merge
 from finetune.export.show import Shown, table, warnings
@@ -24,6 +25,7 @@ _SHOWN = 5
 _PROMPT_WIDTH = 48
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _HINT = "merge again into a new folder, and do not use this one"
+_OTHER_BASE = "; if it was merged with --base-weights dequantized, verify it with that too"
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,22 @@ def verify(
     weights: Sequence[float] | None = None,
     prompts: Sequence[str] | None = None,
     weights_only: bool = False,
+    base_weights: BaseWeights = "original",
 ) -> VerifyReport:
     """Compares base + adapter with `merged`, tensor by tensor and on the logits of prompts.
 
-    adapters, base, weights: as for `merge`.  prompts: texts to compare on, a varied handful when None.
+    adapters, base, weights, base_weights: as for `merge`.  prompts: texts to compare on, a varied handful when None.
     weights_only: do not run the models.
     Raises VerifyError with the numbers when they differ by more than the rounding of the storage dtype, and
     AdapterError or ModelError when one of the three cannot be read.
     """
     started = time.perf_counter()
-    plan = plan_merge(adapters, base, weights)
+    plan = plan_merge(adapters, base, weights, base_weights)
     checkpoint = Checkpoint.open(merged)
     settings = _different_settings(plan.base, checkpoint)
     check = check_weights(plan, checkpoint)
-    problems = settings + _wrong_weights(check, checkpoint)
+    other = base_weights == "original" and packing_of(plan.adapters) is not None
+    problems = settings + _wrong_weights(check, checkpoint, f"{_HINT}{_OTHER_BASE if other else ''}")
     if problems:
         raise VerifyError(*problems)
     logits = None if weights_only else check_logits(plan, checkpoint, prompts)
@@ -160,11 +164,11 @@ def _different_settings(base: Checkpoint, merged: Checkpoint) -> list[Problem]:
     return problems
 
 
-def _wrong_weights(check: WeightCheck, merged: Checkpoint) -> list[Problem]:
-    problems = [Problem(f"{merged.path}: {name}", what, _HINT) for name, what in sorted(check.wrong.items())]
+def _wrong_weights(check: WeightCheck, merged: Checkpoint, hint: str) -> list[Problem]:
+    problems = [Problem(f"{merged.path}: {name}", what, hint) for name, what in sorted(check.wrong.items())]
     if len(problems) <= _SHOWN:
         return problems
-    rest = Problem(str(merged.path), f"{len(problems) - _SHOWN} more tensors are wrong", _HINT)
+    rest = Problem(str(merged.path), f"{len(problems) - _SHOWN} more tensors are wrong", hint)
     return [*problems[:_SHOWN], rest]
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from finetune.adapters.files import LowRank
+from finetune.adapters.change import Change
 from finetune.export.plan import MergePlan, family_of
 from finetune.export.shards import row_ranges
 from finetune.export.workers import exact_workers
@@ -131,10 +131,9 @@ class _Rows:
 
 
 def _error_without_delta(rows: _Rows) -> tuple[float, float]:
-    base, merged = rows.base.tensors[rows.name], rows.merged.tensors[rows.name]
     m = rows.merged.read(rows.name, rows.rows)
     expected = rows.base.read(rows.name, rows.rows)
-    if base.dtype != merged.dtype:
+    if expected.dtype != m.dtype:
         expected = rows.base.read_float(rows.name, rows.rows).to(m.dtype)
     same_scales = rows.scales is None or torch.equal(_scales(rows.base, rows.name), _scales(rows.merged, rows.name))
     if torch.equal(_bits(expected), _bits(m)) and same_scales:
@@ -147,13 +146,13 @@ def _scales(checkpoint: Checkpoint, name: str) -> Tensor:
     return checkpoint.read(scales) if scales else torch.empty(0)
 
 
-def _error_with_delta(factors: LowRank, rows: _Rows) -> tuple[float, float]:
+def _error_with_delta(change: Change, rows: _Rows) -> tuple[float, float]:
     w, m = rows.base.read_float(rows.name, rows.rows), rows.merged.read_float(rows.name, rows.rows)
-    b_OR, a_RI = factors.b[rows.start : rows.stop], factors.a
-    exact = torch.mm(b_OR.double(), a_RI.double()).mul_(factors.scale).add_(w)
+    these = slice(rows.start, rows.stop)
+    exact = change.exact_rows(these).add_(w)
     error = exact.sub(m).abs_()
     # what float32 arithmetic may add to one rounding: every product and sum off by one unit of its size
-    size = torch.mm(b_OR.abs(), a_RI.abs()).mul_((len(a_RI) + 2) * abs(factors.scale)).add_(w.abs())
+    size = change.roundings(these).add_(w.abs())
     dtype, scales = TORCH_DTYPES[rows.merged.tensors[rows.name].dtype], rows.scales
     if scales is None:
         allowed = half_unit(exact, dtype)

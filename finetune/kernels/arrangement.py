@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from finetune.kernels.layer import ExpertLayer, Factors
+from finetune.kernels.layer import Deltas, ExpertLayer, Factors
 from finetune.kernels.pairs import (
     ALIGNED,
     EXACT,
@@ -37,7 +37,7 @@ per element."""
 class Arrangement:
     """One call, laid out; forward hands it to backward.
 
-    layer: the experts, factors detached from autograd.
+    layer: the experts, factors and deltas detached from autograd.
     rows: where the token-expert pairs lie.
     num_tokens, num_k: T and K.
     batched: whether the frozen weights are multiplied a block at a time, or expert by expert.
@@ -62,7 +62,13 @@ class Arrangement:
         block_rows = BLOCK_ELEMENTS // elements * (1 if batched else 4)  # expert by expert, padding is not multiplied
         costs = BlockCosts(BLOCK_VALUES // layer.down_EHI.shape[1], block_rows, rounding)
         blocks = plan_blocks(counts, _kinds(layer), costs)
-        layer = replace(layer, gate_up_lora=_detached(layer.gate_up_lora), down_lora=_detached(layer.down_lora))
+        layer = replace(
+            layer,
+            gate_up_lora=_detached(layer.gate_up_lora),
+            down_lora=_detached(layer.down_lora),
+            gate_up_delta=_detached_delta(layer.gate_up_delta),
+            down_delta=_detached_delta(layer.down_delta),
+        )
         num_tokens, num_k = top_k_index_TK.shape
         return cls(layer, lay_out(order_P, counts, blocks), num_tokens, num_k, batched, dtype)
 
@@ -104,8 +110,8 @@ class Pass:
             batched=arrangement.batched,
             num_experts=sum(len(block.experts) for block in arrangement.rows.blocks),
         )
-        self.gate_up = make(layer.gate_up_EGH, _scaled(layer.gate_up_lora, gain))
-        self.down = make(layer.down_EHI, _scaled(layer.down_lora, gain))
+        self.gate_up = make(layer.gate_up_EGH, _scaled(layer.gate_up_lora, gain), layer.gate_up_delta)
+        self.down = make(layer.down_EHI, _scaled(layer.down_lora, gain), layer.down_delta)
         self.width_of_gate_up: int = layer.gate_up_EGH.shape[1]
         self._keep_TH: Tensor | None = None
         self._keep_PI: Tensor | None = None
@@ -140,3 +146,7 @@ def _scaled(lora: Factors | None, gain: float) -> Factors | None:
 
 def _detached(lora: Factors | None) -> Factors | None:
     return None if lora is None else replace(lora, a_XRI=lora.a_XRI.detach(), b_XOR=lora.b_XOR.detach())
+
+
+def _detached_delta(delta: Deltas | None) -> Deltas | None:
+    return None if delta is None else replace(delta, delta_XOI=delta.delta_XOI.detach())

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from finetune.kernels.layer import Stack
+
 RANK_MULTIPLE = 8
 """Ranks are rounded up to this: rows of 16-bit borders then start at multiples of 16 bytes."""
 
@@ -38,8 +40,10 @@ def make_room_(bank_EOI: nn.Parameter, rank: int) -> None:
     setattr(bank_EOI, _ROOM, room)
 
 
-def room_of(bank_EOI: Tensor) -> int:
+def room_of(bank_EOI: Stack) -> int:
     """The rank that fits around a bank, 0 for one that `make_room_` did not lay out."""
+    if not isinstance(bank_EOI, Tensor):
+        return 0
     room: int = getattr(bank_EOI, _ROOM, 0)
     _, height, width = bank_EOI.shape
     in_place = bank_EOI.stride() == ((height + room) * (width + room), width + room, 1)

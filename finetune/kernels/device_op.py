@@ -17,7 +17,7 @@ from finetune.kernels import device_path
 from finetune.kernels.blocks import room_of
 from finetune.kernels.device_path import Needs, Products
 from finetune.kernels.grouped import GroupedProducts, TorchRowWork
-from finetune.kernels.layer import Dropout, ExpertLayer, Factors
+from finetune.kernels.layer import Dropout, ExpertLayer, Factors, Stack, stack_of
 from finetune.kernels.sorted_rows import SortedRows, sort_rows
 
 PRODUCTS = ("triton", "grouped", "hybrid")
@@ -26,11 +26,15 @@ PRODUCTS = ("triton", "grouped", "hybrid")
 NUM_DIFFERENTIABLE = 6
 CALL = """Tensor x, Tensor weights, Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b,
     Tensor gate_up, Tensor down, Tensor? gate_up_slot, Tensor? down_slot, float gate_up_scale, float down_scale,
-    int[] room, float dropout_rate, int dropout_seed, ScalarType dtype, str products"""
+    int[] room, int[] packed, float dropout_rate, int dropout_seed, ScalarType dtype, str products"""
 
 
 class _Call(NamedTuple):
-    """A call in the types an operator can take; the first NUM_DIFFERENTIABLE may need gradients."""
+    """A call in the types an operator can take; the first NUM_DIFFERENTIABLE may need gradients.
+
+    packed: handles of gate_up and down where they are packed, whose tensors then only carry shape, type and device;
+        0 where not. They are decoded in forward and again in backward, a whole layer's at a time, and never saved.
+    """
 
     x_TH: Tensor
     weights_TK: Tensor
@@ -45,6 +49,7 @@ class _Call(NamedTuple):
     gate_up_scale: float
     down_scale: float
     room: list[int]
+    packed: list[int]
     dropout_rate: float
     dropout_seed: int
     dtype: torch.dtype
@@ -54,6 +59,7 @@ class _Call(NamedTuple):
     def of(cls, x_TH: Tensor, weights_TK: Tensor, layer: ExpertLayer, products: str) -> _Call:
         """The call of a layer."""
         gate_up, down, dropout = layer.gate_up_lora, layer.down_lora, layer.dropout
+        banks = (layer.gate_up_EGH, layer.down_EHI)
         return cls(
             x_TH,
             weights_TK,
@@ -61,13 +67,14 @@ class _Call(NamedTuple):
             gate_up.b_XOR if gate_up else None,
             down.a_XRI if down else None,
             down.b_XOR if down else None,
-            layer.gate_up_EGH,
-            layer.down_EHI,
+            _tensor_of(layer.gate_up_EGH),
+            _tensor_of(layer.down_EHI),
             gate_up.slot_of_expert if gate_up else None,
             down.slot_of_expert if down else None,
             gate_up.scale if gate_up else 1.0,
             down.scale if down else 1.0,
-            [room_of(layer.gate_up_EGH), room_of(layer.down_EHI)],
+            [room_of(stack) for stack in banks],
+            [0 if isinstance(stack, Tensor) else stack.handle for stack in banks],
             dropout.rate if dropout else 0.0,
             dropout.seed if dropout else 0,
             layer.compute_dtype(),
@@ -89,7 +96,9 @@ class _Call(NamedTuple):
             )
         )
         dropout = Dropout(self.dropout_rate, self.dropout_seed) if self.dropout_rate else None
-        return device_path.with_gain(ExpertLayer(self.gate_up_EGH, self.down_EHI, gate_up, down, dropout))
+        banks = zip((self.gate_up_EGH, self.down_EHI), self.packed, strict=True)
+        gate_up_EGH, down_EHI = (stack_of(handle) if handle else tensor for tensor, handle in banks)
+        return device_path.with_gain(ExpertLayer(gate_up_EGH, down_EHI, gate_up, down, dropout))
 
     def values(self) -> tuple[Tensor, Tensor]:
         """Tokens and routing weights as the products take them."""
@@ -142,7 +151,7 @@ def _outputs(call: _Call, index_TK: Tensor, keep_gate_up: bool) -> tuple[Tensor,
 
 @torch.library.custom_op(
     "finetune::expert_mlp_backward", mutates_args=(),
-    schema=f"(Tensor d_out, Tensor gate_up, Tensor pair, Tensor row, Tensor end, {CALL}, bool[] needs) -> Tensor[]",
+    schema=f"(Tensor d_out, Tensor kept, Tensor pair, Tensor row, Tensor end, {CALL}, bool[] needs) -> Tensor[]",
 )  # fmt: skip
 def _backward(d_out_TH: Tensor, gate_up_PG: Tensor, pair_P: Tensor, row_P: Tensor, end_E: Tensor, *rest: Any) -> Any:
     """One gradient for each differentiable input, empty where none is needed."""
@@ -178,6 +187,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *call[:10])
     ctx.others = call[10:]
+    ctx.packed = [stack_of(handle) for handle in call.packed if handle]  # alive as long as the graph, as tensors are
 
 
 def _derivative(ctx: Any, d_out_TH: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -193,6 +203,13 @@ def _derivative(ctx: Any, d_out_TH: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_derivative, setup_context=_save)
+
+
+def _tensor_of(stack: Stack) -> Tensor:
+    """The weights, or one element seen as a tensor of their shape where they are packed."""
+    if isinstance(stack, Tensor):
+        return stack
+    return torch.empty((), dtype=stack.dtype, device=stack.device).expand(stack.shape)
 
 
 @contextmanager

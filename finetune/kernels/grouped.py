@@ -130,8 +130,9 @@ class GroupedProducts:
         self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype, room: list[int], work: RowWork
     ) -> None:
         self.rows, self._token_P, self._work = rows, rows.token_P, work
-        self._gate_up = GroupedProjection(layer.gate_up_EGH, layer.gate_up_lora, dtype, room[0], work)
-        self._down = GroupedProjection(layer.down_EHI, layer.down_lora, dtype, room[1], work)
+        gate_up_EGH, down_EHI = layer.weights(dtype, rows.end_E)
+        self._gate_up = GroupedProjection(gate_up_EGH, layer.gate_up_lora, dtype, room[0], work)
+        self._down = GroupedProjection(down_EHI, layer.down_lora, dtype, room[1], work)
         self._of = {id(layer.gate_up_lora): self._gate_up, id(layer.down_lora): self._down}
 
     def inputs(self, x_TH: Tensor) -> Inputs:

@@ -2,10 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+
+class PackedStack(Protocol):
+    """One projection of all experts, (E, out, in), that is not held as weights: they are made when they are read.
+
+    dtype: what the products run in outside autocast, as the type of a plain stack is.
+    """
+
+    @property
+    def shape(self) -> torch.Size: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    @property
+    def handle(self) -> int:
+        """Number by which `stack_of` finds it again."""
+
+    def weights_of(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The weights of `experts`, (len(experts), out, in), for the caller to use once and drop."""
+
+    def all_weights(self, dtype: torch.dtype, end_E: Tensor | None = None) -> Tensor:
+        """All weights (E, out, in), likewise; those of experts without rows may be anything.
+
+        end_E: where the rows of each expert end; None: all experts have some.
+        """
+
+
+Stack = Tensor | PackedStack
+
+_PACKED: WeakValueDictionary[int, PackedStack] = WeakValueDictionary()
+_HANDLES = count(1)
+
+
+def new_handle(stack: PackedStack) -> int:
+    """A number for `stack` that an operator, which takes numbers and tensors alone, can be given in its place."""
+    handle = next(_HANDLES)
+    _PACKED[handle] = stack
+    return handle
+
+
+def stack_of(handle: int) -> PackedStack:
+    """The stack of a handle."""
+    return _PACKED[handle]
+
+
+def weights_of(stack: Stack, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Frozen weights of `experts` in `dtype`, (len(experts), out, in); a view of a plain stack where that will do."""
+    if not isinstance(stack, Tensor):
+        return stack.weights_of(experts, dtype)
+    first, stop = experts[0], experts[0] + len(experts)
+    if list(experts) == list(range(first, stop)):
+        return stack[first:stop].to(dtype)
+    return stack.index_select(0, torch.tensor(experts, device=stack.device)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -22,6 +80,19 @@ class Factors:
     b_XOR: Tensor
     scale: float
     slot_of_expert: Tensor
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """Whole changes of one projection, in compact slots: W_e + scale * delta_slot for each expert that has one.
+
+    delta_XOI: (X, out, in).
+    slot_of_expert: (E,) int64, the slot of each expert, -1 for a frozen one.
+    """
+
+    delta_XOI: Tensor
+    slot_of_expert: Tensor
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,18 +142,29 @@ class ExpertLayer:
     down_EHI: frozen down projection, (E, H, I).
     gate_up_lora, down_lora: factors, None for none.
     dropout: of the factors' inputs, None for none.
+    gate_up_delta, down_delta: changes of whole experts, None for none; products run on the sum of both.
     """
 
-    gate_up_EGH: Tensor
-    down_EHI: Tensor
+    gate_up_EGH: Stack
+    down_EHI: Stack
     gate_up_lora: Factors | None = None
     down_lora: Factors | None = None
     dropout: Dropout | None = None
+    gate_up_delta: Deltas | None = None
+    down_delta: Deltas | None = None
 
     @property
     def num_experts(self) -> int:
         """E."""
         return self.gate_up_EGH.shape[0]
+
+    def weights(self, dtype: torch.dtype, end_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Both stacks whole, decoded to `dtype` where they are packed. end_E: as in `PackedStack.all_weights`."""
+        gate_up, down = (
+            stack if isinstance(stack, Tensor) else stack.all_weights(dtype, end_E)
+            for stack in (self.gate_up_EGH, self.down_EHI)
+        )
+        return gate_up, down
 
     def compute_dtype(self) -> torch.dtype:
         """What the matrix products run in: autocast's type inside autocast, as F.linear would, else the weights'.

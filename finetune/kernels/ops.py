@@ -13,9 +13,10 @@ from torch import Tensor
 from finetune.errors import AdapterError, Problem
 from finetune.kernels import device_op, reference, self_check, torch_path
 from finetune.kernels.blocks import make_room_, room_of
-from finetune.kernels.layer import Dropout, ExpertLayer, Factors
+from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors, PackedStack, Stack
+from finetune.kernels.support import triton_fault
 
-__all__ = ["Backend", "Dropout", "Factors", "expert_mlp", "make_room_"]
+__all__ = ["Backend", "Deltas", "Dropout", "Factors", "PackedStack", "expert_mlp", "make_room_"]
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 BACKENDS = ("reference", "torch", "triton")
@@ -27,11 +28,13 @@ def expert_mlp(
     x_TH: Tensor,
     top_k_index_TK: Tensor,
     top_k_weights_TK: Tensor,
-    gate_up_EGH: Tensor,
-    down_EHI: Tensor,
+    gate_up_EGH: Stack,
+    down_EHI: Stack,
     *,
     gate_up_lora: Factors | None = None,
     down_lora: Factors | None = None,
+    gate_up_delta: Deltas | None = None,
+    down_delta: Deltas | None = None,
     dropout: Dropout | None = None,
     backend: Backend = "auto",
     recompute: bool = False,
@@ -42,8 +45,11 @@ def expert_mlp(
     top_k_index_TK: expert ids, int64, different within a row.
     top_k_weights_TK: routing weights.
     gate_up_EGH: frozen [gate; up] stacked on G = 2I. down_EHI: frozen down projection. They get no gradient.
+        Either may be a PackedStack: its weights are decoded per expert, again in backward, and never saved.
     gate_up_lora, down_lora: low-rank factors; x, the routing weights and the factors are differentiable once.
         Factors that no token reaches get zeros as gradients, not None.
+    gate_up_delta, down_delta: changes of whole experts, differentiable as factors are; a gradient is computed for their
+        slots alone. They have products per expert on any device: `triton` refuses them.
     dropout: on what the factors read.
     backend: `reference` (readable, slow), `torch` (any device: products per expert on CPU, grouped on CUDA), `triton`
         (CUDA; products in torch where `make_room_` laid out the experts), `auto`.
@@ -51,7 +57,7 @@ def expert_mlp(
 
     Raises AdapterError for shapes that do not fit, experts that require gradients, or a backend that cannot run.
     """
-    layer = ExpertLayer(gate_up_EGH, down_EHI, gate_up_lora, down_lora, dropout)
+    layer = ExpertLayer(gate_up_EGH, down_EHI, gate_up_lora, down_lora, dropout, gate_up_delta, down_delta)
     problems = _problems(x_TH, top_k_index_TK, top_k_weights_TK, layer)
     if problems:
         raise AdapterError(*problems)
@@ -69,6 +75,11 @@ def _choose(backend: Backend, layer: ExpertLayer) -> str:
         hint = f"use one of {', '.join(BACKENDS)}, or auto"
         raise AdapterError(Problem("backend", "cannot run here", hint, backend))
     on_gpu = layer.down_EHI.device.type == "cuda"
+    if layer.gate_up_delta or layer.down_delta:
+        if backend == "triton":
+            hint = "use one of reference, torch, or auto"
+            raise AdapterError(Problem("backend", "has no products for experts that train whole", hint, backend))
+        on_gpu = False
     if backend == "reference" or (not on_gpu and backend != "triton"):
         return _log_once("slices") if backend == "auto" else "slices" if backend == "torch" else backend
     return _products(backend, *_key(layer))
@@ -96,7 +107,7 @@ def _choose_products(backend: Backend, case: self_check.Case) -> str:
     if backend != "torch":
         ways = ["hybrid" if case.room else "triton", "grouped"][: 2 if backend == "auto" else 1]
     for way in ways:
-        fault = _triton_fault(case) if way != "grouped" else None
+        fault = triton_fault(case.device) if way != "grouped" else None
         fault = fault or self_check.fault(replace(case, products=way))
         if fault is None:
             return _log_once(way)
@@ -105,21 +116,6 @@ def _choose_products(backend: Backend, case: self_check.Case) -> str:
             raise AdapterError(Problem("backend", f"cannot run here: {fault}", hint, backend))
         logger.warning("expert MLP: %s products are not used on %s: %s", way, case.device, fault)
     return _log_once("slices")
-
-
-def _triton_fault(case: self_check.Case) -> str | None:
-    """Why Triton's kernels cannot run on a device."""
-    try:
-        import triton
-    except ImportError:
-        return "triton is not installed"
-    if triton.knobs.runtime.interpret:
-        return None
-    if case.device.type != "cuda":
-        return "Triton's kernels need a CUDA device"
-    if torch.cuda.get_device_capability(case.device) < (8, 0):
-        return "Triton's kernels need compute capability 8.0"
-    return None
 
 
 @cache
@@ -132,7 +128,7 @@ def _problems(x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, layer: ExpertL
     """What does not fit together."""
     hint = "see the shapes in the docstring of expert_mlp"
     gate_up, down = layer.gate_up_EGH, layer.down_EHI
-    if gate_up.ndim != 3 or down.ndim != 3:
+    if len(gate_up.shape) != 3 or len(down.shape) != 3:
         what = "gate_up must be (E, 2I, H) and down (E, H, I)"
         return [Problem("experts", what, hint, (tuple(gate_up.shape), tuple(down.shape)))]
     num_experts, hidden, intermediate = down.shape
@@ -147,11 +143,27 @@ def _problems(x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, layer: ExpertL
         for name, (got, shape) in expected.items()
         if tuple(got) != shape
     ]
-    if torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad):
+    if torch.is_grad_enabled() and any(isinstance(stack, Tensor) and stack.requires_grad for stack in (gate_up, down)):
         hint_frozen = "call requires_grad_(False) on the experts: only factors are trained"
         problems.append(Problem("experts", "require gradients, which are never computed", hint_frozen))
+    problems += _delta_problems("gate_up", layer.gate_up_delta, gate_up)
+    problems += _delta_problems("down", layer.down_delta, down)
     problems += _factor_problems("gate_up", layer.gate_up_lora, num_experts, (hidden, 2 * intermediate))
     return problems + _factor_problems("down", layer.down_lora, num_experts, (intermediate, hidden))
+
+
+def _delta_problems(name: str, delta: Deltas | None, bank_EOI: Stack) -> list[Problem]:
+    if delta is None:
+        return []
+    shape, hint = (*delta.delta_XOI.shape[:1], *bank_EOI.shape[1:]), "one slot of a whole weight per trained expert"
+    problems = []
+    if tuple(delta.delta_XOI.shape) != shape:
+        got = tuple(delta.delta_XOI.shape)
+        problems.append(Problem(f"{name} delta", f"must have the shape {shape}", hint, got))
+    if tuple(delta.slot_of_expert.shape) != bank_EOI.shape[:1]:
+        got = tuple(delta.slot_of_expert.shape)
+        problems.append(Problem(f"{name} delta's slot_of_expert", "must have a slot or -1 per expert", hint, got))
+    return problems
 
 
 def _factor_problems(name: str, lora: Factors | None, num_experts: int, widths: tuple[int, int]) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""Products of an expert bank for a block of experts: W + BA is never built, and neither is a gradient of W.
+"""Products of an expert bank for a block of experts: W + BA is never built, and neither is a gradient of a frozen W.
 
 A block's rows are (N, ...) with equally many of each of its experts, so the low-rank products are batched ones.
 The product with W is one product per expert where experts are big, and batched as well where they are small.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.kernels.layer import Factors
+from finetune.kernels.layer import Deltas, Factors, Stack, weights_of
 from finetune.kernels.pairs import Block
 
 
@@ -32,7 +32,7 @@ class _Slots(NamedTuple):
 
 
 class Projection:
-    """One projection of all experts, W_e + scale * B_e A_e, for one forward or one backward.
+    """One projection of all experts, W_e + delta_e + scale * B_e A_e, for one forward or one backward.
 
     batched: multiply by the W of a whole block at once.
     num_experts: of all blocks together; where most of them have rows, their factors are cast in one go.
@@ -42,12 +42,20 @@ class Projection:
     """
 
     def __init__(
-        self, weight_EOI: Tensor, lora: Factors | None, dtype: torch.dtype, *, batched: bool, num_experts: int
+        self,
+        weight_EOI: Stack,
+        lora: Factors | None,
+        delta: Deltas | None,
+        dtype: torch.dtype,
+        *,
+        batched: bool,
+        num_experts: int,
     ) -> None:
         self._weight_EOI, self._lora, self._dtype, self._batched = weight_EOI, lora, dtype, batched
+        self._delta, self._delta_slot = delta, [] if delta is None else delta.slot_of_expert.tolist()
         self._slot_of_expert = [] if lora is None else lora.slot_of_expert.tolist()
         factors = () if lora is None else (lora.a_XRI, lora.b_XOR)
-        most = 2 * num_experts > len(weight_EOI)
+        most = 2 * num_experts > weight_EOI.shape[0]
         self._factors = tuple(factor.to(dtype) for factor in factors) if most else factors
         self._at: tuple[Block, _Slots | None] | None = None
 
@@ -98,6 +106,13 @@ class Projection:
         for grad, product in ((grads.a_XRI, d_a_YRI), (grads.b_XOR, d_b_YOR)):
             grad.index_copy_(0, slots.index_Y, product.to(grad.dtype))
 
+    def delta_grads_(self, block: Block, grad_XOI: Tensor, x_NI: Tensor, d_y_NO: Tensor) -> None:
+        """`d delta = scale dy^T x` into the slots of the block's experts that train whole."""
+        assert self._delta is not None
+        for expert, x, d_y in zip(block.experts, block.batched(x_NI), block.batched(d_y_NO), strict=True):
+            if (slot := self._delta_slot[expert]) >= 0:
+                grad_XOI[slot] = torch.mm(d_y.mT, x).mul_(self._delta.scale)
+
     def scaled(self, thin: Tensor, block: Block, weight_N1: Tensor | None) -> Tensor:
         """Thin rows (z or dz) times the scale and, if given, the routing weights of the block's rows."""
         scale = 1.0 if self._lora is None else self._lora.scale
@@ -112,16 +127,27 @@ class Projection:
     def _multiply_(self, block: Block, out: Tensor, rows: Tensor, *, transpose: bool) -> None:
         """`out = rows W^T`, or `rows W`."""
         if self._batched:
-            index = torch.tensor(block.experts, device=rows.device)
-            whole = len(index) == len(self._weight_EOI)
-            weight_YOI = (self._weight_EOI if whole else self._weight_EOI.index_select(0, index)).to(self._dtype)
+            if self._delta is None:
+                weight_YOI = weights_of(self._weight_EOI, block.experts, self._dtype)
+            else:
+                weight_YOI = torch.stack([self._weight(expert) for expert in block.experts])
             torch.bmm(block.batched(rows), weight_YOI.mT if transpose else weight_YOI, out=block.batched(out))
             return
-        weight_E = self._weight_EOI.mT if transpose else self._weight_EOI
         x_parts, y_parts = rows.split(block.parts), out.split(block.parts)
         for expert, x, y in zip(block.experts, x_parts[::2], y_parts[::2], strict=True):
-            torch.mm(x, weight_E[expert].to(self._dtype), out=y)
+            weight_OI = self._weight(expert)
+            torch.mm(x, weight_OI.mT if transpose else weight_OI, out=y)
         torch._foreach_zero_(y_parts[1::2])
+
+    def _weight(self, expert: int) -> Tensor:
+        """W, with its delta if it has one, in the compute dtype."""
+        if self._delta is not None and (slot := self._delta_slot[expert]) >= 0:
+            delta_OI = self._delta.delta_XOI[slot]
+            weight_OI = weights_of(self._weight_EOI, (expert,), delta_OI.dtype)[0]
+            return torch.add(weight_OI, delta_OI, alpha=self._delta.scale).to(self._dtype)
+        if isinstance(self._weight_EOI, Tensor):
+            return self._weight_EOI[expert].to(self._dtype)
+        return self._weight_EOI.weights_of((expert,), self._dtype)[0]
 
     def _slots(self, block: Block) -> _Slots | None:
         if self._at is None or self._at[0] is not block:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from finetune.kernels.layer import ExpertLayer, Factors
+from finetune.kernels.layer import Deltas, ExpertLayer, Factors, Stack, weights_of
 
 
 def expert_mlp(x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor, layer: ExpertLayer) -> Tensor:
@@ -24,17 +24,28 @@ def expert_mlp(x_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor, l
         out_TH = x.new_zeros(x.shape) + _no_gradient_is_zero(layer).to(dtype)
         for expert in range(layer.num_experts):
             token, k = torch.where(top_k_index_TK == expert)
-            gate, up = _project(x[token], x_lora[token], expert, layer.gate_up_EGH, layer.gate_up_lora).chunk(2, dim=-1)
+            gate_up_GH = _weight(layer.gate_up_EGH, layer.gate_up_delta, expert, dtype)
+            gate, up = _project(x[token], x_lora[token], expert, gate_up_GH, layer.gate_up_lora).chunk(2, dim=-1)
             h = silu(gate) * up
             h_lora = h if keep_PI is None else h * keep_PI[token * num_k + k]
-            y = _project(h, h_lora, expert, layer.down_EHI, layer.down_lora)
+            down_HI = _weight(layer.down_EHI, layer.down_delta, expert, dtype)
+            y = _project(h, h_lora, expert, down_HI, layer.down_lora)
             out_TH = out_TH.index_add(0, token, y * weights_TK[token, k, None])
         return out_TH.to(x_TH.dtype)
 
 
-def _project(x: Tensor, x_lora: Tensor, expert: int, weight_EOI: Tensor, lora: Factors | None) -> Tensor:
+def _weight(weight_EOI: Stack, delta: Deltas | None, expert: int, dtype: torch.dtype) -> Tensor:
+    """`W_e + scale delta`, (out, in)."""
+    slot = -1 if delta is None else int(delta.slot_of_expert[expert])
+    if delta is None or slot < 0:
+        return weights_of(weight_EOI, (expert,), dtype)[0]
+    delta_OI = delta.delta_XOI[slot]
+    return (weights_of(weight_EOI, (expert,), delta_OI.dtype)[0] + delta.scale * delta_OI).to(dtype)
+
+
+def _project(x: Tensor, x_lora: Tensor, expert: int, weight_OI: Tensor, lora: Factors | None) -> Tensor:
     """`x W_e^T + scale (x_lora A^T) B^T`."""
-    y = linear(x, weight_EOI[expert].to(x.dtype))
+    y = linear(x, weight_OI)
     slot = -1 if lora is None else int(lora.slot_of_expert[expert])
     if lora is None or slot < 0:
         return y
@@ -42,9 +53,12 @@ def _project(x: Tensor, x_lora: Tensor, expert: int, weight_EOI: Tensor, lora: F
 
 
 def _no_gradient_is_zero(layer: ExpertLayer) -> Tensor:
-    """Zero that depends on every factor, so that those no token reaches get zeros instead of None as gradients."""
-    zero = layer.gate_up_EGH.new_zeros(())
+    """Zero that depends on all that trains, so that slots no token reaches get zeros instead of None as gradients."""
+    zero = torch.zeros((), dtype=layer.gate_up_EGH.dtype, device=layer.gate_up_EGH.device)
     for lora in (layer.gate_up_lora, layer.down_lora):
         if lora is not None:
             zero = zero + lora.a_XRI.flatten()[:0].sum() + lora.b_XOR.flatten()[:0].sum()
+    for delta in (layer.gate_up_delta, layer.down_delta):
+        if delta is not None:
+            zero = zero + delta.delta_XOI.flatten()[:0].sum()
     return zero

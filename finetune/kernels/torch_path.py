@@ -28,8 +28,12 @@ def expert_mlp(
     tensors = _Tensors(
         x_TH,
         top_k_weights_TK,
-        *((gate_up.a_XRI, gate_up.b_XOR) if gate_up else (None, None)),
-        *((down.a_XRI, down.b_XOR) if down else (None, None)),
+        gate_up.a_XRI if gate_up else None,
+        gate_up.b_XOR if gate_up else None,
+        down.a_XRI if down else None,
+        down.b_XOR if down else None,
+        layer.gate_up_delta.delta_XOI if layer.gate_up_delta else None,
+        layer.down_delta.delta_XOI if layer.down_delta else None,
     )
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out: Tensor = _ExpertMLP.apply(*tensors, Arrangement.of(top_k_index_TK, layer), needs_grad and not recompute)
@@ -45,6 +49,8 @@ class _Tensors(NamedTuple):
     gate_up_b_XOR: Any
     down_a_XRI: Any
     down_b_XOR: Any
+    gate_up_delta_XOI: Any
+    down_delta_XOI: Any
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -99,11 +105,15 @@ def _gate_up(this_pass: Pass, block: Block, x_NH: Tensor | None, out_NG: Tensor 
 
 
 class _Way(NamedTuple):
-    """A projection on the way back: where its factors' gradients go (None for nowhere), and what dropout kept."""
+    """A projection on the way back: where its factors' gradients go (None for nowhere), and what dropout kept.
+
+    delta_grad_XOI: where the gradients of whole experts go, None for nowhere.
+    """
 
     projection: Projection
     grads: FactorGrads | None
     keep: Tensor | None
+    delta_grad_XOI: Tensor | None
 
 
 class _Backward:
@@ -120,15 +130,25 @@ class _Backward:
         layer = arrangement.layer
         self._d_gate_up = self._grads(layer.gate_up_lora) if layer.gate_up_lora and any(needs[2:4]) else None
         self._d_down = self._grads(layer.down_lora) if layer.down_lora and any(needs[4:6]) else None
-        self._needs_gate_up = self._d_x_NH is not None or self._d_gate_up is not None
+        deltas = (layer.gate_up_delta, needs.gate_up_delta_XOI), (layer.down_delta, needs.down_delta_XOI)
+        self._d_gate_up_delta, self._d_down_delta = (
+            self._room(delta.slot_of_expert, delta.delta_XOI)[0] if delta and needed else None
+            for delta, needed in deltas
+        )
+        trained = (self._d_x_NH, self._d_gate_up, self._d_gate_up_delta)
+        self._needs_gate_up = any(gradient is not None for gradient in trained)
 
     def _grads(self, lora: Factors) -> FactorGrads:
-        """Room for the gradients of a projection's factors, zero in the slots that no row reaches."""
-        grads = FactorGrads(torch.empty_like(lora.a_XRI), torch.empty_like(lora.b_XOR))
+        """Room for the gradients of a projection's factors."""
+        return FactorGrads(*self._room(lora.slot_of_expert, lora.a_XRI, lora.b_XOR))
+
+    def _room(self, slot_of_expert: Tensor, *weights: Tensor) -> list[Tensor]:
+        """Room for the gradients of weights in slots, zero in the slots that no row reaches."""
+        grads = [torch.empty_like(weight) for weight in weights]
         reached = {expert for block in self._arrangement.rows.blocks for expert in block.experts}
-        unreached = [slot for e, slot in enumerate(lora.slot_of_expert.tolist()) if slot >= 0 and e not in reached]
+        unreached = [slot for e, slot in enumerate(slot_of_expert.tolist()) if slot >= 0 and e not in reached]
         if unreached:
-            index = torch.tensor(unreached, device=lora.a_XRI.device)
+            index = torch.tensor(unreached, device=weights[0].device)
             for grad in grads:
                 grad.index_fill_(0, index, 0)
         return grads
@@ -144,34 +164,42 @@ class _Backward:
         if self._d_weight_N is not None:
             d_weight_P = self._d_weight_N.index_select(0, self._arrangement.rows.row_P)
             d_weights_TK = d_weight_P.view(tensors.weights_TK.shape).to(tensors.weights_TK.dtype)
-        return _Tensors(d_x_TH, d_weights_TK, *(self._d_gate_up or (None, None)), *(self._d_down or (None, None)))
+        gate_up, down = self._d_gate_up or (None, None), self._d_down or (None, None)
+        return _Tensors(
+            d_x_TH, d_weights_TK, gate_up[0], gate_up[1], down[0], down[1], self._d_gate_up_delta, self._d_down_delta
+        )
 
     def _block(self, block: Block, d_out_TH: Tensor) -> None:
         here, token_N, saved = slice(block.start, block.stop), self._arrangement.tokens_of(block), self._gate_up_NG
-        x_NH = self._x_TH.index_select(0, token_N) if saved is None or self._d_gate_up else None
+        reads_x = saved is None or self._d_gate_up is not None or self._d_gate_up_delta is not None
+        x_NH = self._x_TH.index_select(0, token_N) if reads_x else None
         gate_up_NG = _gate_up(self._pass, block, x_NH, None) if saved is None else saved[here]
         h_NI, silu_NI = swiglu(gate_up_NG)
         weight_N1, d_y_NH = self._weight_N1[here], d_out_TH.index_select(0, token_N)
         needs_h = self._needs_gate_up or self._d_weight_N is not None
         d_h_NI = torch.empty_like(h_NI) if needs_h else None
-        down = _Way(self._pass.down, self._d_down, self._pass.keep_h(block))
+        down = _Way(self._pass.down, self._d_down, self._pass.keep_h(block), self._d_down_delta)
         _back_(down, block, h_NI, d_y_NH, d_h_NI, weight_N1)
         if d_h_NI is not None and self._d_weight_N is not None:
             self._d_weight_N[here] = (h_NI * d_h_NI).sum(-1)
         if d_h_NI is not None and self._needs_gate_up:
             d_gate_up_NG = swiglu_back(gate_up_NG, silu_NI, d_h_NI.mul_(weight_N1))
-            gate_up = _Way(self._pass.gate_up, self._d_gate_up, self._pass.keep_x(block))
+            gate_up = _Way(self._pass.gate_up, self._d_gate_up, self._pass.keep_x(block), self._d_gate_up_delta)
             _back_(gate_up, block, x_NH, d_gate_up_NG, None if self._d_x_NH is None else self._d_x_NH[here], None)
 
 
 def _back_(
     way: _Way, block: Block, x_NI: Tensor | None, d_y_NO: Tensor, d_x_NI: Tensor | None, weight_N1: Tensor | None
 ) -> None:
-    """Through one projection: into `d_x_NI` if given, and into `way.grads` if given.
+    """Through one projection: into `d_x_NI` if given, and into `way.grads` and `way.delta_grad_XOI` if given.
 
     weight_N1: by which `d_y_NO` has still to be multiplied for the factors' gradients; None for 1.
     """
     projection = way.projection
+    if way.delta_grad_XOI is not None:
+        assert x_NI is not None
+        weighted_NI = x_NI if weight_N1 is None else x_NI * weight_N1
+        projection.delta_grads_(block, way.delta_grad_XOI, weighted_NI, d_y_NO)
     dz = projection.through_b(block, d_y_NO)
     if way.grads is not None and dz is not None:
         assert x_NI is not None

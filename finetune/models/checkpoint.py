@@ -89,10 +89,10 @@ class Checkpoint:
         return sum(file.path.stat().st_size for file in self.files.values())
 
 
-def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
+def find_checkpoint(name_or_path: str | Path, revision: str | None = None, *, download: bool = False) -> Path:
     """Folder of a checkpoint: the path itself, or the snapshot of a hub name in the local hub cache.
 
-    Downloads nothing. Raises ModelError when it is neither.
+    download: fetch what the cache lacks; never pickles. Raises ModelError when it is neither.
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -102,6 +102,8 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Pa
         from huggingface_hub import snapshot_download
 
         try:
+            if download:
+                return Path(snapshot_download(name, revision=revision, ignore_patterns=[f"*{s}" for s in PICKLES]))
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (OSError, ValueError):
             hint = f"fetch it once with `hf download {name}`, or say where it lies with --base"

@@ -36,7 +36,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    _check_config(path, _config(path, **options), trust_remote_code)
+    check_config(path, _config(path, **options), trust_remote_code)
     where = {} if device is None else {"device_map": {"": device}}
     with _quiet(), _as_model_error(path):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -123,7 +123,8 @@ def _check_exists(path: str | Path) -> None:
         raise ModelError(Problem(text, "is no folder", hint))
 
 
-def _check_config(path: str | Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+def check_config(path: str | Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """Raises ModelError for a config.json that is no Qwen3's, or asks for what it may not."""
     problems = []
     if not is_qwen3(config):
         hint = "give a Qwen3 or Qwen3-MoE text model; others are not supported"
@@ -132,7 +133,7 @@ def _check_config(path: str | Path, config: dict[str, Any], trust_remote_code: b
         hint = "set model.trust_remote_code: true if you trust that code, or remove auto_map from config.json"
         problems.append(Problem(str(path), "wants to run Python code that ships with it", hint, config["auto_map"]))
     if config.get("quantization_config"):
-        hint = "give the bfloat16 checkpoint; it can be quantized on loading"
+        hint = "set quantize.scheme in the recipe, or give the bfloat16 checkpoint"
         method = config["quantization_config"].get("quant_method")
         problems.append(Problem(str(path), "is stored quantized", hint, method))
     if problems:

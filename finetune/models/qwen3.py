@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from finetune.errors import ModelError, Problem
 
@@ -14,8 +15,12 @@ DENSE, MOE = "qwen3", "qwen3_moe"
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
+EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""The hub's matrices of one expert, one above the other, in each projection of a live bank."""
+
 MLP = "mlp"
 EXPERTS = "mlp.experts"
+ROUTER = "mlp.gate"
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -43,9 +48,13 @@ def expert_bank_class() -> type[nn.Module]:
     return Qwen3MoeExperts
 
 
+class PackedBank(nn.Module):
+    """What takes the place of that module when its weights are packed; gate_up_proj and down_proj are no parameters."""
+
+
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer's expert bank by module name, in layer order; empty for a dense model."""
-    bank = expert_bank_class()
+    bank = (expert_bank_class(), PackedBank)
     return {name: module for name, module in model.named_modules() if isinstance(module, bank)}
 
 
@@ -56,6 +65,30 @@ def expert_layers(model: nn.Module) -> dict[int, nn.Module]:
     (T, H), expert ids (T, K) and routing weights (T, K).
     """
     return {layer_index(name): module for name, module in model.named_modules() if name.endswith(f".{EXPERTS}")}
+
+
+def router_class() -> type[nn.Module]:
+    """The module that sends tokens to experts: weight (E, H)."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    return Qwen3MoeTopKRouter
+
+
+def router_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Whatever answers for the router of each decoder layer that has one, by its index, in layer order.
+
+    All return logits (T, E), routing weights (T, K) and expert ids (T, K).
+    """
+    return {layer_index(name): module for name, module in model.named_modules() if name.endswith(f".{ROUTER}")}
+
+
+def route(router: Any, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `router` makes of other logits than its own: logits (T, E), routing weights (T, K), expert ids (T, K)."""
+    probabilities_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    weights_TK, index_TK = torch.topk(probabilities_TE, router.top_k, dim=-1)
+    if router.norm_topk_prob:
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    return logits_TE, weights_TK.to(logits_TE.dtype), index_TK
 
 
 def layer_index(name: str) -> int:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from finetune.errors import ModelError, Problem
 from finetune.models.checkpoint import Checkpoint
+from finetune.models.qwen3 import EXPERT_MATRICES, EXPERTS
+from finetune.models.skeleton import skeleton
 
-_BANKS = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
+_BANKS = {f"{EXPERTS}.{projection}": matrices for projection, matrices in EXPERT_MATRICES.items()}
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -24,20 +26,10 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.checkpoint = checkpoint
-        config = AutoConfig.from_pretrained(checkpoint.path)
-        if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config  # weights are read in float32
-        with torch.device("meta"):
-            self._model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        self._model.eval().requires_grad_(False)
+        self._model: Any = skeleton(checkpoint.path, torch.float32)
         inner = self._model.model
-        inner.rotary_emb = type(inner.rotary_emb)(config=config)
         self._layers, self._norm, self._head = list(inner.layers), inner.norm, self._model.lm_head
-        if self._model.config.model_type == "qwen3_moe":
-            self._model.config.output_router_logits = False
 
     @property
     def num_layers(self) -> int:

@@ -1,1 +1,1 @@
-"""4-bit and 8-bit storage of frozen weights. Nothing is built here yet: `finetune check` refuses `quantize.scheme`."""
+"""Frozen weights in 4 bits: how they are packed, loaded without a 16-bit peak, saved, and read by the kernels."""

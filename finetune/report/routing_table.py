@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich.console import Group
@@ -137,7 +138,10 @@ def plan_line(plan: ExpertPlan, profile: RoutingProfile, expert_parameters: int 
     facts = plan_facts(plan, profile, expert_parameters)
     text = f"{facts['trained_experts']:,} of {facts['experts']:,} experts train ({facts['trained_share']:.1%})"
     text += f"; {facts['routing_share']:.1%} of the routing reaches them"
-    if expert_parameters is not None:
+    if plan.ranks_by_layer is not None:
+        counts = Counter(rank for ranks in plan.ranks_by_layer.values() for rank in ranks)
+        text += "; " + ", ".join(f"{counts[rank]:,} at rank {rank}" for rank in sorted(counts, reverse=True))
+    if expert_parameters is not None and plan.ranks_by_layer is None:
         text += f"; {facts['trainable_parameters']:,} trainable parameters"
     return Text(text)
 

@@ -58,7 +58,7 @@ def explore(
     found = []
     for rule in RULES if section.select is None else (section.select,):
         asked = section.model_copy(update={"select": rule})
-        plan = select(profile, asked, against=against, seed=seed, expert_parameters=price)
+        plan = select(profile, asked, against=against, seed=seed, expert_parameters=price, rank=rank)
         found.append(Exploration(rule, profile, plan, price, split_half_stability(profile, rule)))
     return found
 

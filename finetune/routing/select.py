@@ -23,17 +23,32 @@ def select(
     against: RoutingProfile | None = None,
     seed: int = 0,
     expert_parameters: int | None = None,
+    rank: int | None = None,
 ) -> ExpertPlan:
     """The plan that a recipe's `experts` section makes of a profile.
 
     expert_parameters: trainable parameters that one expert of one layer costs; a budget needs it.
+    rank: of the experts outside of `experts.hot`, which needs it.
     Raises RoutingError when the profile lacks what the score needs, or the budget is too small for any plan.
     """
     rule = experts.select
     if rule is None:
         return ExpertPlan.all(profile.layer_indices, profile.num_experts)
     share_LE = shares(profile, experts.score, against=against, seed=seed)
-    return apply_rule(share_LE, rule, profile.layer_indices, expert_parameters)
+    plan = apply_rule(share_LE, rule, profile.layer_indices, expert_parameters)
+    if experts.hot is None:
+        return plan
+    assert rank is not None, "experts.hot needs the rank of the others"
+    return _with_ranks(plan, apply_rule(share_LE, experts.hot.rule, profile.layer_indices), experts.hot.rank, rank)
+
+
+def _with_ranks(plan: ExpertPlan, hot: ExpertPlan, hot_rank: int, rank: int) -> ExpertPlan:
+    """`plan` with `hot_rank` for those of its experts that are in `hot` as well, and `rank` for the others."""
+    ranks = {
+        layer: tuple(hot_rank if expert in hot.experts_by_layer[layer] else rank for expert in experts)
+        for layer, experts in plan.experts_by_layer.items()
+    }
+    return ExpertPlan(plan.experts_by_layer, plan.num_experts, ranks)
 
 
 def apply_rule(
@@ -77,6 +92,22 @@ def _afford(
     rest = np.take_along_axis(share_LE, order_LE, axis=1)[:, 1:]
     winners = np.argsort(-rest, axis=None, kind="stable")[: total - num_layers]
     return 1 + np.bincount(winners // max(num_experts - 1, 1), minlength=num_layers)
+
+
+def reselect(plan: ExpertPlan, share_LE: Sums, layer_indices: tuple[int, ...], margin: float) -> ExpertPlan:
+    """`plan` with frozen experts in the place of trained ones whose share theirs exceeds by the factor 1 + margin.
+
+    In each layer the hottest frozen expert replaces the coldest trained one, as long as that holds; ties go to the
+    lower id. As many experts train as before.
+    """
+    chosen = {}
+    for layer, experts in plan.experts_by_layer.items():
+        share_E = share_LE[layer_indices.index(layer)]
+        trained = sorted(experts, key=lambda expert: (share_E[expert], -expert))
+        frozen = sorted(set(range(plan.num_experts)) - set(experts), key=lambda expert: (-share_E[expert], expert))
+        swaps = sum(share_E[new] > (1 + margin) * share_E[old] for old, new in zip(trained, frozen, strict=False))
+        chosen[layer] = (*trained[swaps:], *frozen[:swaps])
+    return ExpertPlan(chosen, plan.num_experts)
 
 
 def agreement(one: ExpertPlan, other: ExpertPlan) -> float:

@@ -12,7 +12,12 @@ from trl import SFTConfig
 
 from finetune.config.schema import Recipe
 
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 
 
 def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
@@ -45,10 +50,11 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "eval_strategy": "no",
-        "router_aux_loss_coef": recipe.router.aux_loss,
+        "router_aux_loss_coef": 0.0,  # router losses are ours
         "ddp_find_unused_parameters": False,  # factors without tokens get zeros
         "report_to": "none",
         "disable_tqdm": True,
+        "activation_offloading": train.activation_offload,
         "dataloader_pin_memory": False,
         "remove_unused_columns": True,
     }

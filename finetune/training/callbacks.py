@@ -15,7 +15,7 @@ from finetune.adapters.table import check_gradients
 from finetune.errors import Problem, TrainingError
 from finetune.models.scoring import Score, score_rows
 from finetune.training.checkpoints import mark_complete, remove_older
-from finetune.training.memory import peak_memory_gib
+from finetune.training.memory import peak_memory_gib, release_free_memory
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
@@ -35,11 +35,20 @@ class GradientCheck(TrainerCallback):
             self._checked = True
 
 
+class FreeMemory(TrainerCallback):
+    """For models that hardly fit: buffers of ever other sizes leave holes, which would add up from step to step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called once per optimizer step."""
+        release_free_memory()
+
+
 class Metrics(TrainerCallback):
     """Writes metrics.jsonl and tells `listener` about every row.
 
     A row holds step, loss, learning_rate, grad_norm, tokens (input tokens so far), tokens_per_second and
-    elapsed_s (of this process), peak_memory_gib, and eval_loss and eval_exact_match where they were measured.
+    elapsed_s (of this process), peak_memory_gib, eval_loss and eval_exact_match where they were measured, and
+    router_aux_loss, router_z_loss and router_kl_to_base (without weights) where they are part of the loss.
     """
 
     def __init__(self, folder: RunFolder, listener: Callable[[Row], None]) -> None:
@@ -72,6 +81,7 @@ class Metrics(TrainerCallback):
                 "tokens_per_second": round(tokens / elapsed_s, 1),
                 "elapsed_s": round(elapsed_s, 3),
                 "peak_memory_gib": round(peak_memory_gib(), 3),
+                **{name: value for name, value in logs.items() if name.startswith("router_")},
             }
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from finetune.adapters.files import read_sidecar
 from finetune.config.schema import Recipe
 from finetune.routing.measure import profile_for
 from finetune.routing.plan import ExpertPlan
@@ -15,6 +16,7 @@ from finetune.routing.plan_file import read_plan, write_plan
 from finetune.routing.profile import RoutingProfile
 from finetune.routing.profile_file import read_profile, write_profile
 from finetune.routing.select import select
+from finetune.training.checkpoints import newest_complete
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
@@ -57,7 +59,10 @@ def choose_experts(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Choice:
-    """The choice of a run, saved as routing.json and plan.json in its folder; a resumed run reads what it saved.
+    """The choice of a run, saved as routing.json and plan.json in its folder.
+
+    A resumed run reads what it saved: the plan of its newest checkpoint, which is another one where experts were chosen
+    anew.
 
     One process measures and every process reads what it wrote, so that all train the same experts.
     """
@@ -70,13 +75,22 @@ def choose_experts(
                 profile = profile_for(recipe, model, rows, progress=progress)
                 write_profile(folder.routing, profile)
             write_plan(folder.plan, _plan(model, recipe, files, profile))
-        return Choice(read_plan(folder.plan), read_profile(folder.routing) if folder.routing.is_file() else None)
+        plan = _plan_of_checkpoint(folder) if resume else None
+        return Choice(
+            plan or read_plan(folder.plan), read_profile(folder.routing) if folder.routing.is_file() else None
+        )
+
+
+def _plan_of_checkpoint(folder: RunFolder) -> ExpertPlan | None:
+    sidecar = read_sidecar(newest_complete(folder.checkpoints))
+    return ExpertPlan.from_dict(sidecar["experts"]) if sidecar and sidecar.get("experts") else None
 
 
 def _plan(model: Any, recipe: Recipe, files: ExpertFiles, profile: RoutingProfile | None) -> ExpertPlan:
     if profile is None:
         assert files.plan is not None
         return files.plan
-    price = recipe.adapter.expert_parameters(model.config.hidden_size, model.config.moe_intermediate_size)
+    price = recipe.expert_parameters(model.config.hidden_size, model.config.moe_intermediate_size)
     seed = recipe.train.seed
-    return select(profile, recipe.experts, against=files.against, seed=seed, expert_parameters=price)
+    rank = recipe.adapter.rank_of_experts
+    return select(profile, recipe.experts, against=files.against, seed=seed, expert_parameters=price, rank=rank)

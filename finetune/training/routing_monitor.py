@@ -23,18 +23,23 @@ class RoutingMonitor(TrainerCallback):
     """Looks at the router before the first step, then about twenty times, and after the last step.
 
     rows: training rows; the first ones are what drift is measured on.
-    plan: the experts that train; None for all.
 
     Each kind of trouble is told once, in the `warnings` of a row.
     """
 
-    def __init__(self, model: PeftModel, rows: Sequence[Row], plan: ExpertPlan | None, metrics: Metrics) -> None:
-        self._model, self._plan, self._metrics = model, plan, metrics
+    def __init__(self, model: PeftModel, rows: Sequence[Row], metrics: Metrics) -> None:
+        self._model, self._metrics = model, metrics
         base: Any = model.get_base_model()
         self._counter = LoadCounter(base.model, base.config.num_experts)
         self._probe = Probe(base.model, take_sample(rows, PROBE_TOKENS), base.config.num_experts)
         self._hooks = ExitStack()
         self._told: set[str] = set()
+
+    @property
+    def _plan(self) -> ExpertPlan | None:
+        """The experts that train now; None for all."""
+        plan: ExpertPlan | None = getattr(self._model.peft_config[self._model.active_adapter], "expert_plan", None)
+        return plan
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See what the base model does with the probe, and start to count."""

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from finetune.adapters.table import trainable_parameters
@@ -14,6 +15,7 @@ from finetune.config.load import load_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
 from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
+from finetune.quant.experts import count_weights
 from finetune.routing.plan_file import read_plan
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
@@ -29,7 +31,13 @@ MAY_CHANGE = {
 
 
 def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
-    """The folder of the run, made anew or, to resume, checked to hold the same recipe."""
+    """The folder of the run, made anew or, to resume, checked to hold the same recipe.
+
+    Raises UserError for a recipe that this machine cannot run, a folder that is taken, or one to resume that is not.
+    """
+    if recipe.train.activation_offload and not torch.accelerator.is_available():
+        hint = "remove the line; on a CPU activations are in host memory already"
+        raise UserError(Problem("train.activation_offload", "is true, but there is no GPU here", hint))
     folder = RunFolder(Path(recipe.output.dir))
     with processes().main_process_first():
         if not is_main_process():
@@ -83,7 +91,7 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "train_loss_last": steps[-1]["loss"],
         "eval": {name: evals[-1][f"eval_{name}"] for name in ("loss", "exact_match")} if evals else None,
         "trainable_parameters": trainable_parameters(model),
-        "trainable_share": trainable_parameters(model) / sum(parameter.numel() for parameter in model.parameters()),
+        "trainable_share": trainable_parameters(model) / count_weights(model),
         "seconds": steps[-1]["elapsed_s"],
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),

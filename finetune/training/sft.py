@@ -10,16 +10,16 @@ from typing import Any, Protocol
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTTrainer
 
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
 from finetune.data.packing import packed
 from finetune.models.qwen3 import expert_layers
-from finetune.routing.plan import ExpertPlan
 from finetune.training.arguments import sft_arguments, warmup_steps
-from finetune.training.callbacks import Checkpoints, Evaluation, GradientCheck, Metrics
+from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpoints import newest_complete, step_of
+from finetune.training.reselection import Reselection
+from finetune.training.router_losses import RouterLosses, RouterLossTrainer
 from finetune.training.routing_monitor import RoutingMonitor
 from finetune.training.run_folder import RunFolder
 
@@ -52,13 +52,11 @@ def train_sft(
     recipe: Recipe,
     folder: RunFolder,
     *,
-    plan: ExpertPlan | None = None,
     resume: bool = False,
     progress: Progress,
 ) -> None:
     """Train the adapters of `model` in place; metrics.jsonl and checkpoints/ of `folder` grow on the way.
 
-    plan: the experts that train, for the monitor of the router; None for all.
     resume: continue from the newest complete checkpoint, bit for bit as if never interrupted.
     progress: told about the run as it goes.
     Raises AdapterError when that checkpoint was taken with another expert plan or rank, TrainingError when a group
@@ -66,8 +64,10 @@ def train_sft(
     """
     arguments = sft_arguments(recipe, folder.checkpoints)
     train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
+    trainer = RouterLossTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
+    if recipe.router.has_losses:
+        trainer.router = RouterLosses(model, recipe.router, trainer.accelerator)
     total_steps = _total_steps(trainer, recipe)
     arguments.warmup_steps = warmup_steps(recipe, total_steps)
     checkpoint = _checkpoint(model, folder) if resume else None
@@ -78,18 +78,23 @@ def train_sft(
     try:
         metrics = Metrics(folder, progress)
         trainer.add_callback(GradientCheck())
+        if recipe.quantize.scheme != "none":
+            trainer.add_callback(FreeMemory())
         trainer.add_callback(metrics)
         if rows.eval is not None:
             trainer.add_callback(Evaluation(list(rows.eval), recipe.train.eval_every, metrics))
         if expert_layers(model):
-            trainer.add_callback(RoutingMonitor(model, rows.train, plan, metrics))
+            trainer.add_callback(RoutingMonitor(model, rows.train, metrics))
+        if (section := recipe.experts.reselect) is not None:
+            seed = recipe.train.seed
+            trainer.add_callback(Reselection(model, section, metrics, seed=seed, checkpoint=checkpoint))
         trainer.add_callback(Checkpoints(folder.checkpoints, recipe.train.save_every, recipe.train.keep))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
 
 
-def _total_steps(trainer: SFTTrainer, recipe: Recipe) -> int:
+def _total_steps(trainer: RouterLossTrainer, recipe: Recipe) -> int:
     """Optimizer steps of the whole run."""
     if recipe.train.steps is not None:
         return recipe.train.steps

@@ -19,7 +19,7 @@ def randomize(model: PeftModel, seed: int = 1, std: float = 0.1) -> PeftModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "gate.lora_A" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from finetune.adapters.config import DenseMlpTarget, ExpertLoraConfig
+from finetune.adapters.config import ExpertLoraConfig, PlainTarget
 from finetune.errors import AdapterError
 from finetune.routing.plan import ExpertPlan
 from tests.adapters.models import BOTH, SOME
@@ -34,7 +34,7 @@ def test_a_copy_still_knows_the_experts(copied):
     assert made.expert_plan == SOME
     assert made.expert_targets == BOTH
     (dense,) = (t for t in made.target_modules if t != "experts")
-    assert isinstance(dense, DenseMlpTarget)
+    assert isinstance(dense, PlainTarget)
 
 
 def test_on_disk_it_is_a_stock_config(tmp_path):
@@ -74,10 +74,10 @@ def test_targets_there_and_back(tmp_path, options, modules, parameters, dropout)
 
 
 def test_a_target_in_a_moe_is_not_rewritten_by_peft():
-    target = DenseMlpTarget("mlp.gate_proj")
+    target = PlainTarget("mlp.gate_proj")
     assert not target.endswith(".gate_proj")
     assert target == "mlp.gate_proj"
-    assert isinstance(copy.deepcopy(target), DenseMlpTarget)
+    assert isinstance(copy.deepcopy(target), PlainTarget)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("peft")
 
 from benchmarks.gpu import check, run
+from finetune.kernels.layer import new_handle
 
 
 @pytest.fixture
@@ -25,7 +26,11 @@ def test_smoke(smoke, capsys):
     assert {row["tokens"] for row in result["layers"]} == {16, 64}
     assert "frozen (transformers)" in {row["way"] for row in result["layers"]}
     assert all(row["step_ms"] > 0 for row in result["layers"])
-    assert result["model"][0]["tokens_per_s"] > 0
+    assert "ours, grouped, NF4" in {row["way"] for row in result["layers"]}
+    assert [row["experts"] for row in result["model"]] == ["16 bit", "nf4", "fp8"]
+    assert all(row["tokens_per_s"] > 0 for row in result["model"])
+    assert len({row["parameters"] for row in result["model"]}) == 1
+    assert {row["scheme"] for row in result["decode"]} == {"nf4", "fp8"}
     assert "| ours, grouped in blocks |" in page.read_text()
 
 
@@ -37,3 +42,29 @@ def test_no_number_on_red(smoke, capsys, monkeypatch):
     assert "not measured" in printed.err
     assert "grouped, room 0, rank 1: wrong by 1" in printed.err
     assert list(smoke.iterdir()) == []
+
+
+def test_wrong_packed_experts_are_found(smoke, capsys, monkeypatch):
+    right = check.Case.packed
+
+    def wrong(case, scheme):
+        stacks = right(case, scheme)
+        return [*stacks[:1], Doubled(stacks[1])]
+
+    monkeypatch.setattr(check.Case, "packed", wrong)
+    assert run.main() == 1
+    printed = capsys.readouterr().err
+    assert "nf4: expert 0 of (8, 32, 16) is decoded to other bits than on the CPU" in printed
+
+
+class Doubled:
+    """A stack that is decoded wrongly as a whole."""
+
+    def __init__(self, stack):
+        self.stack, self.handle = stack, new_handle(self)
+
+    def __getattr__(self, name):
+        return getattr(self.stack, name)
+
+    def all_weights(self, *inputs):
+        return self.stack.all_weights(*inputs) * 2

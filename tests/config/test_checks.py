@@ -1,4 +1,4 @@
-"""What is outside the text: files, the model's config.json, features that are not available yet."""
+"""What is outside the text: files and the model's config.json."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config.checks import NOT_BUILT_YET, check_recipe
-from finetune.config.fields import kind_at
-from finetune.config.load import load_recipe, parse_recipe
+from finetune.config.checks import check_recipe
+from finetune.config.load import load_recipe
 from finetune.config.schema import Recipe
 from finetune.errors import RecipeError
 
@@ -199,35 +198,6 @@ def test_output_must_be_a_folder_of_its_own(folder):
     assert "base model's folder" in one("output.dir=models/moe")
     assert "base model's folder" in one("output.dir=models/../models/moe/run")
     assert problems("output.dir=models") == []
-
-
-NOT_YET = {
-    ("quantize", "scheme"): "nf4",
-    ("experts", "mode"): "full",
-    ("router", "train"): "lora",
-    ("router", "aux_loss"): "0.001",
-    ("router", "z_loss"): "0.001",
-    ("router", "kl_to_base"): "0.1",
-}
-
-
-@pytest.mark.parametrize("path", NOT_BUILT_YET, ids=".".join)
-def test_what_is_not_available_yet_is_refused_by_name(folder, path):
-    key = ".".join(path)
-    override = f"{key}={NOT_YET[path]}"
-    parse_recipe(RECIPE, "r.yaml", override)
-    found = [problem for problem in problems(override) if problem.startswith(f"override {override}: ")]
-    assert len(found) == 1
-    assert f"is not available yet: {NOT_BUILT_YET[path]}" in found[0]
-    assert "the only value this version can run" in found[0]
-
-
-def test_every_entry_of_the_table_is_a_field():
-    for path in NOT_BUILT_YET:
-        kind = kind_at(path)
-        assert kind is not None
-        assert kind.field is not None
-        assert not kind.field.is_required()
 
 
 def test_check_files_false_reads_the_text_only(folder):

@@ -6,8 +6,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.config.checks import file_findings
 from finetune.config.fields import all_fields
+from finetune.config.files import find_in_files
 from finetune.config.load import parse_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
 from finetune.errors import RecipeError
@@ -41,7 +41,7 @@ def check(text: str, *overrides: str) -> Recipe | None:
         assert all(problem.where and problem.what and problem.hint for problem in error.problems)
         str(error).encode()  # nothing in it that a terminal or a log could not take
         return None
-    for finding in file_findings(recipe):
+    for finding in find_in_files(recipe):
         assert finding.hint
     assert parse_recipe(recipe_to_yaml(recipe), "again.yaml") == recipe
     return recipe

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import arrangement
-from finetune.kernels.ops import Dropout, Factors, expert_mlp
+from finetune.kernels.ops import Deltas, Dropout, Factors, expert_mlp
 
 
 @dataclass
@@ -23,12 +23,15 @@ class Problem:
     gate_up_lora: Factors | None
     down_lora: Factors | None
     dropout: Dropout | None = None
+    gate_up_delta: Deltas | None = None
+    down_delta: Deltas | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What is differentiable: x, weights, then A and B of gate_up and of down where there are factors."""
+        """What is differentiable: x, weights, A and B of gate_up and of down where there are factors, then deltas."""
         loras = [lora for lora in (self.gate_up_lora, self.down_lora) if lora is not None]
-        return [self.x, self.weights, *(t for lora in loras for t in (lora.a_XRI, lora.b_XOR))]
+        deltas = [delta.delta_XOI for delta in (self.gate_up_delta, self.down_delta) if delta is not None]
+        return [self.x, self.weights, *(t for lora in loras for t in (lora.a_XRI, lora.b_XOR)), *deltas]
 
     def run(self, backend: str = "torch", **options) -> Tensor:
         return expert_mlp(
@@ -39,6 +42,8 @@ class Problem:
             self.down,
             gate_up_lora=self.gate_up_lora,
             down_lora=self.down_lora,
+            gate_up_delta=self.gate_up_delta,
+            down_delta=self.down_delta,
             dropout=self.dropout,
             backend=backend,
             **options,
@@ -60,9 +65,10 @@ class Problem:
         for t in range(tokens):
             for k in range(top_k):
                 e, x = int(self.index[t, k]), self.x[t]
-                gate, up = (self.gate_up[e] @ x + through(self.gate_up_lora, e, x * keep_x[t])).chunk(2)
+                gate_up, down = changed(self.gate_up, self.gate_up_delta, e), changed(self.down, self.down_delta, e)
+                gate, up = (gate_up @ x + through(self.gate_up_lora, e, x * keep_x[t])).chunk(2)
                 h = gate * torch.sigmoid(gate) * up
-                y = self.down[e] @ h + through(self.down_lora, e, h * keep_h[t * top_k + k])
+                y = down @ h + through(self.down_lora, e, h * keep_h[t * top_k + k])
                 out = out + torch.nn.functional.one_hot(torch.tensor(t), len(self.x))[:, None] * self.weights[t, k] * y
         return out
 
@@ -70,6 +76,11 @@ class Problem:
 def output_gradient(out: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(99)
     return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+
+
+def changed(bank: Tensor, delta: Deltas | None, expert: int) -> Tensor:
+    slot = -1 if delta is None else int(delta.slot_of_expert[expert])
+    return bank[expert] if delta is None or slot < 0 else bank[expert] + delta.scale * delta.delta_XOI[slot]
 
 
 def through(lora: Factors | None, expert: int, x: Tensor) -> Tensor | float:
@@ -89,6 +100,7 @@ def make(
     *,
     slots=None,
     targets=("gate_up", "down"),
+    deltas=(),
     dtype=torch.float64,
     factor_dtype=None,
     index=None,
@@ -112,6 +124,12 @@ def make(
         b = normal(len(slots), height, rank, std=0.5, dtype=factor_dtype or dtype).requires_grad_()
         return Factors(a, b, scale, slot_of_expert)
 
+    def changes(name: str, width: int, height: int, scale: float) -> Deltas | None:
+        if name not in deltas:
+            return None
+        delta = normal(len(slots), height, width, std=0.3, dtype=factor_dtype or dtype).requires_grad_()
+        return Deltas(delta, slot_of_expert, scale)
+
     return Problem(
         normal(tokens, hidden).requires_grad_(),
         index,
@@ -121,6 +139,8 @@ def make(
         factors(hidden, 2 * intermediate, 0.7) if "gate_up" in targets else None,
         factors(intermediate, hidden, 1.3) if "down" in targets else None,
         dropout,
+        changes("gate_up", hidden, 2 * intermediate, 1.0),
+        changes("down", intermediate, hidden, 0.6),
     )
 
 
@@ -147,4 +167,18 @@ ODD_SHAPES = {
     "only down": {"targets": ("down",)},
     "no factors": {"targets": ()},
     "dropout": {"dropout": Dropout(0.4, 5), "slots": (0, 1, 4, 5)},
+}
+
+WHOLE = {
+    "all": {},
+    "no token": {"tokens": 0},
+    "some": {"slots": (5, 0, 2)},
+    "none hit": {"slots": (0, 2), "index": torch.tensor([[4, 1], [1, 5]]), "tokens": 2},
+    "only gate_up": {"deltas": ("gate_up",), "slots": (3, 1)},
+    "only down": {"deltas": ("down",), "slots": (3, 1)},
+    "one expert": {"experts": 1, "top_k": 1},
+}
+WITH_DELTAS = {
+    **{f"deltas, {name}": {"deltas": ("gate_up", "down"), "targets": (), **shape} for name, shape in WHOLE.items()},
+    "deltas beside factors": {"deltas": ("gate_up", "down"), "slots": (5, 0, 2), "dropout": Dropout(0.4, 5)},
 }

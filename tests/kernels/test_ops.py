@@ -22,7 +22,7 @@ def test_auto_is_the_torch_backend_and_says_so_once(caplog):
 
 @pytest.mark.parametrize("backend", ["triton", "fast", ""])
 def test_a_backend_that_cannot_run_is_an_error(backend, monkeypatch):
-    monkeypatch.setattr(ops, "_triton_fault", lambda case: "no GPU")
+    monkeypatch.setattr(ops, "triton_fault", lambda device: "no GPU")
     ops._choose_products.cache_clear()
     with pytest.raises(AdapterError, match=r"cannot run here.*\n.*reference, torch"):
         make().run(backend)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.kernels.problems import ODD_SHAPES, make, output_gradient
+from tests.kernels.problems import ODD_SHAPES, WITH_DELTAS, make, output_gradient
 
 
-@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
+@pytest.mark.parametrize("shape", (ODD_SHAPES | WITH_DELTAS).values(), ids=ODD_SHAPES | WITH_DELTAS)
 def test_equals_the_loop_over_tokens(shape):
     problem = make(**shape)
     out = problem.per_token()

@@ -61,7 +61,7 @@ def test_what_cannot_be():
 
 def test_a_fault_is_said_aloud_and_the_slices_take_over(monkeypatch, caplog):
     monkeypatch.setattr(grouped, "grouped_mm", missing)
-    monkeypatch.setattr(ops, "_triton_fault", lambda case: "no compiler")
+    monkeypatch.setattr(ops, "triton_fault", lambda device: "no compiler")
     with caplog.at_level(logging.WARNING, logger="finetune"):
         assert ops._choose_products("auto", CASE) == "slices"
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
@@ -70,7 +70,7 @@ def test_a_fault_is_said_aloud_and_the_slices_take_over(monkeypatch, caplog):
 
 
 def test_a_backend_asked_for_by_name_fails(monkeypatch):
-    monkeypatch.setattr(ops, "_triton_fault", lambda case: "no compiler")
+    monkeypatch.setattr(ops, "triton_fault", lambda device: "no compiler")
     with pytest.raises(AdapterError, match="backend: cannot run here: no compiler"):
         ops._choose_products("triton", CASE)
 
@@ -78,6 +78,6 @@ def test_a_backend_asked_for_by_name_fails(monkeypatch):
 @pytest.mark.parametrize(("room", "way"), [(0, "triton"), (8, "hybrid")])
 def test_room_decides_between_products(room, way, monkeypatch):
     monkeypatch.setattr(self_check, "fault", lambda case: None)
-    monkeypatch.setattr(ops, "_triton_fault", lambda case: None)
+    monkeypatch.setattr(ops, "triton_fault", lambda device: None)
     assert ops._choose_products("triton", replace(CASE, room=room)) == way
     assert ops._choose_products("torch", replace(CASE, room=room)) == "grouped"

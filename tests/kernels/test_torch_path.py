@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from finetune.errors import TrainingError
 from finetune.kernels import arrangement
 from finetune.kernels.ops import Dropout
-from tests.kernels.problems import ODD_SHAPES, force_layout, make, output_gradient
+from tests.kernels.problems import ODD_SHAPES, WITH_DELTAS, force_layout, make, output_gradient
 
 LAYOUTS = ("by expert", "batched")
 
@@ -34,7 +34,7 @@ def assert_close(actual, expected, tolerance=1e-12):
             assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max()))
 
 
-@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
+@pytest.mark.parametrize("shape", (ODD_SHAPES | WITH_DELTAS).values(), ids=ODD_SHAPES | WITH_DELTAS)
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 def test_equals_autograd_through_a_loop_over_tokens(shape, recompute, layout):
     problem = make(**shape)
@@ -45,9 +45,11 @@ def test_equals_autograd_through_a_loop_over_tokens(shape, recompute, layout):
     assert_close(problem.with_gradients(recompute=recompute), expected)
 
 
-@pytest.mark.parametrize("targets", [("gate_up", "down"), ("gate_up",), ("down",)], ids="+".join)
-def test_gradcheck(targets, layout):
-    problem = make(tokens=4, experts=3, hidden=5, intermediate=3, rank=2, slots=(2, 0), targets=targets)
+@pytest.mark.parametrize("deltas", [(), ("gate_up", "down"), ("down",)], ids="+".join)
+@pytest.mark.parametrize("targets", [(), ("gate_up", "down"), ("gate_up",), ("down",)], ids="+".join)
+def test_gradcheck(targets, deltas, layout):
+    shape = {"tokens": 4, "experts": 3, "hidden": 5, "intermediate": 3, "rank": 2, "slots": (2, 0)}
+    problem = make(**shape, targets=targets, deltas=deltas)
 
     def run(*leaves):
         factors = list(leaves[2:])
@@ -55,6 +57,9 @@ def test_gradcheck(targets, layout):
         for name in ("gate_up_lora", "down_lora"):
             if (lora := getattr(problem, name)) is not None:
                 loras[name] = replace(lora, a_XRI=factors.pop(0), b_XOR=factors.pop(0))
+        for name in ("gate_up_delta", "down_delta"):
+            if (delta := getattr(problem, name)) is not None:
+                loras[name] = replace(delta, delta_XOI=factors.pop(0))
         return replace(problem, x=leaves[0], weights=leaves[1], **loras).run()
 
     assert torch.autograd.gradcheck(run, problem.leaves)

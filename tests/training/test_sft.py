@@ -145,6 +145,13 @@ def test_a_finished_run_resumed_is_the_same_run(models, tmp_path):
     assert again.summary["steps"] == 4
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_offloading_without_a_gpu_is_refused(models, tmp_path):
+    with pytest.raises(UserError, match="no GPU here"):
+        train(recipe(models["moe"], tmp_path / "run", "train.activation_offload=true"), console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
 def test_warmup_leaves_a_step_at_the_peak(models, tmp_path):
     made = recipe(models["moe"], tmp_path / "run", "train.warmup=0.9")
     assert warmup_steps(made, 2) == 1

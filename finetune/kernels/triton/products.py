@@ -23,7 +23,7 @@ class TritonProducts:
 
     def __init__(self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype) -> None:
         self.rows, self._tiling, self._token_P = rows, Tiling.of(rows), rows.token_P
-        self._gate_up_EGH, self._down_EHI = layer.gate_up_EGH.to(dtype), layer.down_EHI.to(dtype)
+        self._gate_up_EGH, self._down_EHI = (weight.to(dtype) for weight in layer.weights(dtype, rows.end_E))
         self._gate_up_lora, self._down_lora = layer.gate_up_lora, layer.down_lora
 
     def inputs(self, x_TH: Tensor) -> Inputs:

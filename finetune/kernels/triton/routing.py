@@ -20,6 +20,12 @@ BLOCK = 1024
 
 
 @triton.jit
+def has_rows(end_ptr, expert):
+    """Whether any row is an expert's."""
+    return tl.load(end_ptr + expert) > tl.load(end_ptr + expert - 1, mask=expert > 0, other=0)
+
+
+@triton.jit
 def count_pairs(index_ptr, count_ptr, num_pairs, E: tl.constexpr, E2: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
     """`count[b, e] = |{p in block b: index[p] = e}|`."""
     block, expert_E = tl.program_id(0), tl.arange(0, E2)

@@ -23,7 +23,9 @@ from finetune.kernels.triton import (
     borders,
     down_back,
     factor_grads,
+    fp8,
     gate_up,
+    nf4,
     project,
     routing,
     rows,
@@ -33,7 +35,7 @@ from finetune.kernels.triton import (
 )
 
 H, I, E, K = 2048, 768, 128, 8  # noqa: E741
-FP32, BF16, I32, I64 = "*fp32", "*bf16", "*i32", "*i64"
+FP32, BF16, I32, I64, U8 = "*fp32", "*bf16", "*i32", "*i64", "*u8"
 TILES = {"expert_ptr": I32, "row_ptr": I32, "end_ptr": I32}
 FACTOR = {"z_ptr": BF16, "factor_ptr": FP32, "slot_ptr": I64}
 
@@ -109,6 +111,7 @@ def cases(rank: int) -> dict:
             {"stride_thin": rank, "stride_wide": H, "stride_gx": rank * H, "stride_gr": H, "stride_gn": 1, "width": H},
             {"num_warps": 4},
         ),
+        **_decoders(),
     }  # fmt: skip
     for name in ("BUSY", "SPARSE", "DECODE"):
         shape, options = _shape(getattr(tiles, name))
@@ -149,6 +152,35 @@ def cases(rank: int) -> dict:
     return found
 
 
+def _decoders() -> dict:
+    """Both decodings of a whole stack of gate_up."""
+    nf4_pointers = {"codes_ptr": U8, "scales_ptr": U8, "scale_scales_ptr": FP32, "offset_ptr": FP32, "end_ptr": I32,
+                    "level_ptr": FP32, "scale_level_ptr": FP32, "out_ptr": BF16}  # fmt: skip
+    values = 2 * I * H
+    found = {
+        "decode_fp8": (
+            fp8.decode_fp8, {"codes_ptr": U8, "scales_ptr": FP32, "end_ptr": I32, "out_ptr": BF16},
+            {"SKIP": True, "B": 128, "S": fp8.VALUES // 128},
+            {"height": 2 * I, "width": H, "matrix_height": I, "num_scales": values // 128**2}, {"num_warps": 4},
+        )
+    }  # fmt: skip
+    for block in (64, 128):
+        sizes = {"num_values": values, "num_bytes": values // 2, "num_scales": values // block}
+        constants = {"DOUBLE": True, "SKIP": True, "WHOLE": True, "B": block, "W": nf4.SCALES_PER_SCALE}
+        found[f"decode_nf4 {block}"] = (
+            nf4.decode_nf4, nf4_pointers, constants | {"S": nf4.VALUES // block},
+            sizes | {"num_scale_scales": values // block // nf4.SCALES_PER_SCALE}, nf4.OPTIONS,
+        )  # fmt: skip
+    single = {**nf4_pointers, "scales_ptr": FP32, "scale_scales_ptr": None}
+    _, _, constants, sizes, options = found["decode_nf4 64"]
+    nothing = {"scale_scales_ptr": None, "offset_ptr": None, "end_ptr": None, "num_scale_scales": 0}
+    found["decode_nf4 odd"] = (
+        nf4.decode_nf4, {name: kind for name, kind in single.items() if name not in nothing},
+        constants | nothing | {"DOUBLE": False, "SKIP": False, "WHOLE": False}, sizes, options,
+    )  # fmt: skip
+    return found
+
+
 def compiled(arch: int, kernel, pointers: dict, constants: dict, sizes: dict, options: dict) -> dict[str, int]:
     """Registers, stack bytes, shared memory bytes and tensor-core instructions of one kernel."""
     names, ones = kernel.arg_names, {n: v for n, v in sizes.items() if v == 1}
@@ -178,6 +210,8 @@ def compiled(arch: int, kernel, pointers: dict, constants: dict, sizes: dict, op
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "cp_async": ptx.count("cp.async."),
+        "fused": ptx.count("fma.rn.f32"),
+        "to_bf16": len(re.findall(r"cvt\.rn\.bf16(x2)?\.f32", ptx)),
     }
 
 

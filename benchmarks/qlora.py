@@ -1,0 +1,197 @@
+"""What 4-bit and 8-bit experts cost and save, against our own 16-bit path.
+
+    python benchmarks/qlora.py layer     one expert layer, forward and backward, at 2,048 and 8,192 tokens
+    python benchmarks/qlora.py step      a whole training step of a 2-layer model, at 2,048 and 8,192 tokens
+    python benchmarks/qlora.py load      loading a 2-layer model from 8 shards: seconds and peak memory
+    python benchmarks/qlora.py memory    peak memory of a training step with 2 and with 4 layers
+
+All at Qwen3-30B-A3B's width, bfloat16, on the CPU. Contestants live in their own processes and run by turns; times are
+medians, ratios medians of the rounds' ratios. Needs up to 15 GiB of memory and 6 GiB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import expert_lora
+import train_step
+from layers import LAYERS, SHAPES, Ours, Shape
+from results import GIB, save, table
+from rounds import Contest, status_bytes
+
+SCHEMES = ("none", "nf4", "fp8")
+NAMES = {"none": "16 bit", "nf4": "NF4", "fp8": "FP8"}
+
+
+class Packed(Ours):
+    """Our layer over packed experts."""
+
+    def __init__(self, scheme: str, shape: Shape, backend: str) -> None:
+        super().__init__(shape, backend)
+        self.bank = pack(self.bank, scheme)
+
+
+def pack(bank: Any, scheme: str) -> Any:
+    """The bank's experts, packed."""
+    import torch
+
+    from finetune.models import fp8
+    from finetune.quant import nf4
+    from finetune.quant.experts import Fp8Projection, Nf4Projection, PackedExperts
+
+    packed = PackedExperts(bank.config)
+    for name, matrices in (("gate_up_proj", 2), ("down_proj", 1)):
+        weight = getattr(bank, name).data
+        if scheme == "nf4":
+            made = [nf4.quantize(expert) for expert in weight]
+            fields = {
+                f: torch.stack([getattr(m, f) for m in made]) for f in ("codes", "scales", "scale_scales", "offset")
+            }
+            projection: Any = Nf4Projection(fields, weight.shape, 64, weight.dtype)
+        else:
+            pairs = [[fp8.quantize(m.float(), (128, 128), torch.float32) for m in e.chunk(matrices)] for e in weight]
+            codes = torch.stack([torch.cat([v.view(torch.uint8).flatten() for v, _ in pair]) for pair in pairs])
+            scales = torch.stack([torch.cat([s.flatten() for _, s in pair]) for pair in pairs])
+            projection = Fp8Projection({"codes": codes, "scales": scales}, weight.shape, 128, weight.dtype)
+            projection.matrices = matrices
+        setattr(packed, name, projection)
+    return packed
+
+
+def layer(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Tables of one layer."""
+    found, texts = [], []
+    for tokens in options.tokens or (2048, 8192):
+        shape = replace(SHAPES["qwen3-30b-a3b"], tokens=tokens)
+        builders = {"16 bit": partial(LAYERS["ours"], shape, "auto")}
+        builders |= {NAMES[scheme]: partial(Packed, scheme, shape, "auto") for scheme in SCHEMES[1:]}
+        with Contest(builders, options.threads) as contest:
+            times = contest.run(options.rounds or 9, warmup=3)
+            memory = contest.memory()
+        rows = [
+            [name, 1e3 * sorted(times[name])[len(times[name]) // 2], expert_lora.ratio(times[name], times["16 bit"]),
+             memory[name] / GIB]
+            for name in builders
+        ]  # fmt: skip
+        found.append({"tokens": tokens, "seconds": times, "extra_peak_bytes": memory})
+        header = ["experts", "median ms", "time / 16 bit", "extra peak GiB"]
+        texts.append(f"{tokens} tokens, {options.threads} threads\n\n{table(header, rows)}\n")
+    return {"layers": found}, "\n".join(texts)
+
+
+def step(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Tables of the training step."""
+    found, texts = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train_step.write_model(folder / "model")
+        for tokens in options.tokens or (2048, 8192):
+            part = folder / str(tokens)
+            part.mkdir()
+            train_step.write_rows(part / "rows.jsonl", tokens)
+            builders = {
+                NAMES[scheme]: partial(train_step.Training, "ours", str(folder / "model"), str(part), tokens, scheme)
+                for scheme in SCHEMES
+            }
+            measured = train_step.measure(builders, rounds=options.rounds or 5, warmup=2, threads=options.threads)
+            case = f"2 layers of Qwen3-30B-A3B's width, rank 16, {tokens} tokens"
+            rows = [
+                [name, 1e3 * c["median_s"], c["time_over"]["16 bit"], c["resident_bytes"] / GIB,
+                 (c["resident_bytes"] + c["extra_peak_bytes"]) / GIB]
+                for name, c in measured["contestants"].items()
+            ]  # fmt: skip
+            found.append({"case": case, "tokens": tokens, **measured})
+            header = ["frozen weights", "median ms", "time / 16 bit", "resident GiB", "peak GiB"]
+            texts.append(f"{case}, {options.threads} threads\n\n{table(header, rows)}\n")
+    return {"steps": found}, "\n".join(texts)
+
+
+def load(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Table of loading."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
+    ):
+        model = Path(name) / "model"
+        pool.apply(train_step.write_model, (model, 2, "312MB"))
+        shards = len(list(model.glob("*.safetensors")))
+        loaded = {NAMES[scheme]: pool.apply(load_once, (str(model), scheme)) for scheme in SCHEMES}
+    rows = [
+        [name, f["seconds"], f["weights"] / GIB, f["before"] / GIB, f["peak"] / GIB, (f["peak"] - f["weights"]) / GIB]
+        for name, f in loaded.items()
+    ]
+    header = ["frozen weights", "seconds", "weights GiB", "libraries GiB", "peak GiB", "peak less weights GiB"]
+    return {"shards": shards, "loaded": loaded}, f"2 layers, {shards} shards\n\n{table(header, rows)}\n"
+
+
+def load_once(model: str, scheme: str) -> dict[str, float]:
+    """Seconds and peak resident bytes of loading in this process, and what the libraries alone take."""
+    import torch
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+    from finetune.config.schema import QuantizeSection
+    from finetune.models.loading import load_model
+    from finetune.quant.load import load_quantized
+
+    before, start = status_bytes("VmHWM"), time.perf_counter()
+    if scheme == "none":
+        live = load_model(model, dtype=torch.bfloat16)
+    else:
+        live = load_quantized(model, QuantizeSection(scheme=scheme), dtype=torch.bfloat16)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    tensors = (*live.parameters(), *live.buffers())
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    return {"seconds": seconds, "peak": status_bytes("VmHWM"), "before": before, "weights": size}
+
+
+def memory(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Peak memory of training steps with 2 and with 4 layers, each in a process of its own."""
+    found, rows = [], []
+    tokens = (options.tokens or [2048])[0]
+    for layers in (2, 4):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            train_step.write_model(folder / "model", layers)
+            train_step.write_rows(folder / "rows.jsonl", tokens)
+            for scheme in SCHEMES:
+                build = partial(train_step.Training, "ours", str(folder / "model"), str(folder), tokens, scheme)
+                with Contest({scheme: build}, options.threads) as contest:
+                    contest.run(2, warmup=1)
+                    resident = contest.ask(scheme, "facts")["resident_bytes"]
+                    extra = contest.memory(2)[scheme]
+                found.append({"layers": layers, "scheme": scheme, "resident_bytes": resident, "extra_bytes": extra})
+                rows.append([NAMES[scheme], layers, resident / GIB, extra / GIB, (resident + extra) / GIB])
+    header = ["frozen weights", "layers", "resident GiB", "step adds GiB", "peak GiB"]
+    return {"tokens": tokens, "found": found}, f"{tokens} tokens, rank 16, all experts\n\n{table(header, rows)}\n"
+
+
+PARTS = {"layer": layer, "step": step, "load": load, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--tokens", type=int, nargs="*")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--save", action="store_true", help="write results/DATE-qlora-PART.md and .json")
+    options = parser.parse_args()
+    found, text = PARTS[options.part](options)
+    print(json.dumps(found) if options.json else text)
+    if options.save:
+        for path in save(f"qlora-{options.part}", f"QLoRA: {options.part}", found, text):
+            print(path, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

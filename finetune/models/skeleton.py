@@ -1,0 +1,34 @@
+"""A live model without its weights, for those who bring them part by part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.models.qwen3 import is_moe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def skeleton(folder: str | Path, dtype: torch.dtype, attention_implementation: str = "sdpa") -> PreTrainedModel:
+    """The model of a checkpoint folder in eval mode, frozen, all its weights on the meta device.
+
+    What its config.json says about quantization is left out: whoever brings the weights knows.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_implementation)
+    inner: Any = model.model
+    inner.rotary_emb = type(inner.rotary_emb)(config=config)  # computed from the config, and not among the weights
+    if (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if is_moe(config):
+        model.config.output_router_logits = False
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,100 @@
+"""A live model whose weights arrive part by part, packed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from finetune.config.schema import QuantizeSection
+from finetune.errors import ModelError, Problem
+from finetune.models.qwen3 import PackedBank
+from finetune.quant.experts import CodesOnDisk, Fp8Projection, Nf4Projection, PackedExperts, PackedProjection
+from finetune.quant.linear import is_linear_4bit, linear_4bit
+from finetune.quant.nf4 import Packed
+from finetune.quant.parts import WHOLE, Fields, Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a skeleton's weights, layer by layer."""
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def fill(
+    model: PreTrainedModel,
+    parts: Iterable[tuple[Part, Fields]],
+    section: QuantizeSection,
+    on_disk: dict[str, CodesOnDisk] | None = None,
+) -> PreTrainedModel:
+    """Put the parts into a skeleton. on_disk: the codes of packed stacks that have none in their fields, by name."""
+    expected: set[str] = set()
+    compute_dtype = getattr(torch, section.compute_dtype)
+    for part, fields in parts:
+        if not part.packed:
+            _put_weight(model, part.name, nn.Parameter(fields[WHOLE], requires_grad=False))
+            continue
+        expected.add(part.name)
+        if part.is_stack:
+            projection = _projection(part, fields, section, compute_dtype)
+            projection.on_disk = (on_disk or {}).get(part.name)
+            _put_projection(model, part.name, projection)
+        else:
+            _put_linear(model, part, fields, section, compute_dtype)
+    model.tie_weights()
+    _check_all(model, expected)
+    return model
+
+
+def _projection(part: Part, fields: Fields, section: QuantizeSection, dtype: torch.dtype) -> PackedProjection:
+    kind = Fp8Projection if section.scheme == "fp8" else Nf4Projection
+    projection = kind(fields, part.shape, section.block_size, dtype)
+    if isinstance(projection, Fp8Projection):
+        projection.matrices = part.matrices
+    return projection
+
+
+def _put_weight(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, weight)
+
+
+def _put_projection(model: nn.Module, name: str, projection: PackedProjection) -> None:
+    bank_name, _, attribute = name.rpartition(".")
+    owner: Any = model.get_submodule(bank_name.rpartition(".")[0])
+    if not isinstance(owner.experts, PackedBank):
+        owner.experts = PackedExperts(owner.experts.config).eval()
+    setattr(owner.experts, attribute, projection)
+
+
+def _put_linear(model: nn.Module, part: Part, fields: Fields, section: QuantizeSection, dtype: torch.dtype) -> None:
+    layer_name = part.name.removesuffix(".weight")
+    owner, _, attribute = layer_name.rpartition(".")
+    old: Any = model.get_submodule(layer_name)
+    packed = Packed(
+        fields["codes"],
+        fields["scales"],
+        fields.get("scale_scales"),
+        fields.get("offset"),
+        part.shape,
+        section.block_size,
+    )
+    setattr(model.get_submodule(owner), attribute, linear_4bit(packed, old.bias, dtype))
+
+
+def _check_all(model: nn.Module, expected: set[str]) -> None:
+    """Every weight arrived, and what should be packed is."""
+    packed = {f"{name}.weight" for name, module in model.named_modules() if is_linear_4bit(module)}
+    packed |= {name for name, module in model.named_modules() if isinstance(module, PackedProjection)}
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    hint = "please report this with the recipe and the model's config.json"
+    problems = [Problem(name, "was not filled while loading", hint) for name in empty[:4]]
+    if packed != expected:
+        what = f"{len(packed)} weights are quantized, not {len(expected)}"
+        problems.append(Problem("quantize", what, hint, sorted(packed ^ expected)[:4]))
+    if problems:
+        raise ModelError(*problems)

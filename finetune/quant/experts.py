@@ -1,0 +1,202 @@
+"""A layer's experts in 4 or 8 bits, in place of the module that holds them in 16 bit."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finetune.kernels.layer import new_handle
+from finetune.kernels.ops import expert_mlp
+from finetune.kernels.support import decodes_on
+from finetune.models import fp8
+from finetune.models.qwen3 import PackedBank
+from finetune.quant import nf4
+from finetune.quant.nf4 import SCALES_PER_BLOCK, Packed
+
+Scheme = Literal["nf4", "fp8"]
+CODES = "codes"
+"""The field that holds the weights themselves; the others hold scales."""
+
+
+class CodesOnDisk(Protocol):
+    """Codes that stay in their file."""
+
+    def read(self, expert: int) -> Tensor:
+        """The codes of one expert, uint8 (bytes,); overwritten by the next call."""
+
+
+class PackedProjection(nn.Module, ABC):
+    """One projection of all experts, each expert packed by itself; a `kernels.ops.PackedStack`.
+
+    codes: (E, bytes) uint8, or None when they are read from `on_disk`.
+    shape: (E, out, in) of the weights.
+    dtype: what the weights are decoded to outside autocast.
+    """
+
+    codes: Tensor | None
+    handle: int
+
+    def __init__(self, fields: Mapping[str, Tensor], shape: Sequence[int], block: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.block, self.dtype = torch.Size(shape), block, dtype
+        self.on_disk: CodesOnDisk | None = None
+        self.handle = new_handle(self)
+        for name in (CODES, "scales", "scale_scales", "offset"):
+            self.register_buffer(name, fields.get(name))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is decoded."""
+        return self.get_buffer("scales").device
+
+    def weights_of(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The weights of `experts` in `dtype`, (len(experts), out, in), decoded now and kept nowhere."""
+        if len(experts) == 1:
+            return self._decode(experts[0], dtype)[None]
+        weights = torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
+        for place, expert in enumerate(experts):
+            weights[place] = self._decode(expert, dtype)
+        return weights
+
+    def all_weights(self, dtype: torch.dtype, end_E: Tensor | None = None) -> Tensor:
+        """All weights, (E, out, in): in one go on an accelerator, without those of experts that have no rows."""
+        if self.codes is not None and decodes_on(self.device, dtype):
+            return self._decode_all(self.codes, dtype, end_E)
+        return self.weights_of(range(self.shape[0]), dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes it takes, codes on disk not counted."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def codes_of(self, expert: int) -> Tensor:
+        """The codes of one expert, uint8 (bytes,)."""
+        if self.codes is not None:
+            return self.codes[expert]
+        assert self.on_disk is not None
+        return self.on_disk.read(expert).to(self.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another stack."""
+        super().__setstate__(state)
+        self.handle = new_handle(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedProjection:
+        """Follow the model to another device; `model.to(dtype)` must not round the scales."""
+        for name, buffer in self.named_buffers(recurse=False):
+            self.register_buffer(name, buffer.to(fn(torch.empty(0, dtype=buffer.dtype, device=buffer.device)).device))
+        return self
+
+    @abstractmethod
+    def _decode(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """One expert's weights, (out, in)."""
+
+    @abstractmethod
+    def _decode_all(self, codes: Tensor, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+        """Every expert's weights, by Triton."""
+
+
+class Nf4Projection(PackedProjection):
+    """In NF4.
+
+    scales: (E, blocks) uint8, float32 without double quantization.
+    scale_scales, offset: (E, blocks / 256), (E,) float32; None without double quantization.
+    """
+
+    scales: Tensor
+    scale_scales: Tensor | None
+    offset: Tensor | None
+
+    def _decode(self, expert: int, dtype: torch.dtype) -> Tensor:
+        return nf4.decode(self._packed(self.codes_of(expert), expert), dtype)
+
+    def _decode_all(self, codes: Tensor, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+        return nf4.decode(self._packed(codes, slice(None)), dtype, end_E)
+
+    def _packed(self, codes: Tensor, which: int | slice) -> Packed:
+        scale_scales, offset = (None if t is None else t[which] for t in (self.scale_scales, self.offset))
+        shape = self.shape[1:] if isinstance(which, int) else self.shape
+        return Packed(codes, self.scales[which], scale_scales, offset, tuple(shape), self.block)
+
+
+class Fp8Projection(PackedProjection):
+    """In FP8 blocks, e4m3 as the hub stores them; a weight is value times scale, computed in float32.
+
+    codes: the bytes of (out, in) values.
+    scales: (E, matrices * ceil(rows / block) * ceil(in / block)) float32, those of the checkpoint, where gate_up_proj
+        is two matrices of I rows above one another and down_proj is one.
+    """
+
+    scales: Tensor
+    matrices: int = 1
+
+    def _decode(self, expert: int, dtype: torch.dtype) -> Tensor:
+        height, width = self.shape[1] // self.matrices, self.shape[2]
+        values = self.codes_of(expert).view(torch.float8_e4m3fn).view(self.matrices, height, width)
+        scales = self.scales[expert].view(self.matrices, *fp8.scales_shape((height, width), (self.block, self.block)))
+        decoded = torch.empty(self.shape[1:], dtype=dtype, device=self.device)
+        for part, value, scale in zip(decoded.chunk(self.matrices), values, scales, strict=True):
+            part.copy_(fp8.dequantize(value, scale, (self.block, self.block)))
+        return decoded
+
+    def _decode_all(self, codes: Tensor, dtype: torch.dtype, end_E: Tensor | None) -> Tensor:
+        from finetune.kernels.triton import fp8 as kernel
+
+        weights = torch.empty(self.shape, dtype=dtype, device=self.device)
+        kernel.decode(kernel.Fp8(codes, self.scales, self.matrices, self.block), weights, end_E)
+        return weights
+
+
+def packed_shapes(
+    scheme: Scheme, shape: Sequence[int], block: int, double: bool, matrices: int = 1
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each of the tensors that a weight of `shape` becomes.
+
+    matrices: of which the weight is made, one above the other; FP8 has blocks of its own for each.
+    """
+    weights = math.prod(shape)
+    if scheme == "fp8":
+        grid = fp8.scales_shape((shape[0] // matrices, shape[1]), (block, block))
+        return {CODES: (torch.uint8, (weights,)), "scales": (torch.float32, (matrices * math.prod(grid),))}
+    blocks = -(-weights // block)
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {CODES: (torch.uint8, (-(-weights // 2),))}
+    if not double:
+        return {**shapes, "scales": (torch.float32, (blocks,))}
+    shapes |= {"scales": (torch.uint8, (blocks,)), "offset": (torch.float32, ())}
+    return {**shapes, "scale_scales": (torch.float32, (-(-blocks // SCALES_PER_BLOCK),))}
+
+
+class PackedExperts(PackedBank):
+    """Stands in for a model's bank of experts; adapters wrap it like one.
+
+    gate_up_proj: (E, 2I, H), gate first. down_proj: (E, H, I).
+    config: the model's.
+    """
+
+    gate_up_proj: PackedProjection
+    down_proj: PackedProjection
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.num_experts = config, config.num_experts
+
+    @property
+    def qweight(self) -> Tensor:
+        """What PEFT asks for the device of a quantized layer."""
+        return self.gate_up_proj.get_buffer("scales")
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The experts' output (T, H) for tokens (T, H), expert ids and routing weights (T, K)."""
+        return expert_mlp(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+
+
+def count_weights(model: nn.Module) -> int:
+    """Number of a model's weights, trainable or not, however they are stored; shared ones count once."""
+    states = [(parameter, getattr(parameter, "quant_state", None)) for parameter in model.parameters()]
+    plain = sum(parameter.numel() if state is None else state.shape.numel() for parameter, state in states)
+    return plain + sum(module.shape.numel() for module in model.modules() if isinstance(module, PackedProjection))

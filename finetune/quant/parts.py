@@ -1,0 +1,213 @@
+"""What of a 16-bit or FP8 checkpoint is packed, planned on names, types and shapes before the first byte is read.
+
+A part is one weight of the live model. Experts come out of the hub's files one matrix each, and of the plan as the two
+stacks of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import cpu_count
+
+import torch
+from torch import Tensor
+
+from finetune.config.schema import QuantizeSection
+from finetune.errors import ModelError, Problem
+from finetune.models import fp8
+from finetune.models.checkpoint import Checkpoint
+from finetune.models.qwen3 import ATTENTION_PROJECTIONS, EXPERT_MATRICES, EXPERTS, MLP_PROJECTIONS
+from finetune.models.tensor_file import WEIGHT_DTYPES
+from finetune.quant import nf4
+from finetune.quant.experts import CODES, packed_shapes
+
+Fields = dict[str, Tensor]
+"""The tensors of a part: `codes` and scales of a packed one, WHOLE alone of one that is not."""
+
+WHOLE = ""
+Progress = Callable[[str, int, int], None]
+HEAD = "lm_head.weight"
+_MISFIT = "config.json and weights do not belong together; download the checkpoint again"
+_MOST_PROBLEMS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of the live model.
+
+    name: as the live model has it. shape: of the weights.
+    sources: hub tensors it is made of; for experts those of each expert, one above the other.
+    packed: whether it is quantized.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[tuple[str, ...], ...]
+    packed: bool
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a projection of all experts."""
+        return len(self.shape) == 3
+
+    @property
+    def matrices(self) -> int:
+        """Hub tensors above one another in each of the part's matrices."""
+        return len(self.sources[0])
+
+
+def plan_parts(shapes: Mapping[str, tuple[int, ...]], section: QuantizeSection, *, tied: bool) -> list[Part]:
+    """The parts of a live model whose weights have these names and shapes, in their order."""
+    parts = []
+    for name, shape in shapes.items():
+        if tied and name == HEAD:
+            continue
+        module, _, projection = name.rpartition(".")
+        if module.endswith(EXPERTS):
+            matrices = EXPERT_MATRICES[projection]
+            sources = tuple(tuple(f"{module}.{e}.{matrix}.weight" for matrix in matrices) for e in range(shape[0]))
+            parts.append(Part(name, shape, sources, section.experts))
+        else:
+            parts.append(Part(name, shape, ((name,),), section.packs_attention and _is_projection(module)))
+    return parts
+
+
+def packed_sources(name: str, section: QuantizeSection) -> tuple[str, ...]:
+    """The hub weights that a hub weight is packed together with, itself among them; none when it is not packed."""
+    module, projection = name.removesuffix(".weight").rpartition(".")[::2]
+    if module.rpartition(".")[0].endswith(EXPERTS):
+        together = next(matrices for matrices in EXPERT_MATRICES.values() if projection in matrices)
+        return tuple(f"{module}.{matrix}.weight" for matrix in together) if section.experts else ()
+    return (name,) if section.packs_attention and _is_projection(f"{module}.{projection}") else ()
+
+
+def pack_matrix(checkpoint: Checkpoint, sources: tuple[str, ...], section: QuantizeSection) -> Fields:
+    """What one matrix, put together from its sources, is packed into."""
+    reader = _Reader(checkpoint, Part("", (), (sources,), packed=True), section, torch.float32)
+    return reader.pack(0)
+
+
+def _is_projection(module: str) -> bool:
+    parent, _, projection = module.rpartition(".")
+    rooms = {"self_attn": ATTENTION_PROJECTIONS, "mlp": MLP_PROJECTIONS}
+    return projection in rooms.get(parent.rpartition(".")[2], ())
+
+
+def check_parts(checkpoint: Checkpoint, parts: list[Part]) -> None:
+    """Raises ModelError for tensors that are missing, misshapen, of a wrong type, or left over in a layer."""
+    problems, used = [], set()
+    for part in parts:
+        rows = part.shape[-2] // part.matrices if len(part.shape) > 1 else 0
+        expected = (rows, part.shape[-1]) if rows else part.shape
+        for source in (source for row in part.sources for source in row):
+            used.add(source)
+            where, info = f"{checkpoint.path}: {source}", checkpoint.tensors.get(source)
+            if info is None:
+                problems.append(Problem(where, "is missing", _MISFIT))
+            elif info.shape != expected:
+                problems.append(Problem(where, f"should have the shape {expected}", _MISFIT, info.shape))
+            elif info.dtype not in WEIGHT_DTYPES and checkpoint.scales_of(source) is None:
+                hint = "give a checkpoint in bfloat16, float16, float32, or FP8 with block scales"
+                problems.append(Problem(where, "is of a type that is no weight", hint, info.dtype))
+    left = sorted(name for name in checkpoint.weights if ".layers." in name and name not in used)
+    problems += [Problem(f"{checkpoint.path}: {name}", "has no place in the model", _MISFIT) for name in left]
+    if problems:
+        more = [Problem(str(checkpoint.path), f"{len(problems) - _MOST_PROBLEMS} more problems like these", _MISFIT)]
+        raise ModelError(*problems[:_MOST_PROBLEMS], *(more if len(problems) > _MOST_PROBLEMS else []))
+
+
+def read_parts(
+    checkpoint: Checkpoint,
+    parts: list[Part],
+    section: QuantizeSection,
+    dtype: torch.dtype | None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Part, Fields]]:
+    """Each part, packed or in `dtype`, as it is stored when None.
+
+    In memory at a time: one part, and one expert per thread in float32.
+    """
+    total = sum(checkpoint.tensors[source].num_bytes for part in parts for row in part.sources for source in row)
+    done = 0
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        for part in parts:
+            fields = _Reader(checkpoint, part, section, dtype).read(pool)
+            done += sum(checkpoint.tensors[source].num_bytes for row in part.sources for source in row)
+            if progress is not None:
+                progress(part.name, done, total)
+            yield part, fields
+
+
+@dataclass(frozen=True)
+class _Reader:
+    checkpoint: Checkpoint
+    part: Part
+    section: QuantizeSection
+    dtype: torch.dtype | None
+
+    def read(self, pool: ThreadPoolExecutor) -> Fields:
+        part = self.part
+        if part.packed and not part.is_stack:
+            return {name: t[0] for name, t in self._stack(pool, part.shape, 1).items()}
+        if part.packed:
+            return self._stack(pool, part.shape[1:], part.shape[0])
+        if not part.is_stack:
+            return {WHOLE: self._matrix(0, self.dtype)}
+        first = self._matrix(0, self.dtype)
+        bank = torch.empty(part.shape, dtype=first.dtype)
+        list(pool.map(lambda expert: bank[expert].copy_(self._matrix(expert, first.dtype)), range(part.shape[0])))
+        return {WHOLE: bank}
+
+    def _matrix(self, row: int, dtype: torch.dtype | None) -> Tensor:
+        """One weight, put together from its sources."""
+        read = [
+            self.checkpoint.read_float(source) if self.checkpoint.scales_of(source) else self.checkpoint.read(source)
+            for source in self.part.sources[row]
+        ]
+        whole = torch.cat(read) if len(read) > 1 else read[0]
+        return whole if dtype is None else whole.to(dtype)
+
+    def _stack(self, pool: ThreadPoolExecutor, shape: tuple[int, ...], number: int) -> Fields:
+        section, matrices = self.section, self.part.matrices
+        assert section.scheme != "none"
+        shapes = packed_shapes(section.scheme, shape, section.block_size, section.double, matrices)
+        fields = {name: torch.empty(number, *size, dtype=dtype) for name, (dtype, size) in shapes.items()}
+
+        def fill(row: int) -> None:
+            try:
+                packed = self.pack(row)
+            except ModelError as error:
+                where = f"{self.checkpoint.path}: {self.part.sources[row][0]}"
+                raise ModelError(*(Problem(where, p.what, p.hint, p.got) for p in error.problems)) from None
+            for name, stack in fields.items():
+                stack[row].copy_(packed[name])
+
+        list(pool.map(fill, range(number)))
+        return fields
+
+    def pack(self, row: int) -> Fields:
+        """One matrix of the part, packed."""
+        return self._fp8(row) if self.section.scheme == "fp8" else self._nf4(row)
+
+    def _nf4(self, row: int) -> Fields:
+        made = nf4.quantize(self._matrix(row, torch.float32), block=self.section.block_size, double=self.section.double)
+        fields = {CODES: made.codes, "scales": made.scales, "scale_scales": made.scale_scales, "offset": made.offset}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _fp8(self, row: int) -> Fields:
+        pairs = [self._fp8_matrix(source) for source in self.part.sources[row]]
+        codes = torch.cat([values.reshape(-1).view(torch.uint8) for values, _ in pairs])
+        return {CODES: codes, "scales": torch.cat([scales.reshape(-1).float() for _, scales in pairs])}
+
+    def _fp8_matrix(self, source: str) -> tuple[Tensor, Tensor]:
+        """Values and scales: those of the file where it is FP8 in blocks of that size already."""
+        scales, block = self.checkpoint.scales_of(source), (self.section.block_size,) * 2
+        if scales is not None and self.checkpoint.fp8_block == block:
+            return self.checkpoint.read(source), self.checkpoint.read(scales)
+        weight = self.checkpoint.read_float(source)
+        if not bool(torch.isfinite(weight).all()):
+            hint = "the checkpoint is damaged: download it again"
+            raise ModelError(Problem(source, "holds NaN or infinity", hint))
+        return fp8.quantize(weight, block, torch.float32)
