@@ -350,7 +350,10 @@ def export(
     blocks: Annotated[int, typer.Option("--calibration-blocks", min=1, help="gptq, awq: blocks of tokens")] = 128,
     length: Annotated[int, typer.Option("--calibration-length", min=8, help="gptq, awq: tokens of a block")] = 512,
     steps: Annotated[int, typer.Option("--calibration-steps", min=0, help="gptq, awq: search steps per layer")] = 200,
-    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="what it was trained for")] = False,
+    thinking: Annotated[
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="what it was trained for, where no run wrote it down"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an export that was killed")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -153,7 +153,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     progress_line = TrainingProgress(console)
     train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
-        save_adapter(adapted, folder.adapter)
+        save_adapter(adapted, folder.adapter, thinking=prepared.report.trains_reasoning)
     return Run(folder.path, summarize(folder, adapted))
 
 

@@ -64,7 +64,7 @@ def export_adapter(
     *,
     base: str | Path | None = None,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
-    thinking: bool = False,
+    thinking: bool | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -72,7 +72,8 @@ def export_adapter(
 
     adapter: a saved adapter, ours or PEFT's.  base: as for `merge`.
     dtype: of the factors; float32 for peft and gguf-lora, bfloat16 for the servers when None.
-    thinking: whether the adapter was trained to reason before it answers; the note beside it says how to ask for that.
+    thinking: whether it was trained to reason before it answers, which the note beside it says how to ask for; what
+    training wrote down when None.
     Raises AdapterError or ModelError when the adapter is damaged, does not fit, or cannot be said in that format.
     """
     if to not in ADAPTER_FORMATS:
@@ -83,6 +84,8 @@ def export_adapter(
     started = time.perf_counter()
     output = Path(output).absolute()
     plan = plan_merge(adapter, base)
+    if thinking is None:
+        thinking = bool((plan.adapters[0].sidecar or {}).get("thinking"))
     factors = Factors.of(plan)
     file, side, facts = _plan(factors, to, DTYPES[dtype])
     note = adapter_note(plan, to, output, facts, thinking=thinking)
