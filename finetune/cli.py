@@ -322,15 +322,15 @@ def verify(
     merged: Annotated[Path, typer.Argument(metavar="MERGED", help="the folder merge made")],
     base: BasePath = None,
     weights: Shares = None,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="text to compare on; may be repeated")] = None,
     base_weights: BaseWeights = "original",
     as_json: AsJson = False,
 ) -> None:
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
-    report = pipeline.verify(
-        adapters, merged, base=base, weights=_shares(weights), base_weights=_base_weights(base_weights)
-    )
+    settings: dict[str, Any] = {"weights": _shares(weights), "base_weights": _base_weights(base_weights)}
+    report = pipeline.verify(adapters, merged, base=base, prompts=prompts or None, **settings)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -363,7 +363,10 @@ def export(
     blocks: Annotated[int, typer.Option("--calibration-blocks", min=1, help="gptq, awq: blocks of tokens")] = 128,
     length: Annotated[int, typer.Option("--calibration-length", min=8, help="gptq, awq: tokens of a block")] = 512,
     steps: Annotated[int, typer.Option("--calibration-steps", min=0, help="gptq, awq: search steps per layer")] = 200,
-    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="what it was trained for")] = False,
+    thinking: Annotated[
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="what it was trained for, where no run wrote it down"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an export that was killed")] = False,
     as_json: AsJson = False,
 ) -> None:

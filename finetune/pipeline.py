@@ -153,7 +153,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     progress_line = TrainingProgress(console)
     train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
-        save_adapter(adapted, folder.adapter)
+        save_adapter(adapted, folder.adapter, thinking=prepared.report.trains_reasoning)
     return Run(folder.path, summarize(folder, adapted))
 
 
@@ -189,14 +189,16 @@ def verify(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     base_weights: BaseWeights = "original",
+    prompts: Sequence[str] | None = None,
 ) -> VerifyReport:
     """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not.
 
-    base, weights, base_weights: as for `merge`.
+    base, weights, base_weights: as for `merge`.  prompts: to compare the logits on, a varied handful when None.
     """
     from finetune.export.verify import verify as verify_weights
 
-    return verify_weights(adapter, merged, base=base, weights=weights, base_weights=base_weights)
+    settings: Any = {"weights": weights, "base_weights": base_weights}
+    return verify_weights(adapter, merged, base=base, prompts=prompts, **settings)
 
 
 def export(

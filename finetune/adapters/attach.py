@@ -60,15 +60,19 @@ def attach(
         return get_peft_model(model, config)
 
 
-def save_adapter(model: PeftModel, path: str | Path) -> None:
+def save_adapter(model: PeftModel, path: str | Path, *, thinking: bool | None = None) -> None:
     """Write the adapters of `model` to folder `path` in the standard PEFT layout plus our sidecar, all or nothing.
 
+    thinking: whether it was trained to reason before it answers, for the notes beside exports; None to leave it open.
     An adapter that is there already is replaced. Raises AdapterError when anything else is there.
     """
     if not isinstance(model, PeftModel):
         hint = "give what attach or load_adapter returned"
         raise AdapterError(Problem("model", "has no adapters", hint, type(model).__name__))
     path = Path(path)
+    if thinking is not None:
+        for config in model.peft_config.values():
+            config.thinking = thinking
     overwrite = (path / ADAPTER_CONFIG).is_file()
     with finished_folder(path, overwrite=overwrite) as building:
         model.save_pretrained(str(building), save_embedding_layers=False)

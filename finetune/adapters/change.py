@@ -31,7 +31,7 @@ class LowRank:
         return torch.mm(self.b[rows] * self.scale, self.a, out=out)
 
     def add_to_(self, base: Tensor, rows: slice) -> Tensor:
-        """Some rows of a weight in float32, changed."""
+        """Some rows of a weight in float32, to which those of the change are added."""
         return base.addmm_(self.b[rows], self.a, alpha=self.scale)
 
     def exact_rows(self, rows: slice) -> Tensor:
@@ -53,7 +53,7 @@ class WholeDelta:
     @property
     def is_zero(self) -> bool:
         """Whether the weight stays as it is."""
-        return self.scale == 0.0 or not any(torch.aminmax(self.delta))
+        return not bool(self.delta.any()) or self.scale == 0.0
 
     def times(self, share: float) -> WholeDelta:
         """The change times a number."""
@@ -64,7 +64,7 @@ class WholeDelta:
         return torch.mul(self.delta[rows], self.scale, out=out)
 
     def add_to_(self, base: Tensor, rows: slice) -> Tensor:
-        """Some rows of a weight in float32, changed."""
+        """Some rows of a weight in float32, to which those of the change are added."""
         return base.add_(self.delta[rows], alpha=self.scale)
 
     def exact_rows(self, rows: slice) -> Tensor:

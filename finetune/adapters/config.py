@@ -72,6 +72,7 @@ class ExpertLoraConfig(LoraConfig):
     router: `lora`, or `full` for factors of full rank of which A alone trains; read where `mlp.gate` is targeted.
     section: the recipe's adapter section this came from, for the record.
     base_fingerprint: see `models.checkpoint.base_fingerprint`; None when the base is not on disk.
+    thinking: whether the rows trained it to reason before it answers; None where that is not known.
     quantize: the recipe's quantize section with which the base was packed; None for a base in 16 bit.
 
     rank_pattern and alpha_pattern match `...mlp.experts.gate_up_proj` and `...down_proj`, as stock PEFT's do.
@@ -85,6 +86,7 @@ class ExpertLoraConfig(LoraConfig):
     section: dict[str, Any] | None = field(default=None)
     base_fingerprint: str | None = None
     quantize: dict[str, Any] | None = field(default=None)
+    thinking: bool | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,6 +163,7 @@ class ExpertLoraConfig(LoraConfig):
             "base_model": self.base_model_name_or_path,
             "base_fingerprint": self.base_fingerprint,
             "quantize": self.quantize,
+            "thinking": self.thinking,
             "dropout": self.lora_dropout,
             "expert_dropout": self.expert_dropout,
             "expert_mode": self.expert_mode,
@@ -198,7 +201,7 @@ class ExpertLoraConfig(LoraConfig):
             options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar["expert_dropout"]
         options["router"] = sidecar.get("router", "lora")
         options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
-        options["quantize"] = sidecar.get("quantize")
+        options["quantize"], options["thinking"] = sidecar.get("quantize"), sidecar.get("thinking")
         return cls(**options, expert_targets=experts)
 
 

@@ -39,12 +39,14 @@ class Encoded:
     reasoning_dropped: trained answers whose reasoning the chat template leaves out; Qwen3's keeps it only behind the
         last question.
     truncated: whether tokens were cut off at the end.
+    reasons: trained answers that reason before they say something.
     """
 
     input_ids: list[int]
     labels: list[int]
     reasoning_dropped: int = 0
     truncated: bool = False
+    reasons: int = 0
 
     @property
     def loss_tokens(self) -> int:
@@ -121,9 +123,9 @@ class Encoder:
             labels[begin:end] = [IGNORED] * (end - begin)
             if answer.trained:
                 labels[first:end] = ids[first:end]
-        return self._fitted(
-            Encoded(ids, labels, sum(answer.trained and answer.reasoning_dropped for answer in answers))
-        )
+        trained = [answer for answer in answers if answer.trained]
+        dropped = sum(answer.reasoning_dropped for answer in trained)
+        return self._fitted(Encoded(ids, labels, dropped, reasons=sum(answer.reasons for answer in trained)))
 
     def _finish_passage(self, prompt: list[int], completion: list[int]) -> Encoded:
         ids = [*prompt, *completion, self.tokenizer.eos_token_id]

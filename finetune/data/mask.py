@@ -43,6 +43,7 @@ class Answer:
     said: where the turn says something: `begin`, or the end of an empty think block.
     trained: whether it carries loss.
     reasoning_dropped: whether the chat template left its reasoning out.
+    reasons: whether it shows reasoning before what it says.
     """
 
     begin: int
@@ -50,6 +51,7 @@ class Answer:
     end: int
     trained: bool
     reasoning_dropped: bool
+    reasons: bool = False
 
 
 def find_answers(text: str, chat: Conversation) -> list[Answer]:
@@ -81,7 +83,9 @@ def find_answers(text: str, chat: Conversation) -> list[Answer]:
         empty = EMPTY_THINK.match(text, turn.start(2), turn.end(2))
         said = empty.end() if empty else turn.start(2)
         shown = turn[2].startswith("<think>") and reasoning in turn[2].partition("</think>")[0]
-        answers.append(Answer(turn.start(2), said, turn.end(), trained, bool(reasoning) and not shown))
+        has_reasoning = bool(reasoning)
+        dropped, reasons = has_reasoning and not shown, has_reasoning and shown
+        answers.append(Answer(turn.start(2), said, turn.end(), trained, dropped, reasons))
     return answers
 
 

@@ -25,6 +25,7 @@ class FileReport:
     tokens, loss_tokens: of the kept rows, each counted once.
     longest, longest_at: tokens of the longest kept row, and where it is.
     reasoning_dropped: trained answers whose reasoning the model's chat template leaves out.
+    reasons: trained answers that reason before they say something.
     drawn: rows of the training mix that come from here.
     unused: kept rows that the weights leave out.
     """
@@ -43,6 +44,7 @@ class FileReport:
     longest: int = 0
     longest_at: str = ""
     reasoning_dropped: int = 0
+    reasons: int = 0
     drawn: int = 0
     unused: int = 0
 
@@ -54,6 +56,7 @@ class FileReport:
         self.truncated += row.truncated
         self.over_long += row.truncated
         self.reasoning_dropped += row.reasoning_dropped
+        self.reasons += row.reasons
         if len(row.input_ids) > self.longest:
             self.longest, self.longest_at = len(row.input_ids), where
 
@@ -86,6 +89,11 @@ class PrepareReport:
     train: SplitReport
     eval: SplitReport | None = None
     eval_also_trained: int = 0
+
+    @property
+    def trains_reasoning(self) -> bool:
+        """Whether a model trained on these rows reasons before it answers."""
+        return any(file.reasons for file in self.files if file.use == "train")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -17,7 +17,7 @@ from finetune.export.folder import Progress, Work, describe_job, write_folder
 from finetune.export.plan import plan_merge
 from finetune.export.safetensors_file import plan_file
 from finetune.export.serving_note import NOTE, adapter_note
-from finetune.export.show import Shown, warnings
+from finetune.export.show import Shown, size_text, warnings
 from finetune.export.stream import OutputFile
 
 AdapterFormat = Literal["peft", "peft-per-expert", "vllm", "sglang", "gguf-lora"]
@@ -50,8 +50,7 @@ class ExportReport(Shown):
 
     def render(self) -> Group:
         """Where it is and how large, and how to start from there."""
-        size = sum(self.files.values())
-        shown = f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+        shown = size_text(sum(self.files.values()))
         told = ", ".join(f"{name} {value}" for name, value in self.facts.items())
         lines = f"{self.output}: {self.to}, {shown}, {self.tensors:,} tensors in {self.dtype}"
         text = f"{lines}; {told}" if told else lines
@@ -65,7 +64,7 @@ def export_adapter(
     *,
     base: str | Path | None = None,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
-    thinking: bool = False,
+    thinking: bool | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -73,7 +72,8 @@ def export_adapter(
 
     adapter: a saved adapter, ours or PEFT's.  base: as for `merge`.
     dtype: of the factors; float32 for peft and gguf-lora, bfloat16 for the servers when None.
-    thinking: whether the adapter was trained to reason before it answers; the note beside it says how to ask for that.
+    thinking: whether it was trained to reason before it answers, which the note beside it says how to ask for; what
+    training wrote down when None.
     Raises AdapterError or ModelError when the adapter is damaged, does not fit, or cannot be said in that format.
     """
     if to not in ADAPTER_FORMATS:
@@ -84,6 +84,8 @@ def export_adapter(
     started = time.perf_counter()
     output = Path(output).absolute()
     plan = plan_merge(adapter, base)
+    if thinking is None:
+        thinking = bool((plan.adapters[0].sidecar or {}).get("thinking"))
     factors = Factors.of(plan)
     file, side, facts = _plan(factors, to, DTYPES[dtype])
     note = adapter_note(plan, to, output, facts, thinking=thinking)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.errors import Problem, UserError
+from finetune.export.show import size_text
 from finetune.export.stream import Journal, OutputFile, write_files
 from finetune.export.workers import exact_workers
 from finetune.models.checkpoint import CONFIG, Checkpoint
@@ -114,7 +115,7 @@ def _check_space(work: Work) -> None:
     existing = next(parent for parent in work.output.parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed + SPARE_BYTES:
-        what = f"needs {needed / 2**30:.2f} GiB on this disk, where there are {free / 2**30:.2f}"
+        what = f"needs {size_text(needed + SPARE_BYTES)} on this disk, where {size_text(free)} are free"
         raise UserError(Problem(str(work.output), what, "free some space, or name a folder on another disk"))
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapters.partial import attach_part
-from finetune.errors import ModelError
+from finetune.errors import ModelError, Problem, UserError
 from finetune.export.plan import MergePlan
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
@@ -47,6 +47,17 @@ _MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
+class PromptAgreement:
+    """The numbers of one prompt; `text` is the prompt, or what stands for it."""
+
+    text: str
+    positions: int
+    max_difference: float
+    top1_agreement: float
+    within_share: float
+
+
+@dataclass(frozen=True)
 class LogitAgreement:
     """Numbers over all positions of all prompts; differences are of logits.
 
@@ -55,9 +66,10 @@ class LogitAgreement:
     unexplained: largest difference that is left when rounding is taken into account.
     tolerance: what `unexplained` may be.  within_share: positions where it is; a few may miss it where two experts tie.
     layers: largest difference of the hidden states behind each layer, base + adapter against merged.
+    prompts: the same numbers for each prompt.
     """
 
-    prompts: int
+    prompts: tuple[PromptAgreement, ...]
     positions: int
     max_difference: float
     mean_difference: float
@@ -77,7 +89,8 @@ class LogitAgreement:
 def check_logits(plan: MergePlan, merged: Checkpoint, prompts: Sequence[str] | None = None) -> LogitAgreement:
     """Runs the three side by side, layer by layer; one layer in float32 is in memory at a time."""
     base, target = StreamedModel(plan.base), StreamedModel(merged)
-    embedded = [base.embed(ids) for ids in _tokens(merged, prompts)]
+    texts, tokens = _tokens(merged, prompts)
+    embedded = [base.embed(ids) for ids in tokens]
     adapted, rounded, found = embedded, embedded, embedded
     differences = []
     for index in (*range(base.num_layers), None):
@@ -93,29 +106,38 @@ def check_logits(plan: MergePlan, merged: Checkpoint, prompts: Sequence[str] | N
         found = target.run(target.part(index), found)
         target.clear()
         differences.append(max(_largest(a - m) for a, m in zip(adapted, found, strict=True)))
-    return compare(adapted, rounded, found, tuple(differences[:-1]))
+    return compare(texts, adapted, rounded, found, tuple(differences[:-1]))
 
 
 def compare(
-    adapted: list[Tensor], rounded: list[Tensor], merged: list[Tensor], layers: tuple[float, ...] = ()
+    texts: list[str],
+    adapted: list[Tensor],
+    rounded: list[Tensor],
+    merged: list[Tensor],
+    layers: tuple[float, ...] = (),
 ) -> LogitAgreement:
     """The numbers from the logits (S, V) of each prompt, float32."""
     seen = [(a - m).abs() for a, m in zip(adapted, merged, strict=True)]
     rounding = torch.cat([(a - r).abs().amax(-1) for a, r in zip(adapted, rounded, strict=True)]).median().item()
-    unexplained = torch.cat([(r - m).abs().amax(-1) for r, m in zip(rounded, merged, strict=True)])
-    top1 = torch.cat([a.argmax(-1) == m.argmax(-1) for a, m in zip(adapted, merged, strict=True)])
+    unexplained = [(r - m).abs().amax(-1) for r, m in zip(rounded, merged, strict=True)]
+    top1 = [(a.argmax(-1) == m.argmax(-1)).float() for a, m in zip(adapted, merged, strict=True)]
     largest = max(_largest(r) for r in rounded)
     tolerance = max(ABSOLUTE, RELATIVE * largest) + NOISE_SHARE * rounding
+    within = [(left <= tolerance).float() for left in unexplained]
+    prompts = [
+        PromptAgreement(text, len(same), _largest(difference), same.mean().item(), share.mean().item())
+        for text, difference, same, share in zip(texts, seen, top1, within, strict=True)
+    ]
     return LogitAgreement(
-        prompts=len(seen),
-        positions=len(top1),
-        max_difference=max(_largest(difference) for difference in seen),
+        prompts=tuple(prompts),
+        positions=sum(prompt.positions for prompt in prompts),
+        max_difference=max(prompt.max_difference for prompt in prompts),
         mean_difference=torch.cat([difference.mean(-1) for difference in seen]).mean().item(),
-        top1_agreement=top1.float().mean().item(),
+        top1_agreement=torch.cat(top1).mean().item(),
         rounding=rounding,
-        unexplained=_largest(unexplained),
+        unexplained=_largest(torch.cat(unexplained)),
         tolerance=tolerance,
-        within_share=(unexplained <= tolerance).float().mean().item(),
+        within_share=torch.cat(within).mean().item(),
         layers=layers,
     )
 
@@ -148,8 +170,8 @@ def _round_weights_(part: nn.Module, merged: Checkpoint) -> None:
             matrix.copy_(fp8.dequantize(*values, block))
 
 
-def _tokens(merged: Checkpoint, prompts: Sequence[str] | None) -> list[Tensor]:
-    """Prompts as token ids (S,); fixed pseudo-random ids for a checkpoint that has no tokenizer of its own."""
+def _tokens(merged: Checkpoint, prompts: Sequence[str] | None) -> tuple[list[str], list[Tensor]]:
+    """Prompts and their token ids (S,); fixed pseudo-random ids for a checkpoint that has no tokenizer of its own."""
     from finetune.models.loading import load_tokenizer
 
     try:
@@ -159,6 +181,11 @@ def _tokens(merged: Checkpoint, prompts: Sequence[str] | None) -> list[Tensor]:
             raise
         generator = torch.Generator().manual_seed(0)
         vocabulary = int(merged.config["vocab_size"])
-        return [torch.randint(0, vocabulary, (24,), generator=generator) for _ in PROMPTS]
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_TOKENS] for text in prompts or PROMPTS]
-    return [torch.tensor(ids, dtype=torch.long) for ids in encoded if ids]
+        drawn = [torch.randint(0, vocabulary, (24,), generator=generator) for _ in PROMPTS]
+        return [f"24 random tokens, {number}" for number in range(1, len(drawn) + 1)], drawn
+    texts = list(prompts or PROMPTS)
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][:_MAX_TOKENS] for text in texts]
+    kept = [number for number, ids in enumerate(encoded) if ids]
+    if not kept:
+        raise UserError(Problem("--prompt", "has no tokens", "give some text", texts))
+    return [texts[number] for number in kept], [torch.tensor(encoded[number], dtype=torch.long) for number in kept]

@@ -20,7 +20,7 @@ from finetune.export.folder import CONFIG_DTYPES, Progress, Work, describe_job, 
 from finetune.export.plan import Adapters, MergePlan, plan_merge
 from finetune.export.retention import Retention, Tally, advice
 from finetune.export.shards import num_bytes, plan_files, stored_dtypes
-from finetune.export.show import Shown, table, warnings
+from finetune.export.show import Shown, size_text, table, warnings
 from finetune.models.checkpoint import INDEX
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -55,9 +55,9 @@ class MergeReport(Shown):
 
     def render(self) -> Group:
         """What was written, how much of the delta survived rounding in each family, and the warnings."""
-        gib, dtype = self.bytes_written / 2**30, self.dtype or "dtype of the base"
+        size, dtype = size_text(self.bytes_written), self.dtype or "dtype of the base"
         facts = (
-            f"{self.output}: {gib:.2f} GiB in {self.elapsed_s:.1f} s, {dtype}; tensors: {self.tensors_changed:,} "
+            f"{self.output}: {size} in {self.elapsed_s:.1f} s, {dtype}; tensors: {self.tensors_changed:,} "
             f"changed, {self.tensors_copied:,} copied, {self.tensors_converted:,} converted"
         )
         rows = table("delta kept after rounding", "family", "tensors", "kept", "cosine", "weights unchanged")

@@ -40,14 +40,14 @@ class ModelOptions:
 
     type: of the matrices in a GGUF.  dtype: of all weights with hf, as stored when None.
     max_shard_bytes: of each file, but for GGUF.  group: values per scale with int4, gptq and awq.
-    thinking: whether the model was trained to reason before it answers.  calibration: for gptq and awq.
+    thinking: whether the model was trained to reason before it answers; no when None.  calibration: for gptq, awq.
     """
 
     type: str = "F16"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     group: int = quantized.GROUP
-    thinking: bool = False
+    thinking: bool | None = None
     calibration: calibrated.Calibration = field(default_factory=calibrated.Calibration)
 
 
@@ -77,7 +77,7 @@ def export_model(
             files, side, facts = _plan_calibrated(source, output, to, options, linears, held)
         else:
             files, side, facts = _plan(source, output, to, options, linears)
-        side[NOTE] = model_note(to, output, thinking=options.thinking).encode()
+        side[NOTE] = model_note(to, output, thinking=bool(options.thinking)).encode()
         job = describe_job("export", to, vars(options), folders=[source.path])
         write_folder(Work(output, source, tuple(files), side, job, resume), progress)
     return ExportReport(

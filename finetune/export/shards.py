@@ -104,8 +104,7 @@ def _fill_merged(kept: str, plan: MergePlan, name: str, factors: Change, place: 
         stored = merged if kept == "F32" else _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
         place.append(_finite(plan, name, stored))
         if rows.start == 0:
-            wanted = factors.rows(first)
-            tally.add(stored[first].float().sub_(before), wanted)
+            tally.add(stored[first].float().sub_(before), factors.rows(first))
     return tally
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
 from finetune.errors import Problem, VerifyError
@@ -21,6 +22,7 @@ from finetune.models.checkpoint import CONFIG, Checkpoint
 from finetune.models.tensor_file import TORCH_DTYPES, WEIGHT_DTYPES
 
 _SHOWN = 5
+_PROMPT_WIDTH = 48
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _HINT = "merge again into a new folder, and do not use this one"
 _OTHER_BASE = "; if it was merged with --base-weights dequantized, verify it with that too"
@@ -54,7 +56,7 @@ class VerifyReport(Shown):
         weights = f"{self.tensors:,} tensors exact to their dtype"
         if self.logits is None:
             return weights
-        return f"{weights}, logits of {self.logits.prompts} prompts within its rounding"
+        return f"{weights}, logits of {len(self.logits.prompts)} prompts within its rounding"
 
     def render(self) -> Group:
         """The agreement of weights and logits, and notes."""
@@ -62,7 +64,8 @@ class VerifyReport(Shown):
         rows = table(title, "family", "tensors", "largest error", "of what rounding allows")
         for family, seen in self.weights.items():
             rows.add_row(family, f"{seen.tensors:,}", f"{seen.max_error:.2e}", f"{seen.worst_share:.1%}")
-        return Group(rows, Text(_logits_line(self.logits)), *_layers_line(self.logits), *warnings(self.notes))
+        line, prompts, layers = Text(_logits_line(self.logits)), _prompts_table(self.logits), _layers_line(self.logits)
+        return Group(rows, line, *prompts, *layers, *warnings(self.notes))
 
 
 def verify(
@@ -78,7 +81,7 @@ def verify(
     """Compares base + adapter with `merged`, tensor by tensor and on the logits of prompts.
 
     adapters, base, weights, base_weights: as for `merge`.  prompts: texts to compare on, a varied handful when None.
-    weights_only: do not load the models (the logits check needs one of them in float32 in memory).
+    weights_only: do not run the models.
     Raises VerifyError with the numbers when they differ by more than the rounding of the storage dtype, and
     AdapterError or ModelError when one of the three cannot be read.
     """
@@ -111,10 +114,26 @@ def _logits_line(logits: LogitAgreement | None) -> str:
     if logits is None:
         return "logits: not compared"
     return (
-        f"logits over {logits.positions:,} positions of {logits.prompts} prompts: max |difference| "
+        f"logits over {logits.positions:,} positions of {len(logits.prompts)} prompts: max |difference| "
         f"{logits.max_difference:.2e} (mean {logits.mean_difference:.2e}), top-1 {logits.top1_agreement:.1%}; "
         f"not explained by rounding {logits.unexplained:.2e}, allowed {logits.tolerance:.2e}"
     )
+
+
+def _prompts_table(logits: LogitAgreement | None) -> list[Table]:
+    if logits is None:
+        return []
+    rows = table("", "prompt", "positions", "max |difference|", "top-1")
+    for prompt in logits.prompts:
+        rows.add_row(
+            _short(prompt.text), f"{prompt.positions}", f"{prompt.max_difference:.2e}", f"{prompt.top1_agreement:.1%}"
+        )
+    return [rows]
+
+
+def _short(text: str) -> Text:
+    line = " ".join(text.split())
+    return Text(line if len(line) <= _PROMPT_WIDTH else f"{line[: _PROMPT_WIDTH - 3]}...")
 
 
 def _layers_line(logits: LogitAgreement | None) -> list[Text]:
@@ -160,6 +179,8 @@ def _wrong_logits(logits: LogitAgreement, merged: Checkpoint) -> Problem:
         f"are not rounding, {logits.tolerance:.3g} are allowed and {1 - logits.within_share:.1%} of {logits.positions} "
         "positions are beyond that"
     )
+    worst = sorted(logits.prompts, key=lambda prompt: prompt.within_share)
+    what += ", most in " + ", ".join(repr(_short(prompt.text).plain) for prompt in worst[:2] if prompt.within_share < 1)
     return Problem(str(merged.path), what, _HINT)
 
 

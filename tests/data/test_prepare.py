@@ -183,6 +183,10 @@ def test_report_counts_what_there_is(tiny_tokenizer, write_jsonl):
     report = prepared.report
     (file,) = report.files
     assert (file.read, file.kept, file.over_long, file.truncated, file.reasoning_dropped) == (5, 3, 2, 1, 1)
+    assert report.trains_reasoning
+    assert not prepare(
+        section(write_jsonl([question("a")], "plain.jsonl")), tiny_tokenizer, seed=0
+    ).report.trains_reasoning
     assert file.skipped == {"has no token that carries loss within data.max_length": 1, "lacks messages": 1}
     assert (file.longest, file.longest_at) == (100, f"{path}:3")
     assert file.tokens == sum(map(len, prepared.train["input_ids"])) == report.train.tokens

@@ -1,6 +1,7 @@
 """Adapters in other layouts make the same change, by stock PEFT and by reading them back."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -129,6 +130,15 @@ def test_thinking_is_told(sources, tmp_path):
     export_adapter(adapter, tmp_path / "off", "vllm")
     assert "default, true" in (tmp_path / "on/SERVING.md").read_text()
     assert '"enable_thinking": false' in (tmp_path / "off/SERVING.md").read_text()
+
+
+def test_thinking_is_what_training_wrote_down(sources, tmp_path):
+    shutil.copytree(sources["dense"][1], tmp_path / "adapter")
+    (tmp_path / "adapter/finetune_adapter.json").write_text(json.dumps({"format_version": 1, "thinking": True}))
+    export_adapter(tmp_path / "adapter", tmp_path / "told", "vllm")
+    export_adapter(tmp_path / "adapter", tmp_path / "asked", "vllm", thinking=False)
+    assert "default, true" in (tmp_path / "told/SERVING.md").read_text()
+    assert '"enable_thinking": false' in (tmp_path / "asked/SERVING.md").read_text()
 
 
 def test_exported_and_merged_equals_merged(sources, tmp_path):

@@ -273,6 +273,7 @@ def test_report_is_complete(moe, adapter, tmp_path):
     console.print(report)
     text = console.export_text()
     assert "expert gate" in text
+    assert f"{report.bytes_written / 1024:.2f} KiB" in text.replace("\n", " ")
     assert str(tmp_path / "merged") in text.replace("\n", "")
 
 
@@ -314,7 +315,7 @@ class TestOutput:
         from types import SimpleNamespace
 
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26 + 1000))
-        with pytest.raises(UserError, match="GiB on this disk"):
+        with pytest.raises(UserError, match=r"needs 64\.\d+ MiB on this disk, where 64\.00 MiB are free"):
             merge(adapter, tmp_path / "merged")
         assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from finetune.errors import ModelError, VerifyError
+from finetune.errors import ModelError, UserError, VerifyError
 from finetune.export.logits_check import compare
 from finetune.export.merge import merge
 from finetune.export.verify import verify
@@ -57,7 +57,7 @@ def test_honest_merges_pass(case, tmp_path, dtype):
     assert report.weights["without a delta"].max_error == 0
     assert sum(seen.tensors for seen in report.weights.values()) == report.tensors
     logits = report.logits
-    assert logits.prompts == 8
+    assert len(logits.prompts) == 8
     assert logits.positions > 100
     assert logits.within_share > 0.99
     if dtype == "fp32":
@@ -88,7 +88,9 @@ def test_other_shapes_pass(tmp_path, config, settings):
 
 def test_prompts_of_the_user(case):
     report = verify(case.adapter, case.merged, prompts=["one", "another one"])
-    assert report.logits.prompts == 2
+    assert [prompt.text for prompt in report.logits.prompts] == ["one", "another one"]
+    with pytest.raises(UserError, match="no tokens"):
+        verify(case.adapter, case.merged, prompts=[""])
     assert report.logits.positions == len("one") + len("another one")  # the tokenizer knows bytes only
 
 
@@ -102,6 +104,7 @@ def test_report_is_complete(case):
     text = console.export_text()
     assert "expert down" in text
     assert "top-1" in text
+    assert "def fibonacci(n: int)" in text
 
 
 def layer_skipped(base, tensors):
@@ -292,8 +295,12 @@ def test_agreement_numbers():
     rounded = [logits + 0.01 for logits in adapted]
     merged = [rounded[0].clone(), rounded[1].clone()]
     merged[1][0, 1] += 4
-    seen = compare(adapted, rounded, merged)
-    assert (seen.prompts, seen.positions) == (2, 3)
+    texts = ["one", "two"]
+    seen = compare(texts, adapted, rounded, merged)
+    assert [prompt.text for prompt in seen.prompts] == texts
+    assert [prompt.positions for prompt in seen.prompts] == [2, 1]
+    assert [prompt.within_share for prompt in seen.prompts] == [1.0, 0.0]
+    assert seen.positions == 3
     assert seen.max_difference == pytest.approx(4.01)
     assert seen.rounding == pytest.approx(0.01)
     assert seen.unexplained == pytest.approx(4)
@@ -301,4 +308,4 @@ def test_agreement_numbers():
     assert seen.top1_agreement == seen.within_share == pytest.approx(2 / 3)
     assert not seen.agrees
     merged[1][0, 1] = float("nan")
-    assert compare(adapted, rounded, merged).unexplained == float("inf")
+    assert compare(texts, adapted, rounded, merged).unexplained == float("inf")

@@ -1,8 +1,9 @@
 """GPTQ and AWQ exports of a model that has learned something: `make proof-quant`.
 
-The quickstart is trained and merged, and exported with its training rows. What was written is read back without
-AutoRound, multiplied out, and must answer the held-out rows as the merged model does, and no worse than int4 rounded
-to nearest does.
+    python tests/proof/prove_quant.py [ADAPTER]
+
+The quickstart is trained, or its adapter given, then merged and exported with its training rows. What was written is
+read back without AutoRound, multiplied out, and must answer the held-out rows as the merged model does.
 """
 
 from __future__ import annotations
@@ -49,23 +50,25 @@ def exact_match(folder: Path) -> float:
     return ft.evaluate(folder, [str(HELD_OUT)], dtype="fp32").total.exact_match
 
 
-def main() -> int:
+def main(adapter: str | None = None) -> int:
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
-        run = ft.train(ft.load_recipe(ROOT / "recipes/quickstart.yaml", f"output.dir={work / 'run'}"))
-        ft.merge(run.adapter, work / "merged")
+        if adapter is None:
+            run = ft.train(ft.load_recipe(ROOT / "recipes/quickstart.yaml", f"output.dir={work / 'run'}"))
+            adapter = str(run.adapter)
+        ft.merge(adapter, work / "merged")
         found = {"merged": exact_match(work / "merged")}
         for to in ("gptq", "awq"):
-            calibration = Calibration((str(TRAINED),), blocks=64, length=256, steps=100)
+            calibration = Calibration((str(TRAINED),), blocks=32, length=128, steps=20)
             options = ModelOptions(group=GROUP, calibration=calibration)
             report = export_model(work / "merged", work / to, to, options)  # type: ignore[arg-type]
             found[to] = exact_match(multiplied_out(to, work / to, work / "merged", work / f"{to}-16-bit"))
             size = sum(report.files.values()) / 2**20
-            print(f"{to}: {report.facts}, {size:.2f} MiB, {report.elapsed_s:.0f} s")
+            print(f"{to}: {report.facts}, {size:.2f} MiB, {report.elapsed_s:.0f} s", flush=True)
     for name, value in found.items():
         print(f"{name:<8} exact match on held-out rows {value:.1%}")
     return 0 if min(found.values()) >= found["merged"] - ALLOWED else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

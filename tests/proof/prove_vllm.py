@@ -51,12 +51,13 @@ def prepare(work: Path) -> list[list[int]]:
 
 
 def main(python: str) -> int:
+    interpreter = str(Path(python).absolute())  # the programs run elsewhere; a link must stay one
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         ours = prepare(work)
         for what in ("merged", "adapters"):
             script = Path(__file__).with_name("vllm_runs.py")
-            subprocess.run([python, str(script), str(work), what], check=True, cwd=folder)
+            subprocess.run([interpreter, str(script), str(work), what], check=True, cwd=folder)
         theirs = json.loads((work / "merged.json").read_text())
         adapters = json.loads((work / "adapters.json").read_text())
     same = [one[: len(two)] == two for one, two in zip(ours, theirs, strict=True)]
