@@ -60,3 +60,12 @@ def test_all_misfits_at_once():
     with pytest.raises(AdapterError) as caught:
         replace(problem, index=problem.index[:4], gate_up=problem.gate_up[:, 1:]).run()
     assert {p.where for p in caught.value.problems} >= {"gate_up", "top_k_index"}
+
+
+def test_whole_experts_have_no_triton_products_and_must_fit():
+    problem = make(deltas=("gate_up", "down"), targets=())
+    with pytest.raises(AdapterError, match="has no products for experts that train whole"):
+        problem.run("triton")
+    problem.down_delta = replace(problem.down_delta, delta_XOI=problem.down_delta.delta_XOI[:, 1:])
+    with pytest.raises(AdapterError, match="down delta: must have the shape"):
+        problem.run("torch")
