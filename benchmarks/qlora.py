@@ -73,7 +73,7 @@ def layer(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for tokens in options.tokens or (2048, 8192):
         shape = replace(SHAPES["qwen3-30b-a3b"], tokens=tokens)
         builders = {"16 bit": partial(LAYERS["ours"], shape, "auto")}
-        builders |= {NAMES[scheme]: partial(Packed, scheme, shape, "auto") for scheme in SCHEMES[1:]}
+        builders |= {NAMES[scheme]: partial(Packed, scheme, shape, "auto") for scheme in options.schemes[1:]}
         with Contest(builders, options.threads) as contest:
             times = contest.run(options.rounds or 9, warmup=3)
             memory = contest.memory()
@@ -100,7 +100,7 @@ def step(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             train_step.write_rows(part / "rows.jsonl", tokens)
             builders = {
                 NAMES[scheme]: partial(train_step.Training, "ours", str(folder / "model"), str(part), tokens, scheme)
-                for scheme in SCHEMES
+                for scheme in options.schemes
             }
             measured = train_step.measure(builders, rounds=options.rounds or 5, warmup=2, threads=options.threads)
             case = f"2 layers of Qwen3-30B-A3B's width, rank 16, {tokens} tokens"
@@ -124,7 +124,7 @@ def load(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         model = Path(name) / "model"
         pool.apply(train_step.write_model, (model, 2, "290MB"))
         shards = len(list(model.glob("*.safetensors")))
-        loaded = {NAMES[scheme]: pool.apply(load_once, (str(model), scheme)) for scheme in SCHEMES}
+        loaded = {NAMES[scheme]: pool.apply(load_once, (str(model), scheme)) for scheme in options.schemes}
     rows = [
         [name, f["seconds"], f["weights"] / GIB, f["before"] / GIB, f["peak"] / GIB, (f["peak"] - f["weights"]) / GIB]
         for name, f in loaded.items()
@@ -162,7 +162,7 @@ def memory(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             folder = Path(name)
             train_step.write_model(folder / "model", layers)
             train_step.write_rows(folder / "rows.jsonl", tokens)
-            for scheme in SCHEMES:
+            for scheme in options.schemes:
                 build = partial(train_step.Training, "ours", str(folder / "model"), str(folder), tokens, scheme)
                 with Contest({scheme: build}, options.threads) as contest:
                     contest.run(2, warmup=1)
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--tokens", type=int, nargs="*")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=SCHEMES, help="`none`, which is 16 bit, first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", action="store_true", help="write results/DATE-qlora-PART.md and .json")

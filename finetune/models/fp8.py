@@ -7,6 +7,7 @@ the scales: weight = value * scale.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,9 +48,28 @@ def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int], first_row
 
     values: (rows, in) e4m3, from row `first_row` of the matrix on.  scales: those of the whole matrix.
     """
-    rows = (torch.arange(len(values)) + first_row) // block[0]
-    columns = torch.arange(values.shape[1]) // block[1]
-    return values.float().mul_(scales.float()[rows][:, columns])
+    (num_rows, num_columns), (height, width) = values.shape, block
+    decoded = _as_float(values)
+    if not (num_rows % height or num_columns % width or first_row % height):
+        here = scales[first_row // height :][: num_rows // height].float()
+        decoded.view(-1, height, num_columns // width, width).mul_(here[:, None, :, None])
+        return decoded
+    rows = (torch.arange(num_rows, device=values.device) + first_row) // height
+    columns = torch.arange(num_columns, device=values.device) // width
+    return decoded.mul_(scales.float()[rows][:, columns])
+
+
+def _as_float(values: Tensor) -> Tensor:
+    """e4m3 as float32, new memory. On CPU looked up: torch converts it five times as slowly."""
+    if values.device.type != "cpu":
+        return values.float()
+    return _floats().index_select(0, values.contiguous().view(torch.uint8).view(-1).int()).view(values.shape)
+
+
+@cache
+def _floats() -> Tensor:
+    """The value of each byte, (256,)."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def quantize(weight: Tensor, block: tuple[int, int], scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
