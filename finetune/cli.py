@@ -152,25 +152,19 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Pack a model's weights once, so that QLoRA runs load it in seconds."""
-    if scheme not in ("nf4", "fp8"):
-        raise typer.BadParameter(f"{scheme!r} is neither nf4 nor fp8", param_hint="--scheme")
-    if block not in (None, 64, 128):
-        raise typer.BadParameter(f"{block} is neither 64 nor 128", param_hint="--block")
-    if scheme == "fp8" and (attention or block == 64):
-        raise typer.BadParameter("packs experts alone, in blocks of 128 x 128", param_hint="--scheme fp8")
-
     from finetune import pipeline
-    from finetune.config.schema import QuantizeSection
 
     settings: Any = {"scheme": scheme, "attention": attention, "experts": experts, "block": block, "double": double}
     console = _console(stderr=as_json)
-    packed = pipeline.quantize(model, output, QuantizeSection(**settings), revision=revision, console=console)
+    packed = pipeline.quantize(model, output, settings, revision=revision, console=console)
     size = sum(file.stat().st_size for file in output.iterdir())
     if as_json:
         _print_json({"output": str(output), "packed_weights": packed, "bytes": size})
     else:
         lines = f"wrote {output}: {packed:,} weights packed, {size / 2**30:.2f} GiB"
-        recipe = f"next, in a recipe: model.path: {output} and quantize.scheme: {scheme}"
+        asked = {name: value for name, value in settings.items() if value is not None and value is not True}
+        section = ", ".join(f"{name}: {str(value).lower()}" for name, value in asked.items())
+        recipe = f"next, in a recipe: model.path: {output} and quantize: {{{section}}}"
         console.print(f"{lines}\n{recipe}", soft_wrap=True)
 
 

@@ -97,10 +97,12 @@ def quantize(
 
     settings: a recipe's quantize section, or a dict with its fields such as {"scheme": "nf4"}.
     """
+    from finetune.config.load import parse_quantize
     from finetune.quant.load import quantize_model
 
+    section = parse_quantize(settings)
+
     with bytes_done(console or Console(stderr=True), "quantizing") as progress:
-        section = QuantizeSection.model_validate(settings)
         return quantize_model(model, output, section, revision=revision, progress=progress)
 
 
@@ -130,6 +132,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     """
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.table import render_table, target_table
+    from finetune.quant.load import check_source
     from finetune.report.routing_table import render_choice
     from finetune.training.experts import ExpertFiles, choose_experts
     from finetune.training.processes import is_main_process
@@ -138,6 +141,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
 
     console = console or Console(stderr=True)
     files = ExpertFiles.read(recipe)
+    if recipe.quantize.scheme != "none":
+        check_source(recipe.model.path, recipe.quantize)  # before anything is written
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
     model = _load_frozen(recipe, console)

@@ -16,14 +16,14 @@ from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_section
-from finetune.config.schema import AdapterSection
+from finetune.config.schema import AdapterSection, QuantizeSection
 from finetune.errors import AdapterError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.files import finished_folder
 from finetune.models.loading import load_model, load_tokenizer, stored_dtype
-from finetune.quant.folder import is_packed
+from finetune.quant.folder import QUANT_METHOD, quantization_method
 from finetune.quant.linear import known_to_peft
-from finetune.quant.load import load_packed
+from finetune.quant.load import load_packed, load_quantized
 from finetune.routing.plan import ExpertPlan
 
 if TYPE_CHECKING:
@@ -111,22 +111,31 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, PreTr
 
     Raises ModelError or AdapterError, also when the base on disk is not the one the adapter was trained on.
     """
-    if is_packed(path):
-        return load_packed(path, dtype or torch.bfloat16), load_tokenizer(path)
     if not (Path(path) / ADAPTER_CONFIG).is_file():
-        return load_model(path, dtype=dtype or stored_dtype(path)), load_tokenizer(path)
+        return _load_frozen(path, dtype, None), load_tokenizer(path)
     files = AdapterFiles.open(path)
     base = files.base_model
     if not base:
         hint = "load the base yourself and use load_adapter"
         raise AdapterError(Problem(str(path), "does not name its base model", hint))
     revision = files.config.revision
-    model = load_model(base, dtype=dtype or stored_dtype(base, revision=revision), revision=revision)
+    model = _load_frozen(base, dtype, revision)
     known = files.base_fingerprint
     if known is not None and known != base_fingerprint(Checkpoint.open(find_checkpoint(base, revision))):
         hint = "put the original base back; or load a model yourself and use load_adapter to run on another base"
         raise AdapterError(Problem(base, "is not the model the adapter was trained on", hint))
     return load_adapter(model, path), load_tokenizer(base, revision=revision)
+
+
+def _load_frozen(path: str | Path, dtype: torch.dtype | None, revision: str | None) -> PreTrainedModel:
+    """A model as it is stored: packed by us, in FP8 blocks, which are multiplied out, or in 16 or 32 bits."""
+    method = quantization_method(path)
+    dtype = dtype or stored_dtype(path, revision=revision)
+    if method == QUANT_METHOD:
+        return load_packed(path, dtype)
+    if method == "fp8":
+        return load_quantized(path, QuantizeSection(), dtype=dtype, revision=revision)
+    return load_model(path, dtype=dtype, revision=revision)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from os.path import normpath
 
 from finetune.config.files import find_in_files
 from finetune.config.findings import FieldPath, Finding, Places
-from finetune.config.schema import Recipe
+from finetune.config.schema import QuantizeSection, Recipe
 from finetune.errors import RecipeError
 
 
@@ -138,9 +138,13 @@ def _precision(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
-def _quantize(recipe: Recipe) -> Iterator[Finding]:
-    quantize, compute = recipe.quantize, {"bf16": "bfloat16", "fp32": "float32"}[recipe.train.precision]
+def quantize_findings(quantize: QuantizeSection) -> Iterator[Finding]:
+    """Contradictions within the section: nothing that is asked for may be left out without a word."""
     if quantize.scheme == "none":
+        for name in ("attention", "experts", "block", "double", "resident"):
+            if getattr(quantize, name) != getattr(QuantizeSection(), name):
+                hint = "write scheme: nf4 (or fp8), or remove the line"
+                yield _without_effect(name, "without a scheme nothing is quantized", hint)
         return
     if quantize.scheme == "fp8":
         if quantize.attention:
@@ -149,6 +153,10 @@ def _quantize(recipe: Recipe) -> Iterator[Finding]:
         if quantize.block == 64:
             hint = "remove the line"
             yield _clash("quantize.block", "is 64, but blocks of fp8 are 128 x 128", hint, "quantize.scheme")
+        if not quantize.double:
+            yield _without_effect("double", "scales of fp8 are never quantized", "remove the line")
+    if not quantize.experts and quantize.resident == "mmap":
+        yield _without_effect("resident", "it is about experts, and experts is false", "remove the line")
     if not (quantize.packs_attention or quantize.experts):
         yield _clash(
             "quantize.scheme",
@@ -156,6 +164,17 @@ def _quantize(recipe: Recipe) -> Iterator[Finding]:
             "set quantize.experts: true, or scheme: none",
             "quantize.attention",
         )
+
+
+def _without_effect(name: str, why: str, hint: str) -> Finding:
+    return _clash(f"quantize.{name}", f"has no effect: {why}", hint, "quantize.scheme")
+
+
+def _quantize(recipe: Recipe) -> Iterator[Finding]:
+    quantize, compute = recipe.quantize, {"bf16": "bfloat16", "fp32": "float32"}[recipe.train.precision]
+    yield from quantize_findings(quantize)
+    if quantize.scheme == "none":
+        return
     if quantize.compute_dtype != compute:
         yield _clash(
             "quantize.compute_dtype",

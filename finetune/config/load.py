@@ -9,14 +9,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from finetune.config.checks import text_findings
+from finetune.config.checks import quantize_findings, text_findings
 from finetune.config.document import MAX_BYTES, TOO_LARGE, add_scalars, read_document
 from finetune.config.files import find_in_files
 from finetune.config.findings import Finding, Places
 from finetune.config.messages import findings_of, value_at
 from finetune.config.overrides import apply_overrides
 from finetune.config.salvage import Rest, salvage
-from finetune.config.schema import Recipe
+from finetune.config.schema import QuantizeSection, Recipe, Section
 from finetune.errors import Problem, RecipeError
 
 
@@ -33,6 +33,25 @@ def load_recipe(path: str | Path, *overrides: str, check_files: bool = True) -> 
 def parse_recipe(text: str, source: str, *overrides: str) -> Recipe:
     """The recipe in a YAML text; `source` names the text in messages. Looks at no files; otherwise as `load_recipe`."""
     return _load(text, source, overrides, check_files=False)
+
+
+def parse_quantize(settings: Any) -> QuantizeSection:
+    """The quantize section of a recipe, also from a dict with its fields. Raises RecipeError with every problem."""
+    places = Places("settings", {}, {})
+    try:
+        section = _OnlyQuantize.model_validate({"quantize": settings}).quantize
+    except ValidationError as error:
+        raise RecipeError(*places.problems(findings_of(error, {"quantize": settings}))) from None
+    findings = list(quantize_findings(section))
+    if section.scheme == "none" and not findings:
+        findings.append(Finding(("quantize", "scheme"), "is none, which packs nothing", "write scheme: nf4, or fp8"))
+    if findings:
+        raise RecipeError(*places.problems(findings))
+    return section
+
+
+class _OnlyQuantize(Section):
+    quantize: QuantizeSection
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

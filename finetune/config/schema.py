@@ -82,6 +82,11 @@ class QuantizeSection(Section):
         return self.scheme == "nf4" and self.attention is not False
 
     @property
+    def packs_experts(self) -> bool:
+        """Whether experts are quantized."""
+        return self.scheme != "none" and self.experts
+
+    @property
     def block_size(self) -> int:
         """Weights that share one scale; rows and columns of a block with fp8."""
         return self.block or {"none": 0, "nf4": 64, "fp8": 128}[self.scheme]

@@ -38,7 +38,7 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_config(path, _config(path, **options), trust_remote_code)
     where = {} if device is None else {"device_map": {"": device}}
-    with _quiet(), _as_model_error(path):
+    with _quiet(), as_model_error(path):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -67,7 +67,7 @@ def load_tokenizer(
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ModelError(Problem(str(path), "holds no tokenizer", _TOKENIZER_HINT))  # transformers makes an empty one
-    with _quiet(), _as_model_error(path):
+    with _quiet(), as_model_error(path):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     needed = {
         "padding token": tokenizer.pad_token_id,
@@ -109,7 +109,7 @@ def _config(path: str | Path, **options: Any) -> dict[str, Any]:
         return Checkpoint.open(path).config
     from transformers import PreTrainedConfig
 
-    with _quiet(), _as_model_error(path):
+    with _quiet(), as_model_error(path):
         content: dict[str, Any] = PreTrainedConfig.get_config_dict(path, revision=options["revision"])[0]
     return content
 
@@ -163,7 +163,7 @@ _MOST_NAMES = 4
 
 
 @contextmanager
-def _as_model_error(path: str | Path) -> Iterator[None]:
+def as_model_error(path: str | Path) -> Iterator[None]:
     """What transformers raises over a config or file it cannot use has many types; all mean the same to the user."""
     try:
         yield

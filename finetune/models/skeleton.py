@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.models.loading import as_model_error
 from finetune.models.qwen3 import is_moe
 
 if TYPE_CHECKING:
@@ -17,13 +18,15 @@ def skeleton(folder: str | Path, dtype: torch.dtype, attention_implementation: s
     """The model of a checkpoint folder in eval mode, frozen, all its weights on the meta device.
 
     What its config.json says about quantization is left out: whoever brings the weights knows.
+    Raises ModelError for a config.json that transformers cannot use here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    with as_model_error(folder):
+        config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    with torch.device("meta"):
+    with as_model_error(folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_implementation)
     inner: Any = model.model
     inner.rotary_emb = type(inner.rotary_emb)(config=config)  # computed from the config, and not among the weights

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from finetune.config.schema import QuantizeSection
-from finetune.errors import ModelError, Problem, UserError
+from finetune.errors import ModelError, Problem, RunError, UserError
 from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint, base_fingerprint
 from finetune.models.files import finished_folder, write_atomic, write_json_atomic
 from finetune.models.qwen3 import layer_index
@@ -70,15 +71,14 @@ class PackedFolder:
 
     def codes_on_disk(self, parts: list[Part]) -> dict[str, CodesOnDisk]:
         """Readers of the codes of packed experts, by the name of their part."""
-        files: dict[str, int] = {}
+        files: dict[str, _OpenFile] = {}
         readers: dict[str, CodesOnDisk] = {}
         for part in parts:
             if part.packed and part.is_stack:
                 info = self.checkpoint.tensors[f"{part.name}.{CODES}"]
-                file = self.checkpoint.files[info.shard]
                 if info.shard not in files:
-                    files[info.shard] = os.open(file.path, os.O_RDONLY)
-                readers[part.name] = _CodesInFile(files[info.shard], file, info)
+                    files[info.shard] = _OpenFile(self.checkpoint.files[info.shard])
+                readers[part.name] = _CodesInFile(files[info.shard], info)
         return readers
 
     def check_parts(self, parts: list[Part]) -> None:
@@ -91,7 +91,7 @@ class PackedFolder:
                 info = self.checkpoint.tensors.get(name)
                 if info is None:
                     problems.append(Problem(f"{self.checkpoint.path}: {name}", "is missing", _AGAIN))
-                elif (field and info.dtype not in _STORED[expected[0]]) or info.shape != expected[1]:
+                elif info.dtype not in _STORED[expected[0]] or info.shape != expected[1]:
                     what, got = f"should be {expected[1]} of {_STORED[expected[0]]}", (info.shape, info.dtype)
                     problems.append(Problem(f"{self.checkpoint.path}: {name}", what, _AGAIN, got))
         strange = sorted(set(self.checkpoint.tensors) - known)
@@ -115,20 +115,45 @@ class PackedFolder:
 _STORED = {torch.uint8: ("U8",), torch.float32: ("F32",), torch.bfloat16: ("BF16", "F16", "F32")}
 
 
+class _OpenFile:
+    """A file that stays open as long as somebody reads from it, and must stay as it is."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self.path, self.data_start = file.path, file.data_start
+        self._descriptor = os.open(file.path, os.O_RDONLY)
+        self._state = self._stat()
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __deepcopy__(self, _: Any) -> _OpenFile:
+        return self
+
+    def _stat(self) -> tuple[int, int]:
+        state = os.fstat(self._descriptor)
+        return state.st_size, state.st_mtime_ns
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` from byte `start` of the data on. Raises RunError when the file is not what it was."""
+        try:
+            changed = self._stat() != self._state
+            done = 0 if changed else os.preadv(self._descriptor, [buffer], self.data_start + start)
+        except OSError as error:
+            raise RunError(Problem(str(self.path), f"cannot be read ({error.strerror})", "check the disk")) from error
+        if done != len(buffer):
+            hint = "leave a packed model alone while it is in use; resume the run when it is whole again"
+            raise RunError(Problem(str(self.path), "has changed since the model was loaded", hint))
+
+
 @dataclass(frozen=True)
 class _CodesInFile:
     """The codes of a stack of experts, read when they are needed; the system's cache keeps what fits."""
 
-    descriptor: int
-    file: TensorFile
+    file: _OpenFile
     info: TensorInfo
 
     def read(self, expert: int) -> Tensor:
         size = self.info.num_bytes // self.info.shape[0]
         codes = torch.empty(size, dtype=torch.uint8)
-        start = self.file.data_start + self.info.offsets[0] + expert * size
-        if os.preadv(self.descriptor, [codes.numpy().data], start) != size:
-            raise ModelError(Problem(str(self.file.path), "ends before its tensors do", _AGAIN))
+        self.file.read_into(codes.numpy().data, self.info.offsets[0] + expert * size)
         return codes
 
 
@@ -138,13 +163,18 @@ def settings_of(section: QuantizeSection) -> dict[str, Any]:
     return {**settings, "block": section.block_size, "double": section.double and section.scheme == "nf4"}
 
 
-def is_packed(path: str | Path) -> bool:
-    """Whether a folder holds a packed model."""
+def quantization_method(path: str | Path) -> str | None:
+    """How the config.json of a local folder says that its weights are stored; None when it does not say."""
     try:
         config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+        return str(config["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a folder holds a packed model."""
+    return quantization_method(path) == QUANT_METHOD
 
 
 def open_packed(path: str | Path) -> PackedFolder:

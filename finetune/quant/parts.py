@@ -68,7 +68,7 @@ def plan_parts(shapes: Mapping[str, tuple[int, ...]], section: QuantizeSection, 
         if module.endswith(EXPERTS):
             matrices = EXPERT_MATRICES[projection]
             sources = tuple(tuple(f"{module}.{e}.{matrix}.weight" for matrix in matrices) for e in range(shape[0]))
-            parts.append(Part(name, shape, sources, section.experts))
+            parts.append(Part(name, shape, sources, section.packs_experts))
         else:
             parts.append(Part(name, shape, ((name,),), section.packs_attention and _is_projection(module)))
     return parts
@@ -79,7 +79,7 @@ def packed_sources(name: str, section: QuantizeSection) -> tuple[str, ...]:
     module, projection = name.removesuffix(".weight").rpartition(".")[::2]
     if module.rpartition(".")[0].endswith(EXPERTS):
         together = next(matrices for matrices in EXPERT_MATRICES.values() if projection in matrices)
-        return tuple(f"{module}.{matrix}.weight" for matrix in together) if section.experts else ()
+        return tuple(f"{module}.{matrix}.weight" for matrix in together) if section.packs_experts else ()
     return (name,) if section.packs_attention and _is_projection(f"{module}.{projection}") else ()
 
 
@@ -163,7 +163,9 @@ class _Reader:
     def _matrix(self, row: int, dtype: torch.dtype | None) -> Tensor:
         """One weight, put together from its sources."""
         read = [
-            self.checkpoint.read_float(source) if self.checkpoint.scales_of(source) else self.checkpoint.read(source)
+            self.checkpoint.read_float(source).to(dtype or torch.bfloat16)
+            if self.checkpoint.scales_of(source)
+            else self.checkpoint.read(source)
             for source in self.part.sources[row]
         ]
         whole = torch.cat(read) if len(read) > 1 else read[0]

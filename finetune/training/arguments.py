@@ -52,6 +52,7 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "eval_strategy": "no",
         "router_aux_loss_coef": 0.0,  # router losses are ours
         "ddp_find_unused_parameters": False,  # factors without tokens get zeros
+        "ddp_broadcast_buffers": False,  # packed weights are buffers, and never change
         "report_to": "none",
         "disable_tqdm": True,
         "activation_offloading": train.activation_offload,

@@ -23,6 +23,7 @@ from finetune.training.run_folder import RunFolder
 LIBRARIES = ("finetune-moe", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 MAY_CHANGE = {
     ("output", "dir"),
+    ("quantize", "resident"),
     ("train", "keep"),
     ("train", "log_every"),
     ("train", "save_every"),

@@ -338,6 +338,12 @@ CONTRADICTIONS = {
         "needs 16 bits",
         "sdpa",
     ),
+    "quantize without a scheme": (
+        GOOD + "quantize: {experts: true, resident: mmap}\n",
+        "r.yaml:12: quantize.resident",
+        "has no effect: without a scheme nothing is quantized",
+        "scheme: nf4",
+    ),
     "quantizes nothing": (
         GOOD + "quantize: {scheme: nf4, attention: false, experts: false}\n",
         "r.yaml:12: quantize.scheme",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import finetune
 from finetune.adapters.attach import attach
 from finetune.config.schema import QuantizeSection
-from finetune.errors import ModelError, UserError
+from finetune.errors import ModelError, RecipeError, RunError, UserError
 from finetune.models import fp8
 from finetune.models.loading import load_model
 from finetune.quant import nf4
@@ -141,6 +144,9 @@ def test_an_fp8_checkpoint_keeps_its_values_and_scales(hub, tmp_path):
     q_name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(model.get_parameter(q_name), stored[q_name].float() * stored[f"{q_name}_scale_inv"])
     assert load(base)(token_ids()).logits.isfinite().all()
+    save_tokenizer(base)
+    plain, _ = finetune.load(base, torch.float32)  # multiplied out
+    assert torch.equal(plain.model.layers[1].mlp.experts.gate_up_proj[4, 24:], values)
 
 
 def test_a_dense_model_packs_its_linear_layers(tmp_path):
@@ -246,6 +252,59 @@ def test_a_killed_quantize_leaves_nothing_that_loads(hub, tmp_path, moment):
     quantize_model(hub, packed, section())
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
     assert torch.equal(load(packed)(token_ids()).logits, load(hub)(token_ids()).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "is none, which packs nothing"),
+        ({"scheme": "nf5"}, r"quantize\.scheme"),
+        ({"scheme": "fp8", "attention": True}, "fp8 packs experts alone"),
+        ({"scheme": "fp8", "block": 64}, "blocks of fp8 are 128"),
+        ({"scheme": "nf4", "attention": False, "experts": False}, "neither attention nor experts"),
+        ({"scheme": "nf4", "exprts": False}, "did you mean"),
+    ],
+)
+def test_settings_are_checked_as_a_recipes_are(hub, tmp_path, settings, message):
+    with pytest.raises(RecipeError, match=message):
+        finetune.quantize(hub, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_is_never_written_to_and_an_adapter_is_no_model(hub, tmp_path):
+    with pytest.raises(UserError, match="in the folder of the model"):
+        quantize_model(hub, hub / "packed", section())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is an adapter"):
+        quantize_model(tmp_path, tmp_path.parent / "out", section())
+
+
+def test_experts_on_disk_close_their_files_and_notice_changes(hub, tmp_path):
+    packed = tmp_path / "packed"
+    quantize_model(hub, packed, section())
+
+    def descriptors():
+        return [link for link in Path("/proc/self/fd").iterdir() if str(packed) in os.path.realpath(link)]
+
+    model = load(packed, section(resident="mmap"))
+    assert len(descriptors()) == 2
+    shard = next(packed.glob("*layer-001*"))
+    shard.write_bytes(shard.read_bytes()[:-64])
+    with pytest.raises(RunError, match="has changed since"):
+        model(token_ids())
+    del model
+    gc.collect()
+    assert not descriptors()
+
+
+def test_an_unpacked_weight_of_a_strange_type_is_refused(hub, tmp_path):
+    packed = tmp_path / "packed"
+    quantize_model(hub, packed, section())
+    shard = next(packed.glob("*layer-000*"))
+    name = "model.layers.0.mlp.gate.weight"
+    save_file({n: t.int() if n == name else t for n, t in load_file(shard).items()}, shard)
+    with pytest.raises(ModelError, match=f"{name}: should be"):
+        load(packed)
 
 
 def test_moving_to_another_type_keeps_the_scales(hub):

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 import finetune as ft
+from finetune.errors import ModelError
 from finetune.pipeline import train
 from finetune.quant.experts import PackedExperts
 from finetune.quant.linear import is_linear_4bit
@@ -61,6 +62,13 @@ def test_the_adapter_is_for_the_16_bit_model(run, models, tmp_path):  # noqa: F8
         assert (stock(ids).logits - adapted(ids).logits).abs().max() < 1e-4
     ft.merge(run.adapter, tmp_path / "merged", dtype="fp32", console=QUIET)
     ft.verify(run.adapter, tmp_path / "merged")  # raises when they differ
+
+
+def test_what_cannot_be_loaded_is_said_before_a_run_begins(models, tmp_path):  # noqa: F811
+    made = recipe(models["moe"], tmp_path / "run", *NF4, "quantize.resident=mmap", adapter=ADAPTER)
+    with pytest.raises(ModelError, match=r"quantize\.resident"):
+        train(made, console=QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp8"])
