@@ -47,10 +47,11 @@ def test_only_the_chosen_experts_have_parameters():
     assert rows["experts.down_proj"] == (5, 5 * 32 * 24)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_changes_at_the_start(dtype):
-    lora = attach(tiny_moe(dtype=dtype), SECTION, SOME, seed=0)
-    assert torch.equal(logits(whole(dtype=dtype)), logits(lora))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_nothing_changes_at_the_start(dtype, tolerance):
+    """Close, not equal: experts are put together in other blocks, and some processors round those differently."""
+    want = logits(attach(tiny_moe(dtype=dtype), SECTION, SOME, seed=0))
+    assert (logits(whole(dtype=dtype)) - want).abs().max() < tolerance * want.abs().max()
 
 
 def test_gradients_are_those_of_the_weights_themselves():
