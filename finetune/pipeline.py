@@ -1,4 +1,4 @@
-"""The walks: recipe -> model -> profile -> experts -> adapters -> data -> train -> adapter -> merge -> verify -> use.
+"""The walks: recipe -> model -> quantize -> profile -> experts -> adapters -> data -> train -> adapter -> merge -> use.
 
 Each function is one command of the command line and one call of the notebook API.
 """
