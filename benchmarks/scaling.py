@@ -89,7 +89,7 @@ def plot(found: dict[str, list[Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for axes, (field, cases) in zip(panels, found.items(), strict=True):
         x = [case["shape"][field] for case in cases]
         for name in cases[0]["contestants"]:
@@ -100,10 +100,10 @@ def plot(found: dict[str, list[Any]], path: Path) -> None:
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.minorticks_off()
         axes.set_xlabel(LABELS[field])
-        axes.set_ylabel("forward + backward (ms)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False)
+    panels[0].set_ylabel("forward + backward (ms)")
+    panels[0].legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 

@@ -204,6 +204,10 @@ def experts(
     against: Annotated[Path | None, typer.Option("--against", help="profile of general data, for contrast")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="of score random")] = 0,
     rank: Annotated[int, typer.Option("--rank", min=1, help="LoRA rank, which prices an expert")] = 16,
+    hot_rank: Annotated[int | None, typer.Option("--hot-rank", min=1, help="rank of the hottest of them")] = None,
+    hot_fraction: Annotated[
+        float | None, typer.Option("--hot-fraction", help="share of each layer's experts that has --hot-rank")
+    ] = None,
     model: Annotated[Path | None, typer.Option("--model", help="model folder, to price an expert by")] = None,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="plan to write")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="image to write, such as experts.png")] = None,
@@ -217,7 +221,12 @@ def experts(
     rule = {"top_fraction": top_fraction, "top_p": top_p, "budget": budget}
     rule |= {"budget_per": "layer"} if per_layer else {}
     asked = any(value is not None for value in rule.values())
-    section = {"score": score, "select": rule if asked else None, "against": None if against is None else str(against)}
+    section: dict[str, Any] = {"score": score}
+    section |= {"select": rule if asked else None, "against": None if against is None else str(against)}
+    if hot_rank is not None or hot_fraction is not None:
+        if budget is not None:
+            raise typer.BadParameter("does not go with --budget, which counts one rank", param_hint="--hot-rank")
+        section["hot"] = {"rank": hot_rank, "top_fraction": hot_fraction}
     found = explore(routing, section, seed=seed, rank=rank, model=model)
     if plan_out is not None:
         if not asked:

@@ -106,3 +106,23 @@ def test_a_budget_needs_the_price_of_an_expert(law, capsys):
 def test_mistakes(law, arguments, expected, capsys):
     assert main(["experts", law, *arguments]) == 2
     assert expected in " ".join(capsys.readouterr().err.split())
+
+
+def test_hot_experts_get_a_rank_of_their_own(law, capsys, tmp_path):
+    plan, model = tmp_path / "plan.json", ROOT / "examples" / "tiny-qwen3-moe"
+    command = ["experts", law, "--top-fraction", "0.25", "--rank", "4", "--hot-rank", "16", "--hot-fraction", "0.125"]
+    assert main([*command, "--model", str(model), "--plan-out", str(plan), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ranks = found["ranks_by_layer"]["0"]
+    assert sorted(ranks) == [4] * 8 + [16] * 8
+    assert read_plan(plan).ranks_by_layer[0] == tuple(ranks)
+    per_rank = (96 + 2 * 64) + (64 + 96)
+    assert found["trainable_parameters"] == 26 * sum(ranks) * per_rank
+    assert main([*command]) == 0
+    assert "208 at rank 16, 208 at rank 4" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("extra", ["--top-p 0.2", "--hot-fraction 0.1 --budget 1M"])
+def test_hot_experts_need_a_rank_a_share_and_no_budget(law, capsys, extra):
+    assert main(["experts", law, "--hot-rank", "16", *extra.split()]) == 2
+    assert "hot" in capsys.readouterr().err

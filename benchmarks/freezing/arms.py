@@ -13,7 +13,9 @@ from finetune.routing.profile import RoutingProfile
 from finetune.routing.score import shares
 from finetune.routing.select import apply_rule
 
-LORA_RATES = (1e-3, 3e-3, 1e-2)
+EXPERT_RATES = (3e-3, 1e-2, 3e-2)
+ATTENTION_RATES = (1e-3, 3e-3, 1e-2)
+WHOLE_RATES = (1e-3, 3e-3, 1e-2)
 FULL_RATES = (3e-4, 1e-3, 3e-3)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -39,14 +41,14 @@ class Arm:
     @property
     def rates(self) -> tuple[float, ...]:
         """Learning rates it is tried at."""
-        return LORA_RATES if self.weights is None else FULL_RATES
+        if self.weights is not None:
+            return FULL_RATES if self.weights == "all" else WHOLE_RATES
+        return ATTENTION_RATES if self.attention_rank else EXPERT_RATES
 
     @property
     def short_rate(self) -> float:
-        """The one learning rate of the short form; attention is not stable at the highest."""
-        if self.weights is not None:
-            return max(FULL_RATES)
-        return 3e-3 if self.attention_rank else 1e-2
+        """The one learning rate of the short form."""
+        return self.rates[1]
 
     def section(self) -> dict[str, Any]:
         """The adapter section of a recipe; alpha is twice the rank."""
@@ -72,13 +74,14 @@ class Arm:
 
 
 HOT, RANDOM, EQUAL = "hot 25 % (tokens)", "random 25 %", "all experts, equal parameters"
-ESFT = "ESFT: hot 25 %, own weights"
+ALL, FULL, ESFT = "all experts", "full fine-tuning", "ESFT: hot 25 %, own weights"
+ATTENTION_AND_HOT = "attention + hot 25 %"
 
 ARMS = (
     Arm(HOT, "tokens", expert_rank=8),
     Arm(RANDOM, "random", expert_rank=8),
     Arm(EQUAL, expert_rank=2),
-    Arm("all experts", expert_rank=8),
+    Arm(ALL, expert_rank=8),
     Arm("coldest 25 %", "coldest", expert_rank=8),
     Arm("hot 25 % (gate)", "gate", expert_rank=8),
     Arm("hot 25 % (mass)", "mass", expert_rank=8),
@@ -86,12 +89,13 @@ ARMS = (
     Arm("hot 25 % (contrast)", "contrast", expert_rank=8),
     Arm("hot 12.5 %, double rank", "tokens", 0.125, expert_rank=16),
     Arm("attention", attention_rank=8),
-    Arm("attention + hot 25 %", "tokens", expert_rank=8, attention_rank=8),
+    Arm(ATTENTION_AND_HOT, "tokens", expert_rank=8, attention_rank=8),
     Arm("attention + random 25 %", "random", expert_rank=8, attention_rank=8),
     Arm("attention + all experts", expert_rank=8, attention_rank=8),
-    Arm("full fine-tuning", weights="all"),
+    Arm(FULL, weights="all"),
     Arm(ESFT, "tokens", weights="experts"),
 )
-SHORT_ARMS = (HOT, RANDOM, EQUAL, "all experts", "coldest 25 %", "hot 25 % (contrast)", "attention + hot 25 %", ESFT)
+SHORT_ARMS = (HOT, RANDOM, EQUAL, ALL, "coldest 25 %", "hot 25 % (contrast)", ATTENTION_AND_HOT, ESFT)
 MANY_SEEDS = (HOT, RANDOM, EQUAL)
 """Arms of the comparisons that matter."""
+NO_REPLAY_ARMS = (HOT, RANDOM, EQUAL, ALL, "hot 25 % (contrast)", "attention", ATTENTION_AND_HOT, FULL, ESFT)

@@ -1,8 +1,7 @@
-"""The page of results: best learning rate per arm, paired differences with bootstrap intervals, curves."""
+"""The page of results: a table of arms, paired differences with bootstrap intervals, curves."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections import defaultdict
 from datetime import date
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import ARMS, EQUAL, HOT, RANDOM
+from arms import ALL, ARMS, EQUAL, HOT, RANDOM
 
 Result = dict[str, Any]
 MATCHED = 0.9
@@ -20,43 +19,58 @@ DRAWS = 10_000
 ENOUGH = 8
 
 
-def write_page(results: list[Result], path: Path) -> None:
-    """Markdown, JSON and, where matplotlib is there, plots beside one another."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = sorted({(r["base"], r["replay"], r["steps"]) for r in results})
+def write_page(results: list[Result], tuning: list[Result], path: Path) -> None:
+    """Markdown and, where matplotlib is there, plots beside it."""
     lines = [
         "# Which experts should train?",
         "",
-        f"{date.today().isoformat()}, torch {torch.__version__}, {platform.machine()}, one thread. New skill: a secret",
-        "code, 0 % before. Old: held-out rows of the base's 12 domains. Exact match, greedy. `+-` is the standard",
-        "deviation over seeds. Other work on the machine is in the step times. Below 8 seeds, intervals are hints.",
-        "Made by `python benchmarks/freezing/study.py`.",
+        f"{date.today().isoformat()}, torch {torch.__version__}, {platform.machine()}, one thread per trial. New",
+        "skill: a secret code, 0 % before. Old: held-out rows of the base's 12 domains. Exact match, greedy. `+-` is",
+        "the standard deviation over seeds. Steps were timed on a busy machine. Below 8 seeds, intervals are hints.",
+        f"Made by `python benchmarks/freezing/study.py` from the trials in {path.name}.jsonl.",
     ]
-    summary = []
-    for base, replay, steps in settings:
-        here = [r for r in results if (r["base"], r["replay"], r["steps"]) == (base, replay, steps)]
-        arms = best_rates(here)
-        lines += ["", f"## {Path(base).name}, {'with' if replay else 'without'} replay, {steps} steps", ""]
-        lines += [*table(arms), "", *comparisons(arms)]
-        summary.append({"base": base, "replay": replay, "steps": steps, "arms": arms})
-        plot(arms, path.with_name(f"{path.name}-{Path(base).name}-{'replay' if replay else 'no-replay'}-{steps}.png"))
+    for base, replay in sorted({(r["base"], r["replay"]) for r in results}, key=lambda case: (not case[1], case[0])):
+        here = [r for r in results if (r["base"], r["replay"]) == (base, replay)]
+        arms, steps, told = by_arm(here), here[0]["steps"], "with" if replay else "without"
+        lines += ["", f"## {Path(base).name}, {told} replay, {steps} steps", ""]
+        image = path.with_name(f"{path.name}-{Path(base).name}-{told}-replay.png")
+        lines += [*table(arms), "", *comparisons(arms), "", f"![new and old skill against steps]({image.name})"]
+        plot(arms, image)
+    if tuning:
+        lines += ["", "## Learning rates", "", *rates_table(tuning)]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def best_rates(results: list[Result]) -> dict[str, list[Result]]:
-    """By arm, its trials at the learning rate whose mean new skill over the whole curve is best, by seed."""
-    by_arm: dict[str, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        by_arm[result["arm"]][result["rate"]].append(result)
-    best = {}
-    for arm in (arm.name for arm in ARMS if arm.name in by_arm):
-        rates = by_arm[arm]
-        most = max(len(trials) for trials in rates.values())
-        full = {rate: trials for rate, trials in rates.items() if len(trials) == most}
-        rate = max(full, key=lambda rate: mean(_area(trial) for trial in full[rate]))
-        best[arm] = sorted(full[rate], key=lambda trial: trial["seed"])
-    return best
+def by_arm(results: list[Result]) -> dict[str, list[Result]]:
+    """Trials of each arm by seed, arms in their order."""
+    found: dict[str, list[Result]] = defaultdict(list)
+    for result in sorted(results, key=lambda result: result["seed"]):
+        found[result["arm"]].append(result)
+    return {arm.name: found[arm.name] for arm in ARMS if arm.name in found}
+
+
+def best_rates(tuning: list[Result]) -> dict[str, float]:
+    """By arm, the learning rate whose new skill, averaged over the whole curve, is best."""
+    return {arm: max(trials, key=_area)["rate"] for arm, trials in by_arm(tuning).items()}
+
+
+def rates_table(tuning: list[Result]) -> list[str]:
+    """What each rate gave; the chosen one in bold, with a word where it lies at the edge of the grid."""
+    lines = [
+        "One seed that no comparison uses, on the first base with replay. New skill, averaged over the curve; the best",
+        "rate (bold) is the arm's everywhere above.",
+        "",
+        "| arm | rates and what they gave | best at the edge of the grid |",
+        "|---|---|---|",
+    ]
+    for arm, trials in by_arm(tuning).items():
+        tried = sorted(trials, key=lambda trial: trial["rate"])
+        best = max(tried, key=_area)
+        cells = [f"{t['rate']:g}: {_area(t):.3f}" for t in tried]
+        cells[tried.index(best)] = f"**{cells[tried.index(best)]}**"
+        edge = "yes" if best in (tried[0], tried[-1]) else ""
+        lines.append(f"| {arm} | {', '.join(cells)} | {edge} |")
+    return lines
 
 
 def _area(trial: Result) -> float:
@@ -114,7 +128,7 @@ def comparisons(arms: dict[str, list[Result]]) -> list[str]:
         "new skill at the end": lambda trial: trial["curve"][-1][1],
         "forgotten at the end": forgetting,
     }
-    for other in (EQUAL, RANDOM, "all experts"):
+    for other in (EQUAL, RANDOM, ALL):
         if HOT not in arms or other not in arms:
             continue
         mine, theirs = ({trial["seed"]: trial for trial in arms[name]} for name in (HOT, other))

@@ -1,91 +1,128 @@
-"""Does it matter which experts train? The freezing study on the embedded base model.
+"""Does it matter which experts train? The freezing study, on two base models of the embedded kind.
 
-    python benchmarks/freezing/study.py --short            a first look: 8 arms, 3 seeds, one learning rate
-    python benchmarks/freezing/study.py                    the whole study: every arm, 8 seeds where it matters
-    python benchmarks/freezing/study.py --base OTHER ...   the base to use; may be given several times
-    python benchmarks/freezing/study.py --page             only write the page from the results there are
+    python benchmarks/freezing/study.py --short     a first look: 8 arms, 3 seeds, no search for learning rates
+    python benchmarks/freezing/study.py             the whole study; a few hours
+    python benchmarks/freezing/study.py --page      only write the page from the results there are
 
-A trial that is in the file of results is not run again, so the study can be stopped and continued at any time.
-A second base: python examples/tiny-qwen3-moe/pretrain.py --seed 1 --out DIR.
+First every arm is tried at each of its learning rates, on the first base with a seed of its own; the rate that learns
+the new skill fastest is the arm's from then on. Then the arms run on both bases, with and without rows of the old
+domains: 8 seeds where the comparison matters, 3 elsewhere. A trial that is in the file of results is not run again, so
+the study can be stopped and continued at any time. The second base is pre-trained when it is not there (11 minutes).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from arms import ARMS, MANY_SEEDS, SHORT_ARMS
-from page import write_page
+from arms import ARMS, MANY_SEEDS, NO_REPLAY_ARMS, SHORT_ARMS
+from page import best_rates, write_page
 from trial import Trial
 
-RESULTS = Path("runs/freezing/results.jsonl")
-PAGE = Path("benchmarks/results/freezing")
-BASE = "examples/tiny-qwen3-moe"
+RESULTS = Path("benchmarks/results")
+BASE, SECOND_BASE = "examples/tiny-qwen3-moe", "runs/freezing/base-seed-1"
+TUNING_SEED, SEEDS, FEW_SEEDS = 0, range(1, 9), range(1, 4)
 
 
-def trials(bases: list[str], short: bool) -> Iterator[Trial]:
-    """The grid, seeds outermost, so that an unfinished study is balanced."""
-    seeds, few, steps, every = (3, 3, 150, 30) if short else (8, 3, 240, 20)
-    for seed in range(seeds):
-        for base in bases:
-            for replay in (True,) if short else (True, False):
-                for arm in ARMS:
-                    if short and arm.name not in SHORT_ARMS:
-                        continue
-                    if seed >= few and arm.name not in MANY_SEEDS:
-                        continue
-                    for rate in (arm.short_rate,) if short else arm.rates:
-                        yield Trial(base, arm.name, rate, seed, replay, steps, every)
+def short_trials() -> list[Trial]:
+    """The first look."""
+    arms = [arm for arm in ARMS if arm.name in SHORT_ARMS]
+    return [Trial(BASE, arm.name, arm.short_rate, seed, True, 150, 30) for seed in FEW_SEEDS for arm in arms]
 
 
-def read_results(path: Path) -> dict[str, dict]:
-    """Results by key; a last line cut short by a kill is left out."""
-    found = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                result = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            found[result["key"]] = result
-    return found
+def tuning_trials() -> list[Trial]:
+    """Every arm at each of its learning rates."""
+    return [Trial(BASE, arm.name, rate, TUNING_SEED, True, 240, 20) for arm in ARMS for rate in arm.rates]
+
+
+def trials(rates: dict[str, float]) -> list[Trial]:
+    """The study proper, every arm at its rate; seeds outside of arms, so that an unfinished study is balanced."""
+    return [
+        Trial(base, arm.name, rates[arm.name], seed, replay, 240, 20)
+        for replay in (True, False)
+        for seed in SEEDS
+        for base in (BASE, SECOND_BASE)
+        for arm in ARMS
+        if (seed in FEW_SEEDS or arm.name in MANY_SEEDS) and (replay or arm.name in NO_REPLAY_ARMS)
+    ]
+
+
+class Results:
+    """The file of results, one JSON object per line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.found: dict[str, dict] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    result = json.loads(line)
+                except json.JSONDecodeError:  # a last line cut short by a kill
+                    continue
+                self.found[result["key"]] = result
+
+    def add(self, result: dict) -> None:
+        """Keeps one more."""
+        self.found[result["key"]] = result
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def of(self, wanted: list[Trial]) -> list[dict]:
+        """Those of `wanted` that are there."""
+        return [self.found[trial.key] for trial in wanted if trial.key in self.found]
+
+
+def run(wanted: list[Trial], results: Results, jobs: int, deadline: float) -> bool:
+    """Runs what is missing; False when the time was up before it was done."""
+    todo = [trial for trial in wanted if trial.key not in results.found]
+    if any(trial.base == SECOND_BASE for trial in todo) and not Path(SECOND_BASE, "config.json").is_file():
+        pretrain = [sys.executable, "examples/tiny-qwen3-moe/pretrain.py", "--seed", "1", "--out", SECOND_BASE]
+        subprocess.run(pretrain, check=True)
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for number, result in enumerate(pool.imap_unordered(run_one, todo), 1):
+            results.add(result)
+            last, spent = result["curve"][-1], (time.perf_counter() - start) / 60
+            told = f"{number}/{len(todo)} {spent:5.1f} min  {result['key']}: new {last[1]:.3f}, old {last[2]:.3f}"
+            print(told, flush=True)
+            if time.time() > deadline:
+                break
+    return not any(trial.key not in results.found for trial in wanted)
+
+
+def run_one(trial: Trial) -> dict:
+    """One trial on one thread, so that its numbers do not depend on the machine's cores."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return {"key": trial.key, **trial.run()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--base", action="append")
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials at a time, each on one thread")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; run again to go on")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # so that numbers do not depend on the machine's cores
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    done = read_results(RESULTS)
-    todo = [trial for trial in trials(arguments.base or [BASE], arguments.short) if trial.key not in done]
-    start = time.perf_counter()
-    if not arguments.page:
-        for number, trial in enumerate(todo, 1):
-            if time.perf_counter() - start > 60 * arguments.minutes:
-                break
-            result = {"key": trial.key, **trial.run()}
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            done[trial.key] = result
-            last = result["curve"][-1]
-            spent = (time.perf_counter() - start) / 60
-            print(
-                f"{number}/{len(todo)} {spent:5.1f} min  {trial.key}: new {last[1]:.3f}, old {last[2]:.3f}", flush=True
-            )
-    write_page(list(done.values()), PAGE)
-    print(f"wrote {PAGE}.md and {PAGE}.json")
+    path = RESULTS / ("freezing-short" if arguments.short else "freezing")
+    results, deadline = Results(path.with_suffix(".jsonl")), time.time() + 60 * arguments.minutes
+    tuning: list[Trial] = [] if arguments.short else tuning_trials()
+    complete = arguments.page or run(tuning, results, arguments.jobs, deadline)
+    if complete:
+        wanted = short_trials() if arguments.short else trials(best_rates(results.of(tuning)))
+        if not arguments.page:
+            run(wanted, results, arguments.jobs, deadline)
+        write_page(results.of(wanted), results.of(tuning), path)
+        print(f"wrote {path}.md")
 
 
 if __name__ == "__main__":

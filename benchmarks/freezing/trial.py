@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import cycle
 from typing import Any
 
@@ -105,7 +105,7 @@ class _Data:
     general: RoutingProfile
 
 
-@cache
+@lru_cache(4)
 def _data(base: str, seed: int, replay: bool, thorough: bool) -> _Data:
     """Blocks to train on, rows to evaluate on, and profiles of the training rows and of the old domains.
 

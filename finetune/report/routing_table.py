@@ -34,7 +34,7 @@ def profile_facts(profile: RoutingProfile, stability: float | None) -> dict[str,
     }
 
 
-def plan_facts(plan: ExpertPlan, profile: RoutingProfile, expert_parameters: int | None = None) -> dict[str, Any]:
+def plan_facts(plan: ExpertPlan, profile: RoutingProfile, trainable_parameters: int | None = None) -> dict[str, Any]:
     """How many experts train, and what share of the routing reaches them."""
     total = profile.num_layers * profile.num_experts
     facts: dict[str, Any] = {
@@ -43,8 +43,8 @@ def plan_facts(plan: ExpertPlan, profile: RoutingProfile, expert_parameters: int
         "trained_share": plan.num_trained / total,
         "routing_share": sum(routing_share(plan, profile)) / profile.num_layers,
     }
-    if expert_parameters is not None:
-        facts["trainable_parameters"] = plan.num_trained * expert_parameters
+    if trainable_parameters is not None:
+        facts["trainable_parameters"] = trainable_parameters
     return facts
 
 
@@ -83,7 +83,7 @@ def exploration_to_dict(found: Exploration) -> dict[str, Any]:
     return {
         "rule": rule,
         **found.plan.to_dict(),
-        **plan_facts(found.plan, found.profile, found.expert_parameters),
+        **plan_facts(found.plan, found.profile, found.trainable_parameters),
         "split_half_stability": found.stability,
     }
 
@@ -92,13 +92,13 @@ def render_explorations(found: list[Exploration]) -> Group:
     """One choice by layer, or several beside one another."""
     if len(found) == 1:
         (only,) = found
-        return Group(render_plan(only.plan, only.profile, only.expert_parameters), *_stability(only.stability))
+        return Group(render_plan(only.plan, only.profile, only.trainable_parameters), *_stability(only.stability))
     table = Table(title="what rules would choose", title_justify="left")
     table.add_column("rule", no_wrap=True)
     for column in ("experts", "share", "routing", "parameters", "halves agree"):
         table.add_column(column, justify="right")
     for each in found:
-        facts = plan_facts(each.plan, each.profile, each.expert_parameters)
+        facts = plan_facts(each.plan, each.profile, each.trainable_parameters)
         (rule,) = ((name, value) for name, value in each.rule.model_dump().items() if name != "budget_per" and value)
         table.add_row(
             f"{rule[0]} {rule[1]}",
@@ -111,7 +111,7 @@ def render_explorations(found: list[Exploration]) -> Group:
     return Group(render_profile(found[0].profile, None), table)
 
 
-def render_plan(plan: ExpertPlan, profile: RoutingProfile, expert_parameters: int | None = None) -> Group:
+def render_plan(plan: ExpertPlan, profile: RoutingProfile, trainable_parameters: int | None = None) -> Group:
     """What would train in each layer."""
     table = Table("layer", title="experts that train", title_justify="left")
     table.add_column("trained", justify="right")
@@ -121,7 +121,7 @@ def render_plan(plan: ExpertPlan, profile: RoutingProfile, expert_parameters: in
     for layer, share in list(zip(profile.layer_indices, shares, strict=True))[:MOST_LAYERS]:
         experts = plan.experts_by_layer.get(layer, ())
         table.add_row(str(layer), f"{len(experts)} of {plan.num_experts}", f"{share:.1%}", spans(experts))
-    return Group(table, plan_line(plan, profile, expert_parameters))
+    return Group(table, plan_line(plan, profile, trainable_parameters))
 
 
 def render_choice(plan: ExpertPlan | None, profile: RoutingProfile | None, rule: SelectRule | None) -> Group:
@@ -133,16 +133,16 @@ def render_choice(plan: ExpertPlan | None, profile: RoutingProfile | None, rule:
     return Group(plan_line(plan, profile), *_stability(split_half_stability(profile, rule)))
 
 
-def plan_line(plan: ExpertPlan, profile: RoutingProfile, expert_parameters: int | None = None) -> Text:
+def plan_line(plan: ExpertPlan, profile: RoutingProfile, trainable_parameters: int | None = None) -> Text:
     """`32 of 128 experts train (25.0 %); 61.2 % of the routing reaches them`."""
-    facts = plan_facts(plan, profile, expert_parameters)
+    facts = plan_facts(plan, profile)
     text = f"{facts['trained_experts']:,} of {facts['experts']:,} experts train ({facts['trained_share']:.1%})"
     text += f"; {facts['routing_share']:.1%} of the routing reaches them"
     if plan.ranks_by_layer is not None:
         counts = Counter(rank for ranks in plan.ranks_by_layer.values() for rank in ranks)
         text += "; " + ", ".join(f"{counts[rank]:,} at rank {rank}" for rank in sorted(counts, reverse=True))
-    if expert_parameters is not None and plan.ranks_by_layer is None:
-        text += f"; {facts['trainable_parameters']:,} trainable parameters"
+    if trainable_parameters is not None:
+        text += f"; {trainable_parameters:,} trainable parameters"
     return Text(text)
 
 

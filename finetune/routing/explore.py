@@ -32,14 +32,14 @@ RULES = (
 class Exploration:
     """What one rule chooses.
 
-    expert_parameters: trainable parameters that one expert costs; None when the model's widths are not known.
+    trainable_parameters: of the chosen experts' factors; None when the model's widths are not known.
     stability: see `split_half_stability`.
     """
 
     rule: SelectRule
     profile: RoutingProfile
     plan: ExpertPlan
-    expert_parameters: int | None
+    trainable_parameters: int | None
     stability: float | None
 
 
@@ -59,7 +59,8 @@ def explore(
     for rule in RULES if section.select is None else (section.select,):
         asked = section.model_copy(update={"select": rule})
         plan = select(profile, asked, against=against, seed=seed, expert_parameters=price, rank=rank)
-        found.append(Exploration(rule, profile, plan, price, split_half_stability(profile, rule)))
+        paid = None if price is None else price * plan.sum_of_ranks(rank) // rank
+        found.append(Exploration(rule, profile, plan, paid, split_half_stability(profile, rule)))
     return found
 
 

@@ -77,6 +77,12 @@ class ExpertPlan:
         """The largest rank of any expert; None when all have the adapter's."""
         return None if self.ranks_by_layer is None else max(max(ranks) for ranks in self.ranks_by_layer.values())
 
+    def sum_of_ranks(self, rank: int) -> int:
+        """Over all experts that train; `rank` is that of experts without their own."""
+        if self.ranks_by_layer is None:
+            return rank * self.num_trained
+        return sum(sum(ranks) for ranks in self.ranks_by_layer.values())
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: layer indices are strings."""
         content: dict[str, Any] = {"num_experts": self.num_experts}
