@@ -1,9 +1,11 @@
 """Merge of a model of real width against `cp` of the same files, and the merge's peak memory.
 
-    python benchmarks/merge.py [--layers 4] [--runs 3] [--folder PATH] [--result]
+    python benchmarks/merge.py [--layers 4] [--runs 5] [--folder PATH] [--result]
 
 Makes a random Qwen3-30B-A3B with fewer layers (about 1.2 GB each, in shards that cut through layers) and an adapter of
-rank 16 on attention and all experts, then alternates `cp` + fsync, and `finetune.merge` in a process of its own.
+rank 16 on attention and all experts, then alternates `cp` + fsync, and `finetune.merge` in a process of its own. Ratios
+are medians of the rounds' ratios: `cp` alone takes up to three times as long where a virtual machine has yet to be
+given the memory of its page cache.
 """
 
 from __future__ import annotations
@@ -173,15 +175,18 @@ def measure(folder: Path, layers: int, runs: int) -> dict[str, object]:
         for name, value in (("cp", copied), ("cp and fsync", synced), ("merge", float(told[0]))):
             times[name].append(value)
         peak_gib = max(peak_gib, float(told[1]))
-    middle = {name: statistics.median(values) for name, values in times.items()}
+
+    def middle_ratio(one: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+
     return {
         "gib": sum(file.stat().st_size for file in base.iterdir()) / 2**30,
         "shards": len(list(base.glob("*.safetensors"))),
         "seconds": times,
         "cpu_seconds": cpu,
         "load_average": os.getloadavg()[0],
-        "merge_over_cp": middle["merge"] / middle["cp"],
-        "merge_over_cp_and_fsync": middle["merge"] / middle["cp and fsync"],
+        "merge_over_cp": middle_ratio("merge", "cp"),
+        "merge_over_cp_and_fsync": middle_ratio("merge", "cp and fsync"),
         "merge_peak_rss_gib": peak_gib,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -192,7 +197,7 @@ def measure(folder: Path, layers: int, runs: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where about 15 GB are free; the system's temporary folder")
     parser.add_argument("--result", action="store_true", help="write benchmarks/results/merge-DATE.json and .md")
     options = parser.parse_args()

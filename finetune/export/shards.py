@@ -24,7 +24,7 @@ from finetune.export.stream import OutputFile, Place
 from finetune.models import fp8
 from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, TensorFile, TensorInfo
 
-PIECE_ELEMENTS = 2**18
+PIECE_ELEMENTS = 3 * 2**17
 MEASURED = 2**16  # elements of a tensor that retention is measured on; all of them would take a third of the time
 COPY_BYTES = 2**20
 _THREAD = threading.local()
@@ -101,7 +101,7 @@ def _fill_merged(kept: str, plan: MergePlan, name: str, factors: Change, place: 
         first = slice(min(len(base), max(1, MEASURED // base.shape[1])) if rows.start == 0 else 0)
         before = base[first].clone()
         merged = factors.add_to_(base, rows)
-        stored = merged if kept == "F32" else _scratch("stored", base.shape, TORCH_DTYPES[kept]).copy_(merged)
+        stored = merged if kept == "F32" else _scratch("read", base.shape, TORCH_DTYPES[kept]).copy_(merged)
         place.append(_finite(plan, name, stored))
         if rows.start == 0:
             tally.add(stored[first].float().sub_(before), factors.rows(first))
@@ -145,7 +145,10 @@ def _base_rows(plan: MergePlan, name: str, multiple: int) -> Iterator[tuple[slic
 
 
 def _scratch(use: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory of this thread that is used over and over: fresh pages would cost more than the arithmetic."""
+    """Memory of this thread that is used over and over: fresh pages would cost more than the arithmetic.
+
+    What was read is written over by what is stored, so that less has to stay in the processor's cache.
+    """
     held: dict[Any, Tensor] = vars(_THREAD)
     key = f"{use} {dtype} {shape}"
     if key not in held:
