@@ -61,8 +61,7 @@ def pack(bank: Any, scheme: str) -> Any:
             pairs = [[fp8.quantize(m.float(), (128, 128), torch.float32) for m in e.chunk(matrices)] for e in weight]
             codes = torch.stack([torch.cat([v.view(torch.uint8).flatten() for v, _ in pair]) for pair in pairs])
             scales = torch.stack([torch.cat([s.flatten() for _, s in pair]) for pair in pairs])
-            projection = Fp8Projection({"codes": codes, "scales": scales}, weight.shape, 128, weight.dtype)
-            projection.matrices = matrices
+            projection = Fp8Projection({"codes": codes, "scales": scales}, weight.shape, 128, weight.dtype, matrices)
         setattr(packed, name, projection)
     return packed
 

@@ -42,6 +42,10 @@ BaseWeights = Annotated[
         help="after QLoRA: add to the base's original weights, or to the dequantized ones that the run saw",
     ),
 ]
+LoadedWeights = Annotated[
+    str,
+    typer.Option("--base-weights", help="below an adapter of a QLoRA run: packed as in the run, or original"),
+]
 BasePath = Annotated[Path | None, typer.Option("--base", help="base model; where the adapter says it is, by default")]
 
 
@@ -162,10 +166,7 @@ def quantize(
         _print_json({"output": str(output), "packed_weights": packed, "bytes": size})
     else:
         lines = f"wrote {output}: {packed:,} weights packed, {size / 2**30:.2f} GiB"
-        asked = {name: value for name, value in settings.items() if value is not None and value is not True}
-        section = ", ".join(f"{name}: {str(value).lower()}" for name, value in asked.items())
-        recipe = f"next, in a recipe: model.path: {output} and quantize: {{{section}}}"
-        console.print(f"{lines}\n{recipe}", soft_wrap=True)
+        console.print(f"{lines}\nnext: finetune train RECIPE model.path={output}", soft_wrap=True)
 
 
 @app.command()
@@ -419,13 +420,17 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="tokens of one reply at most")] = 512,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0.0, help="0 is greedy")] = None,
     dtype: WeightType = None,
+    base: BasePath = None,
+    base_weights: LoadedWeights = "packed",
 ) -> None:
     """Talk to a model or an adapter."""
     from finetune import pipeline
     from finetune.models.generation import Generation
 
     generation = Generation(thinking, max_new_tokens, temperature)
-    pipeline.chat(path, generation, prompt, system=system, dtype=_dtype(dtype), console=_console())
+    below = _base_weights(base_weights, ("packed", "original"))
+    frozen: Any = {"dtype": _dtype(dtype), "base": base, "base_weights": below}
+    pipeline.chat(path, generation, prompt, system=system, **frozen, console=_console())
 
 
 @app.command(name="eval")
@@ -436,12 +441,16 @@ def evaluate(
     by: Annotated[str | None, typer.Option("--by", help="also report per value of this field of the rows")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="rows of each file at most")] = None,
     dtype: WeightType = None,
+    base: BasePath = None,
+    base_weights: LoadedWeights = "packed",
     as_json: AsJson = False,
 ) -> None:
     """Exact match and loss on files of rows."""
     from finetune import pipeline
 
-    result = pipeline.evaluate(path, data, template=template, by=by, limit=limit, dtype=_dtype(dtype))
+    below = _base_weights(base_weights, ("packed", "original"))
+    frozen: Any = {"dtype": _dtype(dtype), "base": base, "base_weights": below}
+    result = pipeline.evaluate(path, data, template=template, by=by, limit=limit, **frozen)
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -481,8 +490,7 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _base_weights(text: str) -> Any:
-    allowed = ("original", "dequantized")
+def _base_weights(text: str, allowed: tuple[str, str] = ("original", "dequantized")) -> str:
     if text not in allowed:
         raise typer.BadParameter(f"{text!r} is neither {' nor '.join(allowed)}", param_hint="--base-weights")
     return text

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -108,12 +108,13 @@ def quantize(
 
 def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
+    from finetune.config.packed_folder import settled
     from finetune.report.routing_table import render_profile
     from finetune.routing.measure import profile_for
     from finetune.routing.profile_file import write_profile
     from finetune.routing.select import split_half_stability
 
-    console = console or Console(stderr=True)
+    console, recipe = console or Console(stderr=True), settled(recipe)
     prepared, _ = prepare(recipe, console=console)
     model = _load_frozen(recipe, console)
     with rows_done(console, "profiling") as progress:
@@ -132,20 +133,20 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     """
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.table import render_table, target_table
+    from finetune.config.packed_folder import settled
     from finetune.quant.load import check_source
     from finetune.report.routing_table import render_choice
     from finetune.training.experts import ExpertFiles, choose_experts
-    from finetune.training.processes import is_main_process
+    from finetune.training.processes import is_main_process, load_device
     from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
 
-    console = console or Console(stderr=True)
+    console, recipe = console or Console(stderr=True), settled(recipe)
     files = ExpertFiles.read(recipe)
-    if recipe.quantize.scheme != "none":
-        check_source(recipe.model.path, recipe.quantize)  # before anything is written
+    check_source(recipe.model.path, recipe.quantize)  # before anything is written
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
-    model = _load_frozen(recipe, console)
+    model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
     with rows_done(console, "profiling") as advance:
         choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
     trains: Any = {"expert_mode": recipe.experts.mode, "router": recipe.router.train}
@@ -280,11 +281,17 @@ def evaluate(
     by: str | None = None,
     limit: int | None = None,
     dtype: str | None = None,
+    base: str | Path | None = None,
+    base_weights: Literal["packed", "original"] = "packed",
 ) -> EvalReport:
-    """Exact match and loss of a model or an adapter on files of rows."""
+    """Exact match and loss of a model or an adapter on files of rows.
+
+    base, base_weights: of an adapter, as for `load`.
+    """
     from finetune.inference.evaluate import evaluate as evaluate_rows
 
-    return evaluate_rows(path, data, template=template, by=by, limit=limit, dtype=_torch_dtype(dtype))
+    frozen: Any = {"dtype": _torch_dtype(dtype), "base": base, "base_weights": base_weights}
+    return evaluate_rows(path, data, template=template, by=by, limit=limit, **frozen)
 
 
 def chat(
@@ -294,19 +301,25 @@ def chat(
     *,
     system: str | None = None,
     dtype: str | None = None,
+    base: str | Path | None = None,
+    base_weights: Literal["packed", "original"] = "packed",
     console: Console,
 ) -> None:
-    """One reply to `prompt`, or a conversation when there is none."""
-    from finetune.adapters.attach import load
+    """One reply to `prompt`, or a conversation when there is none. base, base_weights: of an adapter, as for `load`."""
+    from finetune.adapters.attach import frozen_text, load
     from finetune.inference.chat import converse
 
-    model, tokenizer = load(path, _torch_dtype(dtype))
+    model, tokenizer = load(path, _torch_dtype(dtype), base=base, base_weights=base_weights)
+    if note := frozen_text(model):
+        Console(stderr=True, highlight=False).print(note, style="dim", markup=False, soft_wrap=True)
     converse(model, tokenizer, generation, prompt, system, console)
 
 
-def _load_frozen(recipe: Recipe, console: Console) -> Any:
-    """The model of a recipe as it is before adapters."""
+def _load_frozen(recipe: Recipe, console: Console, device: Any = None) -> Any:
+    """The model of a recipe as it is before adapters, where it will run when `device` is None."""
     import torch
+
+    from finetune.quant.load import load_frozen
 
     section = recipe.model
     options: dict[str, Any] = {
@@ -315,14 +328,8 @@ def _load_frozen(recipe: Recipe, console: Console) -> Any:
         "attention_implementation": section.attention_implementation,
         "trust_remote_code": section.trust_remote_code,
     }
-    if recipe.quantize.scheme == "none":
-        from finetune.models.loading import load_model
-
-        return load_model(section.path, **options)
-    from finetune.quant.load import load_quantized
-
     with bytes_done(console, "loading") as progress:
-        return load_quantized(section.path, recipe.quantize, **options, progress=progress)
+        return load_frozen(section.path, recipe.quantize, **options, device=device, progress=progress)
 
 
 def _torch_dtype(name: str | None) -> Any:

@@ -27,9 +27,7 @@ def random_stack(
         _draw_(scheme, name, field, generator)
     if scheme == "nf4":
         return Nf4Projection(fields, shape, BLOCK[scheme], dtype)
-    stack = Fp8Projection(fields, shape, BLOCK[scheme], dtype)
-    stack.matrices = matrices
-    return stack
+    return Fp8Projection(fields, shape, BLOCK[scheme], dtype, matrices)
 
 
 def _draw_(scheme: Scheme, name: str, field: Tensor, generator: torch.Generator) -> None:

@@ -14,22 +14,22 @@ from peft import PeftModel, get_peft_model
 from finetune.adapters.agreement import check_consumed, check_same_plan
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
+from finetune.adapters.frozen import BaseWeights, choose_base, frozen_text, refuse_to_merge_packed
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_section
-from finetune.config.schema import AdapterSection, QuantizeSection
-from finetune.errors import AdapterError, Problem
+from finetune.config.schema import AdapterSection
+from finetune.errors import AdapterError, ModelError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.files import finished_folder
-from finetune.models.loading import load_model, load_tokenizer, stored_dtype
-from finetune.quant.folder import QUANT_METHOD, quantization_method
+from finetune.models.loading import load_tokenizer
 from finetune.quant.linear import known_to_peft
-from finetune.quant.load import load_packed, load_quantized
+from finetune.quant.load import load_frozen
 from finetune.routing.plan import ExpertPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["attach", "check_same_plan", "load", "load_adapter", "save_adapter"]
+__all__ = ["attach", "check_same_plan", "frozen_text", "load", "load_adapter", "save_adapter"]
 
 DEFAULT = "default"
 
@@ -57,7 +57,7 @@ def attach(
     """
     config = lora_config(model, parse_section(adapter), experts, expert_mode, router)
     with _seeded(seed), _quiet(), known_to_peft(model):
-        return get_peft_model(model, config)
+        return refuse_to_merge_packed(get_peft_model(model, config))
 
 
 def save_adapter(model: PeftModel, path: str | Path, *, thinking: bool | None = None) -> None:
@@ -92,7 +92,7 @@ def load_adapter(
     config = ExpertLoraConfig.load(path)
     config.inference_mode = not trainable
     if trainable:
-        config.quantize = getattr(model, "packed_as", None)
+        config.quantize, config.packed_in = getattr(model, "packed_as", None), getattr(model, "packed_in", None)
     with _as_adapter_error(path), _quiet(), known_to_peft(model):
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -101,41 +101,39 @@ def load_adapter(
         else:
             adapted = PeftModel.from_pretrained(model, str(path), name, is_trainable=trainable, config=config)
     check_consumed(adapted, name, files)
-    return adapted
+    return refuse_to_merge_packed(adapted)
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a model folder, packed or not, or of an adapter folder together with the base it names.
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    base: str | Path | None = None,
+    base_weights: BaseWeights = "packed",
+    device: torch.device | str | None = None,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a model folder, packed or not, or of an adapter folder together with its base.
 
     dtype: of the frozen weights; the type they are stored in when None.
+    base: of an adapter, in 16 bit or packed; where the adapter says it is when None.
+    base_weights: of an adapter that was trained on packed weights: those (`packed`), from the folder they came from
+        or packed again while loading, or the ones that the base stores (`original`). `frozen_text` says what was used.
+    device: the GPU when None, if there is one.
 
     Raises ModelError or AdapterError, also when the base on disk is not the one the adapter was trained on.
     """
     if not (Path(path) / ADAPTER_CONFIG).is_file():
-        return _load_frozen(path, dtype, None), load_tokenizer(path)
+        if base is not None:
+            raise ModelError(Problem(str(path), "is a model, and has no base", "leave the base out", str(base)))
+        return load_frozen(path, dtype=dtype, device=device), load_tokenizer(path)
     files = AdapterFiles.open(path)
-    base = files.base_model
-    if not base:
-        hint = "load the base yourself and use load_adapter"
-        raise AdapterError(Problem(str(path), "does not name its base model", hint))
-    revision = files.config.revision
-    model = _load_frozen(base, dtype, revision)
+    chosen = choose_base(files, base, base_weights, dtype)
+    model = load_frozen(chosen.path, chosen.section, dtype=dtype, revision=chosen.revision, device=device)
     known = files.base_fingerprint
-    if known is not None and known != base_fingerprint(Checkpoint.open(find_checkpoint(base, revision))):
+    if known is not None and known != base_fingerprint(Checkpoint.open(find_checkpoint(chosen.path, chosen.revision))):
         hint = "put the original base back; or load a model yourself and use load_adapter to run on another base"
-        raise AdapterError(Problem(base, "is not the model the adapter was trained on", hint))
-    return load_adapter(model, path), load_tokenizer(base, revision=revision)
-
-
-def _load_frozen(path: str | Path, dtype: torch.dtype | None, revision: str | None) -> PreTrainedModel:
-    """A model as it is stored: packed by us, in FP8 blocks, which are multiplied out, or in 16 or 32 bits."""
-    method = quantization_method(path)
-    dtype = dtype or stored_dtype(path, revision=revision)
-    if method == QUANT_METHOD:
-        return load_packed(path, dtype)
-    if method == "fp8":
-        return load_quantized(path, QuantizeSection(), dtype=dtype, revision=revision)
-    return load_model(path, dtype=dtype, revision=revision)
+        raise AdapterError(Problem(chosen.path, "is not the model the adapter was trained on", hint))
+    return load_adapter(model, path), load_tokenizer(chosen.path, revision=chosen.revision)
 
 
 @contextmanager

@@ -74,6 +74,7 @@ class ExpertLoraConfig(LoraConfig):
     base_fingerprint: see `models.checkpoint.base_fingerprint`; None when the base is not on disk.
     thinking: whether the rows trained it to reason before it answers; None where that is not known.
     quantize: the recipe's quantize section with which the base was packed; None for a base in 16 bit.
+    packed_in: folder of that packed base, where it came from one.
 
     rank_pattern and alpha_pattern match `...mlp.experts.gate_up_proj` and `...down_proj`, as stock PEFT's do.
     """
@@ -86,6 +87,7 @@ class ExpertLoraConfig(LoraConfig):
     section: dict[str, Any] | None = field(default=None)
     base_fingerprint: str | None = None
     quantize: dict[str, Any] | None = field(default=None)
+    packed_in: str | None = None
     thinking: bool | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -163,6 +165,7 @@ class ExpertLoraConfig(LoraConfig):
             "base_model": self.base_model_name_or_path,
             "base_fingerprint": self.base_fingerprint,
             "quantize": self.quantize,
+            "packed_in": self.packed_in,
             "thinking": self.thinking,
             "dropout": self.lora_dropout,
             "expert_dropout": self.expert_dropout,
@@ -201,7 +204,7 @@ class ExpertLoraConfig(LoraConfig):
             options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar["expert_dropout"]
         options["router"] = sidecar.get("router", "lora")
         options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
-        options["quantize"], options["thinking"] = sidecar.get("quantize"), sidecar.get("thinking")
+        options |= {name: sidecar.get(name) for name in ("quantize", "packed_in", "thinking")}
         return cls(**options, expert_targets=experts)
 
 

@@ -20,6 +20,7 @@ from finetune.adapters.change import Change, LowRank, WholeDelta
 from finetune.adapters.layouts import ExpertBanks, pack_a, pack_b, unpack_a, unpack_b
 from finetune.adapters.pairs import Pair, Slot, WholeExperts, read_pairs
 from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
+from finetune.config.packed_folder import read_packed_settings
 from finetune.errors import AdapterError, Problem
 from finetune.models.tensor_file import TensorFile
 from finetune.routing.plan import ExpertPlan
@@ -67,8 +68,8 @@ class AdapterFiles:
         path = Path(path)
         if not path.is_dir():
             raise AdapterError(Problem(str(path), "is not a folder", "give the folder of a saved adapter"))
-        if not (path / ADAPTER_CONFIG).exists() and (path / "adapter" / ADAPTER_CONFIG).exists():
-            raise AdapterError(Problem(str(path), "is a run, not an adapter", f"give {path / 'adapter'}"))
+        if not (path / ADAPTER_CONFIG).exists():
+            _refuse_others(path)
         config = StockConfig.open(path)
         sidecar = read_sidecar(path)
         file = _open_weights(path)
@@ -90,6 +91,11 @@ class AdapterFiles:
     def quantize(self) -> dict[str, Any] | None:
         """The quantize section with which that base was packed; None for 16 bit, and for adapters made elsewhere."""
         return (self.sidecar or {}).get("quantize")
+
+    @property
+    def packed_in(self) -> str | None:
+        """Folder of the packed base it was trained on, where it came from one."""
+        return (self.sidecar or {}).get("packed_in")
 
     @property
     def has_single_experts(self) -> bool:
@@ -130,6 +136,15 @@ class AdapterFiles:
             if wanted and name not in self.pairs and name.endswith(("_proj.weight", ".gate.weight", "lm_head.weight")):
                 lost.append(name)
         return lost
+
+
+def _refuse_others(path: Path) -> None:
+    """Raises AdapterError for a folder that is known to be something else."""
+    if (path / "adapter" / ADAPTER_CONFIG).exists():
+        raise AdapterError(Problem(str(path), "is a run, not an adapter", f"give {path / 'adapter'}"))
+    if (path / "config.json").exists():
+        what = "is a packed model, not an adapter" if read_packed_settings(path) else "is a model, not an adapter"
+        raise AdapterError(Problem(str(path), what, "give the adapter that was trained on it, such as RUN/adapter"))
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any] | None:

@@ -109,8 +109,10 @@ def lora_config(
         expert_mode=expert_mode,
         router="lora" if router == "frozen" else router,
         section=section.model_dump(mode="json"),
-        base_fingerprint=getattr(model, "base_fingerprint", None) or _fingerprint(getattr(model, "name_or_path", "")),
+        base_fingerprint=getattr(model, "base_fingerprint", None) or _fingerprint(model),
+        revision=getattr(model, "base_revision", None),
         quantize=getattr(model, "packed_as", None),
+        packed_in=getattr(model, "packed_in", None),
     )
 
 
@@ -164,12 +166,13 @@ def _plan_misfits(banks: dict[str, Any], experts: ExpertPlan) -> Any:
         yield Problem("expert plan", what, hint, experts.num_experts)
 
 
-def _fingerprint(name_or_path: str) -> str | None:
+def _fingerprint(model: Any) -> str | None:
     """Of the base on disk; None when the model was made in memory."""
+    name_or_path = getattr(model, "name_or_path", "")
     if not name_or_path:
         return None
     try:
-        return base_fingerprint(Checkpoint.open(find_checkpoint(name_or_path)))
+        return base_fingerprint(Checkpoint.open(find_checkpoint(name_or_path, getattr(model, "base_revision", None))))
     except ModelError:
         return None
 

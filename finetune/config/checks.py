@@ -175,12 +175,14 @@ def _quantize(recipe: Recipe) -> Iterator[Finding]:
     yield from quantize_findings(quantize)
     if quantize.scheme == "none":
         return
-    if quantize.compute_dtype != compute:
+    held, told = quantize.compute_dtype or recipe.model.dtype, quantize.compute_dtype is not None
+    if held != compute and (told or held == "float32"):  # _precision tells the other clashes of model.dtype
         yield _clash(
             "quantize.compute_dtype",
-            f"is {quantize.compute_dtype}, but train.precision is {recipe.train.precision}",
+            f"is {held}, but train.precision is {recipe.train.precision}",
             f"write compute_dtype: {compute}",
             "train.precision",
+            *(() if told else ("model.dtype",)),
         )
 
 

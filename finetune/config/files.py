@@ -11,6 +11,7 @@ from pathlib import Path
 from finetune.config.advice import close_to, sentence
 from finetune.config.findings import FieldPath, Finding
 from finetune.config.model_shape import ModelShape, read_model_shape
+from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.errors import ModelError
 
@@ -74,7 +75,9 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         hint = "remove the line; revisions are for models on the hub"
         yield Finding(("model", "revision"), "is given, but model.path is a folder", hint, recipe.model.revision)
     try:
-        yield from _targets(recipe, read_model_shape(path))
+        shape = read_model_shape(path)
+        yield from _targets(recipe, shape)
+        yield from _stored(recipe, shape)
     except ModelError as error:
         for problem in error.problems:
             yield Finding(
@@ -83,7 +86,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _relative(where: str, folder: str) -> str:
-    return where.removeprefix(str(Path(folder))).lstrip("/\\")
+    return where.removeprefix(str(Path(folder))).lstrip("/\\: ")
 
 
 def _targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
@@ -103,6 +106,23 @@ def _targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
         what = f"names projections of dense layers, but every layer of {recipe.model.path} has experts"
         hint = "write experts: [gate_up_proj, down_proj] instead of mlp"
         yield Finding(("adapter", "mlp"), what, hint, list(adapter.mlp), with_paths=(model,))
+
+
+def _stored(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
+    """A packed model that is not what the recipe says, or not whole; a model that must be one and is not."""
+    path, quantize, where = recipe.model.path, recipe.quantize, ("model", "path")
+    packed = read_packed_settings(path)
+    if packed is None:
+        if quantize.resident == "mmap" and quantize.scheme != "none":
+            hint = f"run `finetune quantize {path} --output DIR` once, and give DIR as model.path"
+            what = "is mmap, but model.path is not a packed model"
+            yield Finding(("quantize", "resident"), what, hint, with_paths=(where,))
+        return
+    for name, what in packed.contradictions(quantize):
+        yield Finding(("quantize", name), what, settings_hint(path), with_paths=(where,))
+    for problem in folder_problems(path, shape, packed.section):
+        what = f"names a packed model that is damaged: {_relative(problem.where, path) or 'it'} {problem.what}"
+        yield Finding(where, what, problem.hint, path)
 
 
 def _templates(recipe: Recipe) -> Iterator[Finding]:

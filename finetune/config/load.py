@@ -15,6 +15,7 @@ from finetune.config.files import find_in_files
 from finetune.config.findings import Finding, Places
 from finetune.config.messages import findings_of, value_at
 from finetune.config.overrides import apply_overrides
+from finetune.config.packed_folder import settled
 from finetune.config.salvage import Rest, salvage
 from finetune.config.schema import QuantizeSection, Recipe, Section
 from finetune.errors import Problem, RecipeError
@@ -24,7 +25,7 @@ def load_recipe(path: str | Path, *overrides: str, check_files: bool = True) -> 
     """The recipe in a YAML file, with overrides such as `train.steps=50` on top.
 
     check_files: also check what is outside the text: that local files exist, that the model's config.json fits the
-    targets, that every feature asked for is available.
+    targets, that every feature asked for is available. A packed model fills in its own `quantize` section.
     Relative paths in a recipe start at the current folder. Raises RecipeError with every problem at once.
     """
     return _load(_read_text(Path(path)), str(path), overrides, check_files)
@@ -95,7 +96,7 @@ def _load(text: str, source: str, overrides: tuple[str, ...], check_files: bool)
     if findings:
         raise RecipeError(*places.problems(findings))
     assert recipe is not None
-    return recipe
+    return settled(recipe) if check_files else recipe
 
 
 def _read_text(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,25 @@ from finetune.errors import ModelError, Problem
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 MAX_CONFIG_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that share a shape; the experts of a layer are one of (E, out, in).
+
+    kind: "attention", "mlp" or "experts" for those that can be packed, "rest" for all others.
+    matrices: of the hub's, one above the other in each.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    count: int
+    matrices: int = 1
+
+    @property
+    def parameters(self) -> int:
+        """Of all of them."""
+        return self.count * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -40,15 +60,27 @@ class ModelShape:
 
     def parameters(self) -> int:
         """All weights of the model; a tied lm_head counts once."""
-        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = 2 * self.hidden * (wide + narrow) + 2 * self.head_dim
+        return sum(weights.parameters for weights in self.weights())
+
+    def weights(self) -> list[Weights]:
+        """Every weight of the live model, grouped."""
+        hidden, wide, narrow = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = [((wide, hidden), 1), ((narrow, hidden), 2), ((hidden, wide), 1)]
+        rest = [((hidden,), 2), ((self.head_dim,), 2)]
         if self.attention_bias:
-            attention += wide + 2 * narrow + self.hidden
-        moe = self.experts * self.hidden * (1 + 3 * self.expert_intermediate)
-        dense = 3 * self.hidden * self.intermediate
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        layers = self.layers * (attention + 2 * self.hidden) + self.moe_layers * moe + self.dense_layers * dense
-        return embeddings + layers + self.hidden
+            rest += [((wide,), 1), ((narrow,), 2), ((hidden,), 1)]
+        found = [Weights("attention", shape, count * self.layers) for shape, count in attention]
+        found += [Weights("rest", shape, count * self.layers) for shape, count in rest]
+        if self.moe_layers:
+            both, inner = 2 * self.expert_intermediate, self.expert_intermediate
+            found.append(Weights("experts", (self.experts, both, hidden), self.moe_layers, matrices=2))
+            found.append(Weights("experts", (self.experts, hidden, inner), self.moe_layers))
+            found.append(Weights("rest", (self.experts, hidden), self.moe_layers))
+        if self.dense_layers:
+            found.append(Weights("mlp", (self.intermediate, hidden), 2 * self.dense_layers))
+            found.append(Weights("mlp", (hidden, self.intermediate), self.dense_layers))
+        found.append(Weights("rest", (self.vocabulary, hidden), 1 if self.tied else 2))
+        return [*found, Weights("rest", (hidden,), 1)]
 
     def trainable_outside(self, adapter: AdapterSection) -> int:
         """Parameters of the LoRA factors on attention and dense MLPs: rank * (in + out) per matrix."""

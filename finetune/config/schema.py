@@ -68,13 +68,17 @@ class QuantizeSection(Section):
         default=None, description="weights that share one scale; null: 64 with nf4, 128 x 128 with fp8"
     )
     double: bool = Field(default=True, description="quantize the scales as well (nf4)")
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="type the weights are decoded to"
+    compute_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        default=None, description="type the weights are decoded to; null: `model.dtype`"
     )
     resident: Literal["all", "mmap"] = Field(
         default="all",
         description="hold packed experts in memory, or read them from the file of `finetune quantize` when needed",
     )
+
+    def packs(self, kind: str) -> bool:
+        """Whether weights of a kind, see `model_shape.Weights`, are quantized."""
+        return self.packs_experts if kind == "experts" else self.packs_attention and kind in ("attention", "mlp")
 
     @property
     def packs_attention(self) -> bool:

@@ -7,8 +7,11 @@ from typing import Any
 
 from finetune.config.files import kind_of
 from finetune.config.model_shape import ModelShape, read_model_shape
+from finetune.config.packed_folder import frozen_bytes, read_packed_settings, settled
 from finetune.config.schema import DataFile, Recipe
 from finetune.errors import ModelError
+
+_GIB = 2**30
 
 
 def summarize(recipe: Recipe) -> dict[str, Any]:
@@ -16,13 +19,17 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
 
     steps is null when epochs decide; tokens_per_step counts one device; trainable_parameters, total_parameters and
     trainable_share are there when the model's config.json is local and they do not depend on what the router does.
+    memory_gib: of the frozen weights, of those of them that are packed, and of what trains with its optimizer, on one
+    device; activations come on top.
     warnings are things that are allowed but seldom meant.
     """
+    recipe = settled(recipe)
     train, data = recipe.train, recipe.data
     shape = _shape(recipe)
-    facts: dict[str, Any] = {"model": recipe.model.path}
+    facts: dict[str, Any] = {"model": recipe.model.path, **_quantize(recipe)}
     if shape is not None:
-        facts |= _counts(recipe, shape)
+        counts = _counts(recipe, shape)
+        facts |= {**counts, "memory_gib": _memory(recipe, shape, counts.get("trainable_parameters"))}
     facts |= {
         "adapter": _adapter(recipe),
         **_experts(recipe),
@@ -35,6 +42,27 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         "warnings": _warnings(recipe, shape),
     }
     return facts
+
+
+def _quantize(recipe: Recipe) -> dict[str, Any]:
+    """How the frozen weights are held, when they are packed."""
+    section = recipe.quantize
+    if section.scheme == "none":
+        return {}
+    kinds = {"attention and dense MLPs": section.packs_attention, "experts": section.packs_experts}
+    packed = read_packed_settings(recipe.model.path)
+    facts: dict[str, Any] = {"scheme": section.scheme, "packs": [kind for kind, packs in kinds.items() if packs]}
+    facts |= {"block": section.block_size, "double": section.double} if section.scheme == "nf4" else {}
+    return {"quantize": {**facts, "resident": section.resident, "packed_before": packed and f"from {packed.base}"}}
+
+
+def _memory(recipe: Recipe, shape: ModelShape, trainable: int | None) -> dict[str, float | None]:
+    """Weights by their count and type; 4 bytes of weight and 4 of gradient, and AdamW's state, for what trains."""
+    held = frozen_bytes(shape, recipe.quantize, recipe.model.dtype)
+    on_disk = held.expert_codes if recipe.quantize.resident == "mmap" else 0
+    trained = None if trainable is None else trainable * (10 if "8bit" in recipe.train.optimizer else 16) / _GIB
+    frozen = {"frozen": (held.packed - on_disk + held.rest) / _GIB, "packed": held.packed / _GIB or None}
+    return {**frozen, "left_on_disk": on_disk / _GIB or None, "trained_with_optimizer": trained}
 
 
 def _shape(recipe: Recipe) -> ModelShape | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from finetune.adapters.files import AdapterFiles
+from finetune.adapters.frozen import trained_packing
 from finetune.config.schema import QuantizeSection
 from finetune.errors import AdapterError, Problem
 from finetune.models.checkpoint import Checkpoint
@@ -45,12 +46,7 @@ def packing_of(adapters: Sequence[AdapterFiles]) -> QuantizeSection | None:
     told = [files.quantize for files in adapters]
     if told[0] is None or any(other != told[0] for other in told):
         return None
-    try:
-        return QuantizeSection.model_validate(told[0])
-    except ValueError as error:
-        what = f"is not a quantize section ({' '.join(str(error).split())[:200]})"
-        hint = "restore the file that training wrote"
-        raise AdapterError(Problem(f"{adapters[0].path}/finetune_adapter.json: quantize", what, hint)) from None
+    return trained_packing(adapters[0])
 
 
 def dequantized(checkpoint: Checkpoint, adapters: Sequence[AdapterFiles]) -> SeenCheckpoint:

@@ -33,7 +33,7 @@ from finetune.errors import AdapterError, Problem, UserError
 from finetune.export import peft_files
 from finetune.export.factors import Factors
 from finetune.export.folder import Work, check_output, describe_job, write_folder
-from finetune.export.plan import plan_merge
+from finetune.export.plan import plan_merge, refuse_packed
 from finetune.export.safetensors_file import Tensor, plan_file
 from finetune.export.show import Shown, warnings
 from finetune.export.stream import Place
@@ -102,7 +102,8 @@ def import_adapter(
     if not named:
         where = f"{config.path}: base_model_name_or_path"
         raise AdapterError(Problem(where, "does not say which base model it is for", "name the base with --base"))
-    source = Checkpoint.open(find_checkpoint(named))
+    source = Checkpoint.open(find_checkpoint(named, option="--base"))
+    refuse_packed(source, "name that model: --base {base}")
     check_output(output, source)
     banks = _find_banks(config, file, source)
     known_by = "not needed"

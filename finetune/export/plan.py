@@ -11,10 +11,11 @@ from pathlib import Path
 
 from finetune.adapters.change import Change, add_up
 from finetune.adapters.files import AdapterFiles
+from finetune.config.packed_folder import PackedSettings
 from finetune.errors import AdapterError, ModelError, Problem, UserError
 from finetune.export.base_weights import BaseWeights, dequantized
 from finetune.models import fp8
-from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
+from finetune.models.checkpoint import CONFIG, Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.shapes import Shapes, check_shapes
 from finetune.models.tensor_file import WEIGHT_DTYPES
 from finetune.quant.seen import SeenCheckpoint
@@ -80,6 +81,7 @@ def plan_merge(
     shares = _check_shares(paths, shares)
     opened = tuple(AdapterFiles.open(path) for path in paths)
     checkpoint = Checkpoint.open(_find_base(opened, base))
+    refuse_packed(checkpoint, "merge into that model: --base {base}")
     check_model(checkpoint)
     problems = [
         problem
@@ -121,7 +123,7 @@ def family_of(name: str) -> str:
 
 def _find_base(opened: Sequence[AdapterFiles], base: str | Path | None) -> Path:
     if base is not None:
-        return find_checkpoint(base)
+        return find_checkpoint(base, option="--base")
     named = {(files.base_model, files.config.revision) for files in opened}
     for files in opened:
         where = f"{files.config.path}: base_model_name_or_path"
@@ -130,7 +132,15 @@ def _find_base(opened: Sequence[AdapterFiles], base: str | Path | None) -> Path:
         if len(named) > 1:
             what = "the adapters name different base models"
             raise AdapterError(Problem(where, what, "name the one that is meant with --base", files.base_model))
-    return find_checkpoint(opened[0].base_model or "", opened[0].config.revision)
+    return find_checkpoint(opened[0].base_model or "", opened[0].config.revision, option="--base")
+
+
+def refuse_packed(checkpoint: Checkpoint, remedy: str) -> None:
+    """Raises ModelError for a model that `finetune quantize` wrote. remedy: with {base} for what it was made from."""
+    packed = PackedSettings.of(checkpoint.config, str(checkpoint.path / CONFIG))
+    if packed is not None:
+        what = f"is a packed model ({packed.section.scheme}), made from {packed.base} by finetune quantize"
+        raise ModelError(Problem(str(checkpoint.path), what, remedy.format(base=packed.base)))
 
 
 def check_model(base: Checkpoint) -> Shapes:

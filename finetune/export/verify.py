@@ -15,7 +15,7 @@ from rich.text import Text
 from finetune.errors import Problem, VerifyError
 from finetune.export.base_weights import BaseWeights, packing_of
 from finetune.export.logits_check import LogitAgreement, check_logits
-from finetune.export.plan import Adapters, MergePlan, plan_merge
+from finetune.export.plan import Adapters, MergePlan, plan_merge, refuse_packed
 from finetune.export.show import Shown, table, warnings
 from finetune.export.weights_check import WeightAgreement, WeightCheck, check_weights
 from finetune.models.checkpoint import CONFIG, Checkpoint
@@ -88,6 +88,7 @@ def verify(
     started = time.perf_counter()
     plan = plan_merge(adapters, base, weights, base_weights)
     checkpoint = Checkpoint.open(merged)
+    refuse_packed(checkpoint, "give the folder that `finetune merge` made")
     settings = _different_settings(plan.base, checkpoint)
     check = check_weights(plan, checkpoint)
     other = base_weights == "original" and packing_of(plan.adapters) is not None

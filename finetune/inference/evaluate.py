@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from finetune.adapters.attach import load
+from finetune.adapters.attach import frozen_text, load
+from finetune.adapters.frozen import BaseWeights
 from finetune.config.schema import DataFile
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.encode import Encoder, Encoding
@@ -29,6 +30,7 @@ class EvalReport:
     """How well a model answers rows.
 
     total: all rows.  files: per file.  groups: per value of the field `by`, most rows first; empty without `by`.
+    frozen: what was used below an adapter, or of a packed model; see `frozen_text`.
     """
 
     model: str
@@ -37,6 +39,7 @@ class EvalReport:
     files: dict[str, Score]
     by: str | None
     groups: dict[str, Score]
+    frozen: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
@@ -44,7 +47,7 @@ class EvalReport:
 
     def render(self) -> Table:
         """A table for the terminal."""
-        title = f"{self.model}, template {self.template}"
+        title = "\n".join(filter(None, (f"{self.model}, template {self.template}", self.frozen)))
         table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
         for index, column in enumerate(COLUMNS):
             table.add_column(column, justify="right" if index else "left", overflow="fold")
@@ -64,7 +67,8 @@ class EvalReport:
         """The same table in a notebook."""
         head = "".join(f"<th>{column}</th>" for column in COLUMNS)
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        note = f"<caption>{escape(self.frozen)}</caption>" if self.frozen else ""
+        return f"<table>{note}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def evaluate(
@@ -75,11 +79,13 @@ def evaluate(
     by: str | None = None,
     limit: int | None = None,
     dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+    base_weights: BaseWeights = "packed",
 ) -> EvalReport:
     """Score a model folder or an adapter folder on files of rows.
 
     by: a field of the rows to report by.  limit: rows taken from the head of each file at most.
-    dtype: of the weights in memory; as they are stored when None.
+    dtype, base, base_weights: as for `load`.
 
     Exact match is the share of rows whose every loss token the model finds most likely: greedy decoding would write
     the same answer. Loss is the mean over all loss tokens, in nats. Both are independent of batch sizes.
@@ -89,7 +95,7 @@ def evaluate(
     rows = _read(data, limit)
     if by is not None:
         _check_field(rows, by)
-    model, tokenizer = load(path, dtype)
+    model, tokenizer = load(path, dtype, base=base, base_weights=base_weights)
     scores = score_rows(model, _encode(rows, Encoder(tokenizer, form, Encoding())))
     return EvalReport(
         model=str(path),
@@ -98,6 +104,7 @@ def evaluate(
         files=_grouped((row.source for row in rows), scores),
         by=by,
         groups=_grouped((str(row.fields[by]) for row in rows), scores) if by is not None else {},
+        frozen=frozen_text(model),
     )
 
 

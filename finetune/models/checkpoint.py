@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.config.packed_folder import PackedSettings
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
 from finetune.models.files import safe_child
@@ -89,11 +90,15 @@ class Checkpoint:
         return sum(file.path.stat().st_size for file in self.files.values())
 
 
-def find_checkpoint(name_or_path: str | Path, revision: str | None = None, *, download: bool = False) -> Path:
+def find_checkpoint(
+    name_or_path: str | Path, revision: str | None = None, *, download: bool = False, option: str = ""
+) -> Path:
     """Folder of a checkpoint: the path itself, or the snapshot of a hub name in the local hub cache.
 
-    download: fetch what the cache lacks; never pickles. Raises ModelError when it is neither.
+    download: fetch what the cache lacks; never pickles.  option: of a command, that names another folder.
+    Raises ModelError when it is neither.
     """
+    elsewhere = f"or say where it lies with {option}" if option else "or give the folder it lies in"
     path = Path(name_or_path)
     if path.is_dir():
         return path
@@ -106,17 +111,24 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None, *, do
                 return Path(snapshot_download(name, revision=revision, ignore_patterns=[f"*{s}" for s in PICKLES]))
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (OSError, ValueError):
-            hint = f"fetch it once with `hf download {name}`, or say where it lies with --base"
-            raise ModelError(Problem(name, "is neither a folder nor in the local hub cache", hint)) from None
-    raise ModelError(Problem(name, "is not a folder", "give the folder of the base model with --base"))
+            at = f" --revision {revision}" if revision else ""
+            what = "is neither a folder nor in the local hub cache" + (", and cannot be fetched" if download else "")
+            hint = f"fetch it once with `hf download {name}{at}`, {elsewhere}"
+            raise ModelError(Problem(name, what, hint)) from None
+    hint = f"give the folder of a checkpoint, or a hub name like Qwen/Qwen3-0.6B, {elsewhere}"
+    raise ModelError(Problem(name, "is not a folder", hint if option else hint.partition(", or give")[0]))
 
 
 def base_fingerprint(checkpoint: Checkpoint) -> str:
     """A sha256 that tells one base model from another of the same shape, at the price of a few small reads.
 
     Covers the fields of config.json that change the arithmetic, every tensor's name, dtype and shape, and 64 bytes
-    from the middle of up to 64 tensors spread over the model.
+    from the middle of up to 64 tensors spread over the model. That of a packed model is the one of the model it was
+    made from.
     """
+    packed = PackedSettings.of(checkpoint.config, str(checkpoint.path / CONFIG))
+    if packed is not None:
+        return packed.fingerprint
     digest = hashlib.sha256()
     essential = {key: checkpoint.config.get(key) for key in _ESSENTIAL}
     digest.update(json.dumps(essential, sort_keys=True).encode())

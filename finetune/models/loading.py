@@ -36,7 +36,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    check_config(path, _config(path, **options), trust_remote_code)
+    check_config(path, read_config(path, revision), trust_remote_code)
     where = {} if device is None else {"device_map": {"": device}}
     with _quiet(), as_model_error(path):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -49,6 +49,7 @@ def load_model(
             **where,
         )
     _check_complete(path, info)
+    model.base_revision = revision
     if is_moe(model.config):
         model.config.output_router_logits = False
     return model.eval()
@@ -85,7 +86,7 @@ _TOKENIZER_HINT = "copy tokenizer.json, tokenizer_config.json and chat_template.
 
 def stored_dtype(path: str | Path, *, revision: str | None = None) -> torch.dtype:
     """The type a checkpoint says its weights are stored in; float32 when it does not say."""
-    config = _config(path, revision=revision, trust_remote_code=False)
+    config = read_config(path, revision)
     name = config.get("dtype") or config.get("torch_dtype")
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
@@ -99,7 +100,12 @@ def transformers_version() -> str:
     return version
 
 
-def _config(path: str | Path, **options: Any) -> dict[str, Any]:
+def run_device() -> torch.device:
+    """Where this process runs its models: its accelerator, the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def read_config(path: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Content of config.json; a local checkpoint is checked for completeness on the way."""
     _check_exists(path)
     if Path(path).is_dir():
@@ -110,7 +116,7 @@ def _config(path: str | Path, **options: Any) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     with _quiet(), as_model_error(path):
-        content: dict[str, Any] = PreTrainedConfig.get_config_dict(path, revision=options["revision"])[0]
+        content: dict[str, Any] = PreTrainedConfig.get_config_dict(path, revision=revision)[0]
     return content
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from finetune.config.schema import QuantizeSection
-from finetune.errors import ModelError, Problem
+from finetune.errors import ModelError, Problem, UserError
 from finetune.models.qwen3 import PackedBank
 from finetune.quant.experts import CodesOnDisk, Fp8Projection, Nf4Projection, PackedExperts, PackedProjection
 from finetune.quant.linear import is_linear_4bit, linear_4bit
@@ -30,32 +30,50 @@ def fill(
     parts: Iterable[tuple[Part, Fields]],
     section: QuantizeSection,
     on_disk: dict[str, CodesOnDisk] | None = None,
+    device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """Put the parts into a skeleton. on_disk: the codes of packed stacks that have none in their fields, by name."""
+    """Put the parts into a skeleton, each on `device` before the next is asked for; the CPU when None.
+
+    on_disk: the codes of packed stacks that have none in their fields, by name.
+    """
     expected: set[str] = set()
-    compute_dtype = getattr(torch, section.compute_dtype)
+    device = device or "cpu"
     for part, fields in parts:
         if not part.packed:
-            _put_weight(model, part.name, nn.Parameter(fields[WHOLE], requires_grad=False))
+            _put_weight(model, part.name, nn.Parameter(fields[WHOLE].to(device), requires_grad=False))
             continue
         expected.add(part.name)
         if part.is_stack:
-            projection = _projection(part, fields, section, compute_dtype)
+            projection = _projection(part, fields, section, decoded_dtype(model, section))
             projection.on_disk = (on_disk or {}).get(part.name)
-            _put_projection(model, part.name, projection)
+            _put_projection(model, part.name, projection.to(device))
         else:
-            _put_linear(model, part, fields, section, compute_dtype)
+            _put_linear(model, part, fields, section, device)
     model.tie_weights()
     _check_all(model, expected)
+    live: Any = model
+    live.to(device)  # what is computed and not stored
+    if expected:
+        live.save_pretrained = _cannot_be_saved
     return model
 
 
+def decoded_dtype(model: PreTrainedModel, section: QuantizeSection) -> torch.dtype:
+    """What packed weights are decoded to outside autocast."""
+    dtype: torch.dtype = getattr(torch, section.compute_dtype) if section.compute_dtype else model.dtype
+    return dtype
+
+
+def _cannot_be_saved(*_: Any, **__: Any) -> None:
+    """In place of `save_pretrained`, which would write packed bytes as if they were weights."""
+    hint = "`finetune quantize MODEL --output DIR` writes packed models; adapters are saved with finetune.save_adapter"
+    raise UserError(Problem("save_pretrained", "does not know packed weights", hint))
+
+
 def _projection(part: Part, fields: Fields, section: QuantizeSection, dtype: torch.dtype) -> PackedProjection:
-    kind = Fp8Projection if section.scheme == "fp8" else Nf4Projection
-    projection = kind(fields, part.shape, section.block_size, dtype)
-    if isinstance(projection, Fp8Projection):
-        projection.matrices = part.matrices
-    return projection
+    if section.scheme == "fp8":
+        return Fp8Projection(fields, part.shape, section.block_size, dtype, part.matrices)
+    return Nf4Projection(fields, part.shape, section.block_size, dtype)
 
 
 def _put_weight(model: nn.Module, name: str, weight: nn.Parameter) -> None:
@@ -71,7 +89,9 @@ def _put_projection(model: nn.Module, name: str, projection: PackedProjection) -
     setattr(owner.experts, attribute, projection)
 
 
-def _put_linear(model: nn.Module, part: Part, fields: Fields, section: QuantizeSection, dtype: torch.dtype) -> None:
+def _put_linear(
+    model: PreTrainedModel, part: Part, fields: Fields, section: QuantizeSection, device: torch.device | str
+) -> None:
     layer_name = part.name.removesuffix(".weight")
     owner, _, attribute = layer_name.rpartition(".")
     old: Any = model.get_submodule(layer_name)
@@ -83,7 +103,9 @@ def _put_linear(model: nn.Module, part: Part, fields: Fields, section: QuantizeS
         part.shape,
         section.block_size,
     )
-    setattr(model.get_submodule(owner), attribute, linear_4bit(packed, old.bias, dtype))
+    layer: Any = linear_4bit(packed, decoded_dtype(model, section)).to(device)
+    layer.bias = old.bias  # a part of its own
+    setattr(model.get_submodule(owner), attribute, layer)
 
 
 def _check_all(model: nn.Module, expected: set[str]) -> None:

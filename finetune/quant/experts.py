@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -10,17 +9,17 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from finetune.config.packed_folder import CODES, packed_fields
 from finetune.kernels.layer import new_handle
 from finetune.kernels.ops import expert_mlp
 from finetune.kernels.support import decodes_on
 from finetune.models import fp8
 from finetune.models.qwen3 import PackedBank
+from finetune.models.tensor_file import TORCH_DTYPES
 from finetune.quant import nf4
-from finetune.quant.nf4 import SCALES_PER_BLOCK, Packed
+from finetune.quant.nf4 import Packed
 
 Scheme = Literal["nf4", "fp8"]
-CODES = "codes"
-"""The field that holds the weights themselves; the others hold scales."""
 
 
 class CodesOnDisk(Protocol):
@@ -64,12 +63,12 @@ class PackedProjection(nn.Module, ABC):
         return weights
 
     def decode_(self, out_EOI: Tensor, end_E: Tensor | None = None) -> None:
-        """All weights into `out_EOI`: in one go on an accelerator, without those of experts that have no rows."""
+        """All weights into `out_EOI` but those of experts without rows; on an accelerator in one go."""
         if self.codes is not None and decodes_on(self.device, out_EOI.dtype):
             self._decode_all_(self.codes, out_EOI, end_E)
             return
-        for expert, weights_OI in enumerate(out_EOI):
-            weights_OI.copy_(self._decode(expert, out_EOI.dtype))
+        for expert in range(len(out_EOI)) if end_E is None else _with_rows(end_E):
+            out_EOI[expert].copy_(self._decode(expert, out_EOI.dtype))
 
     @property
     def num_bytes(self) -> int:
@@ -135,7 +134,12 @@ class Fp8Projection(PackedProjection):
     """
 
     scales: Tensor
-    matrices: int = 1
+
+    def __init__(
+        self, fields: Mapping[str, Tensor], shape: Sequence[int], block: int, dtype: torch.dtype, matrices: int
+    ) -> None:
+        super().__init__(fields, shape, block, dtype)
+        self.matrices = matrices
 
     def _decode(self, expert: int, dtype: torch.dtype) -> Tensor:
         height, width = self.shape[1] // self.matrices, self.shape[2]
@@ -152,23 +156,18 @@ class Fp8Projection(PackedProjection):
         kernel.decode(kernel.Fp8(codes, self.scales, self.matrices, self.block), out_EOI, end_E)
 
 
+def _with_rows(end_E: Tensor) -> list[int]:
+    """Experts whose rows end after those of the one before."""
+    with_rows: list[int] = end_E.diff(prepend=end_E.new_zeros(1)).nonzero()[:, 0].tolist()
+    return with_rows
+
+
 def packed_shapes(
     scheme: Scheme, shape: Sequence[int], block: int, double: bool, matrices: int = 1
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of each of the tensors that a weight of `shape` becomes.
-
-    matrices: of which the weight is made, one above the other; FP8 has blocks of its own for each.
-    """
-    weights = math.prod(shape)
-    if scheme == "fp8":
-        grid = fp8.scales_shape((shape[0] // matrices, shape[1]), (block, block))
-        return {CODES: (torch.uint8, (weights,)), "scales": (torch.float32, (matrices * math.prod(grid),))}
-    blocks = -(-weights // block)
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {CODES: (torch.uint8, (-(-weights // 2),))}
-    if not double:
-        return {**shapes, "scales": (torch.float32, (blocks,))}
-    shapes |= {"scales": (torch.uint8, (blocks,)), "offset": (torch.float32, ())}
-    return {**shapes, "scale_scales": (torch.float32, (-(-blocks // SCALES_PER_BLOCK),))}
+    """Type and shape of each of the tensors that a weight of `shape` becomes; see `packed_fields`."""
+    fields = packed_fields(scheme, shape, block, double, matrices)
+    return {name: (TORCH_DTYPES[dtype], size) for name, (dtype, size) in fields.items()}
 
 
 class PackedExperts(PackedBank):

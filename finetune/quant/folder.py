@@ -1,9 +1,4 @@
-"""A packed model on disk: quantized once, loaded in seconds.
-
-It has the layout of a hub checkpoint: config.json, whose `quantization_config` says how it was made and from what; an
-index; one shard per decoder layer and one for the rest; the base's side files. A packed weight NAME is stored as
-NAME.codes, NAME.scales and, in NF4 with double quantization, NAME.scale_scales and NAME.offset.
-"""
+"""A packed model on disk: quantized once, loaded in seconds. `config.packed_folder` says what is in it."""
 
 from __future__ import annotations
 
@@ -14,45 +9,28 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from finetune.config.packed_folder import AGAIN, CODES, PackedSettings
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem, RunError, UserError
 from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint, base_fingerprint
 from finetune.models.files import finished_folder, write_atomic, write_json_atomic
 from finetune.models.qwen3 import layer_index
-from finetune.models.tensor_file import TensorFile, TensorInfo
-from finetune.quant.experts import CODES, CodesOnDisk, packed_shapes
+from finetune.models.tensor_file import METADATA, TORCH_DTYPES, TensorFile, TensorInfo
+from finetune.quant.experts import CodesOnDisk, packed_shapes
 from finetune.quant.parts import WHOLE, Fields, Part, Progress
-
-QUANT_METHOD = "finetune"
-FORMAT_VERSION = 1
-_AGAIN = "make it again with finetune quantize"
 
 
 @dataclass(frozen=True)
 class PackedFolder:
-    """An opened packed model. base: where its 16-bit weights were. fingerprint: `base_fingerprint` of them."""
+    """An opened packed model, and how it was made."""
 
     checkpoint: Checkpoint
-    settings: dict[str, Any]
-    base: str
-    fingerprint: str
-
-    def check_settings(self, section: QuantizeSection) -> None:
-        """Raises ModelError for everything that a recipe asks for and this folder does not hold."""
-        wanted = settings_of(section)
-        hint = f"set it to what {self.checkpoint.path} was made with, or give the 16-bit model as model.path"
-        problems = [
-            Problem(f"quantize.{name}", f"is {wanted[name]}, but the packed model was made with {held}", hint)
-            for name, held in self.settings.items()
-            if wanted[name] != held
-        ]
-        if problems:
-            raise ModelError(*problems)
+    settings: PackedSettings
 
     def read_parts(
         self, parts: list[Part], progress: Progress | None = None, *, leave_codes: bool = False
@@ -90,19 +68,19 @@ class PackedFolder:
                 known.add(name)
                 info = self.checkpoint.tensors.get(name)
                 if info is None:
-                    problems.append(Problem(f"{self.checkpoint.path}: {name}", "is missing", _AGAIN))
+                    problems.append(Problem(f"{self.checkpoint.path}: {name}", "is missing", AGAIN))
                 elif info.dtype not in _STORED[expected[0]] or info.shape != expected[1]:
                     what, got = f"should be {expected[1]} of {_STORED[expected[0]]}", (info.shape, info.dtype)
-                    problems.append(Problem(f"{self.checkpoint.path}: {name}", what, _AGAIN, got))
+                    problems.append(Problem(f"{self.checkpoint.path}: {name}", what, AGAIN, got))
         strange = sorted(set(self.checkpoint.tensors) - known)
-        problems += [Problem(f"{self.checkpoint.path}: {n}", "has no place in the model", _AGAIN) for n in strange]
+        problems += [Problem(f"{self.checkpoint.path}: {n}", "has no place in the model", AGAIN) for n in strange]
         if problems:
             raise ModelError(*problems[:8])
 
     def _expected(self, part: Part) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         if not part.packed:
             return {WHOLE: (torch.bfloat16, part.shape)}
-        section = QuantizeSection.model_validate(self.settings)
+        section = self.settings.section
         assert section.scheme != "none"
         shape, number = (part.shape[1:], part.shape[:1]) if part.is_stack else (part.shape, ())
         shapes = packed_shapes(section.scheme, shape, section.block_size, section.double, part.matrices)
@@ -157,69 +135,31 @@ class _CodesInFile:
         return codes
 
 
-def settings_of(section: QuantizeSection) -> dict[str, Any]:
-    """What of a recipe's section decides the bytes."""
-    settings = {"scheme": section.scheme, "attention": section.packs_attention, "experts": section.experts}
-    return {**settings, "block": section.block_size, "double": section.double and section.scheme == "nf4"}
-
-
-def quantization_method(path: str | Path) -> str | None:
-    """How the config.json of a local folder says that its weights are stored; None when it does not say."""
-    try:
-        config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
-        return str(config["quantization_config"]["quant_method"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def is_packed(path: str | Path) -> bool:
-    """Whether a folder holds a packed model."""
-    return quantization_method(path) == QUANT_METHOD
-
-
-def open_packed(path: str | Path) -> PackedFolder:
-    """A packed model. Raises ModelError when it is damaged or of another version."""
-    checkpoint = Checkpoint.open(path)
-    content = dict(checkpoint.config["quantization_config"])
-    version = content.pop("format_version", None)
-    where = f"{checkpoint.path}/{CONFIG}: quantization_config"
-    if version != FORMAT_VERSION:
-        raise ModelError(Problem(where, f"has another format version than {FORMAT_VERSION}", _AGAIN, version))
-    try:
-        del content["quant_method"]
-        base, fingerprint = content.pop("base_model"), content.pop("base_fingerprint")
-        settings = settings_of(QuantizeSection.model_validate(content))
-    except (KeyError, ValueError) as error:
-        what = f"does not say how it was made ({' '.join(str(error).split())[:200]})"
-        raise ModelError(Problem(where, what, _AGAIN)) from None
-    return PackedFolder(checkpoint, settings, base, fingerprint)
-
-
 @dataclass(frozen=True)
 class Origin:
     """What a packed model was made from. config: its config.json. base: its name or path, for adapters to refer to.
 
-    fingerprint: `base_fingerprint` of it. side_files: tokenizer and the like, copied.
+    fingerprint: `base_fingerprint` of it. side_files: tokenizer and the like, copied. revision: of a base on the hub.
     """
 
     config: dict[str, Any]
     base: str
     fingerprint: str
     side_files: tuple[Path, ...] = ()
+    revision: str | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, base: str) -> Origin:
+    def of(cls, checkpoint: Checkpoint, base: str, revision: str | None = None) -> Origin:
         """A checkpoint, known as `base`."""
         side_files = tuple(checkpoint.path / name for name in checkpoint.side_files if name != CONFIG)
-        return cls(checkpoint.config, base, base_fingerprint(checkpoint), side_files)
+        return cls(checkpoint.config, base, base_fingerprint(checkpoint), side_files, revision)
 
 
 def write_packed(
     target: str | Path, origin: Origin, parts: Iterable[tuple[Part, Fields]], section: QuantizeSection
 ) -> None:
     """Write a packed model folder, all or nothing."""
-    settings = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **settings_of(section)}
-    settings |= {"base_model": origin.base, "base_fingerprint": origin.fingerprint}
+    settings = PackedSettings(section, origin.base, origin.revision, origin.fingerprint).to_config()
     with finished_folder(target) as building:
         weight_map: dict[str, str] = {}
         total = 0
@@ -250,10 +190,26 @@ def _shards(parts: Iterable[tuple[Part, Fields]]) -> Iterator[tuple[str, dict[st
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
+    """A safetensors file, tensor by tensor: nothing is copied. Wide types first, so that all are aligned."""
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
 
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    def write(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+
     try:
-        write_atomic(path, save(contiguous, {"format": "pt"}))
+        write_atomic(path, write)
     except OSError as error:
         raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", "free some space")) from error
+
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

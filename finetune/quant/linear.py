@@ -21,15 +21,18 @@ from finetune.quant.native import bitsandbytes
 from finetune.quant.nf4 import Packed
 
 
-def linear_4bit(packed: Packed, bias: Tensor | None, compute_dtype: torch.dtype) -> nn.Module:
-    """A frozen bitsandbytes `Linear4bit` with these weights (out, in). Raises ModelError when it is not installed."""
+def linear_4bit(packed: Packed, compute_dtype: torch.dtype) -> nn.Module:
+    """A frozen bitsandbytes `Linear4bit` with these weights (out, in) and no bias.
+
+    Raises ModelError when bitsandbytes is not installed.
+    """
     library = bitsandbytes()
     if library is None:
         hint = "install bitsandbytes, or set quantize.attention: false"
         raise ModelError(Problem("bitsandbytes", "is needed for 4-bit attention and cannot be imported", hint))
     height, width = packed.shape
     with torch.device("meta"):
-        layer = _layer_class()(width, height, bias=bias is not None, compute_dtype=compute_dtype, quant_type="nf4")
+        layer = _layer_class()(width, height, bias=False, compute_dtype=compute_dtype, quant_type="nf4")
     state = library.functional.QuantState(
         absmax=packed.scales,
         shape=torch.Size(packed.shape),
@@ -57,9 +60,8 @@ def linear_4bit(packed: Packed, bias: Tensor | None, compute_dtype: torch.dtype)
         bnb_quantized=True,
     )
     layer.quant_state = state
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-    return layer
+    made: nn.Module = layer
+    return made
 
 
 @cache

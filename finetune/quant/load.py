@@ -1,4 +1,4 @@
-"""From a checkpoint, 16-bit or FP8 or packed before, to a live model with packed weights, streaming."""
+"""From a checkpoint, however it is stored, to a live model; packed ones stream in."""
 
 from __future__ import annotations
 
@@ -7,17 +7,52 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.config.model_shape import read_model_shape
+from finetune.config.packed_folder import (
+    QUANT_METHOD,
+    check_settings,
+    folder_problems,
+    quantization_method,
+    read_packed_settings,
+    settings_of,
+)
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem, UserError
 from finetune.models.checkpoint import Checkpoint, find_checkpoint
-from finetune.models.loading import check_config
+from finetune.models.loading import check_config, load_model, read_config, run_device, stored_dtype
 from finetune.models.skeleton import skeleton
-from finetune.quant.build import fill, weight_shapes
-from finetune.quant.folder import Origin, is_packed, open_packed, settings_of, write_packed
+from finetune.quant.build import decoded_dtype, fill, weight_shapes
+from finetune.quant.folder import Origin, PackedFolder, write_packed
 from finetune.quant.parts import Part, Progress, check_parts, plan_parts, read_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def load_frozen(
+    path: str | Path,
+    section: QuantizeSection | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A Qwen3 in eval mode however it is stored: in 16 or 32 bits, in FP8 blocks, or packed by `quantize_model`.
+
+    section: how to hold its weights. Without it a packed model is what it is, and FP8 blocks are multiplied out.
+    dtype: of what is not packed; the one it is stored in when None.  device: `run_device()` when None.
+    options: attention_implementation and trust_remote_code, as for `load_model`.
+
+    Raises ModelError when it is damaged, incomplete, no Qwen3, or packed in another way than `section` says.
+    """
+    section, method = section or QuantizeSection(), quantization_method(read_config(path, revision))
+    options |= {"dtype": dtype or stored_dtype(path, revision=revision), "revision": revision}
+    options["device"] = device or run_device()
+    if section.scheme == "none" and method not in (QUANT_METHOD, "fp8"):
+        return load_model(path, **options)
+    return load_quantized(path, section, **options, progress=progress)
 
 
 def load_quantized(
@@ -28,41 +63,44 @@ def load_quantized(
     revision: str | None = None,
     attention_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """A Qwen3 on the CPU with weights packed as `section` says, all others in `dtype`, in eval mode.
+    """A Qwen3 with weights packed as `section` says, all others in `dtype`, in eval mode.
 
     section: scheme none packs nothing, which is how an FP8 checkpoint becomes a 16-bit model.
     path: a checkpoint in 16 bit or FP8, packed on the way so that no 16-bit copy of the whole ever exists; or a folder
-        that `quantize_model` wrote. With `resident: mmap`, which takes such a folder, codes stay on disk.
+        that `quantize_model` wrote, which knows what `section` leaves open. With `resident: mmap`, which takes such a
+        folder, codes stay on disk.
+    device: CPU when None.
 
     Raises ModelError when it is damaged, incomplete, no Qwen3, or packed in another way than `section` says.
     """
     folder = find_checkpoint(path, revision, download=True)
-    if is_packed(folder):
-        return _load_packed(folder, section, dtype, attention_implementation, progress)
+    packed = _open_packed(folder)
+    if packed is not None:
+        section = packed.settings.settle(section)
+        check_settings(packed.settings, section, path)
+        return _load_packed(packed, section, skeleton(folder, dtype, attention_implementation), device, progress)
     check_source(path, section)
     checkpoint = _open(folder, trust_remote_code)
     model = skeleton(folder, dtype, attention_implementation)
     parts = _plan(model, section)
     check_parts(checkpoint, parts)
-    fill(model, read_parts(checkpoint, parts, section, dtype, progress), section)
-    return _named(model, str(path), section)
-
-
-def load_packed(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """The model of a folder that `quantize_model` wrote, packed as it is there; computes in `dtype`."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in ("bfloat16", "float16", "float32"):
-        raise ModelError(Problem(str(path), "cannot compute in this type", "use bfloat16, float16 or float32", name))
-    settings = {**open_packed(path).settings, "compute_dtype": name}
-    return load_quantized(path, QuantizeSection.model_validate(settings), dtype=dtype)
+    fill(model, read_parts(checkpoint, parts, section, dtype, progress), section, device=device)
+    return _named(model, str(path), revision, section)
 
 
 def check_source(path: str | Path, section: QuantizeSection) -> None:
-    """What can be said before a run starts: raises ModelError when a local model is not packed as `section` says."""
-    if Path(path).is_dir() and is_packed(path):
-        open_packed(path).check_settings(section)
+    """What can be said before a run starts of a local model that is packed, or has to be, as `section` says.
+
+    Raises ModelError when it was packed in another way, is damaged, or is not packed and has to be.
+    """
+    packed = read_packed_settings(path)
+    if packed is not None:
+        check_settings(packed, section, path)
+        if problems := folder_problems(path, read_model_shape(path), packed.section):
+            raise ModelError(*problems)
     elif section.resident == "mmap":
         hint = f"run `finetune quantize {path} --output DIR` once, and give DIR as model.path"
         raise ModelError(Problem("quantize.resident", "is mmap, but model.path is not a packed model", hint, str(path)))
@@ -78,8 +116,9 @@ def quantize_model(
 ) -> int:
     """Write the packed model to folder `output`; the number of packed weights. One layer is in memory at a time."""
     folder = find_checkpoint(path, revision, download=True)
-    if is_packed(folder):
-        raise UserError(Problem(str(path), "is packed already", "give the 16-bit model"))
+    packed = read_packed_settings(folder)
+    if packed is not None:
+        raise UserError(Problem(str(path), "is packed already", f"give the model it was made from, {packed.base}"))
     if Path(output).resolve().is_relative_to(folder.resolve()):
         hint = "name a folder elsewhere; a model's own folder is never written to"
         raise UserError(Problem(str(output), "lies in the folder of the model", hint))
@@ -88,25 +127,34 @@ def quantize_model(
     check_parts(checkpoint, parts)
     stream = read_parts(checkpoint, parts, section, None, progress)
     base = str(Path(path).resolve() if Path(path).is_dir() else path)  # adapters are used from other folders too
-    write_packed(output, Origin.of(checkpoint, base), stream, section)
+    write_packed(output, Origin.of(checkpoint, base, revision), stream, section)
     return sum(part.packed for part in parts)
 
 
+def _open_packed(folder: Path) -> PackedFolder | None:
+    settings = read_packed_settings(folder)
+    return None if settings is None else PackedFolder(Checkpoint.open(folder), settings)
+
+
 def _load_packed(
-    path: Path, section: QuantizeSection, dtype: torch.dtype, attention_implementation: str, progress: Progress | None
+    folder: PackedFolder,
+    section: QuantizeSection,
+    model: PreTrainedModel,
+    device: torch.device | str | None,
+    progress: Progress | None,
 ) -> PreTrainedModel:
-    folder = open_packed(path)
-    folder.check_settings(section)
-    check_config(path, {k: v for k, v in folder.checkpoint.config.items() if k != "quantization_config"}, False)
-    model = skeleton(path, dtype, attention_implementation)
-    parts, on_disk = _plan(model, section), section.resident == "mmap"
+    """`model`, a skeleton, with its weights."""
+    path, config = folder.checkpoint.path, folder.checkpoint.config
+    check_config(path, {key: value for key, value in config.items() if key != "quantization_config"}, False)
+    dtype, parts, on_disk = model.dtype, _plan(model, section), section.resident == "mmap"
     folder.check_parts(parts)
     codes = folder.codes_on_disk(parts) if on_disk else None
     stored = folder.read_parts(parts, progress, leave_codes=on_disk)
     whole = ((p, f if p.packed else {name: t.to(dtype) for name, t in f.items()}) for p, f in stored)
-    fill(model, whole, section, codes)
-    model = _named(model, folder.base, section)
-    model.base_fingerprint = folder.fingerprint
+    fill(model, whole, section, codes, device)
+    settings = folder.settings
+    model = _named(model, settings.base, settings.revision, section)
+    model.base_fingerprint, model.packed_in = settings.fingerprint, str(path.resolve())
     return model
 
 
@@ -129,8 +177,11 @@ def _plan(model: Any, section: QuantizeSection) -> list[Part]:
     return parts
 
 
-def _named(model: PreTrainedModel, name: str, section: QuantizeSection) -> PreTrainedModel:
-    """Adapters refer to their base by `name`, and remember how it was packed."""
+def _named(model: PreTrainedModel, name: str, revision: str | None, section: QuantizeSection) -> PreTrainedModel:
+    """Adapters refer to their base by `name` and `revision`, and remember how it was packed."""
     model.name_or_path = model.config._name_or_path = name
-    model.packed_as = {**settings_of(section), "compute_dtype": section.compute_dtype}
+    model.base_revision = revision
+    if section.scheme != "none":
+        dtype = str(decoded_dtype(model, section)).removeprefix("torch.")
+        model.packed_as = {**settings_of(section), "compute_dtype": dtype}
     return model

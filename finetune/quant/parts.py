@@ -14,6 +14,7 @@ from os import cpu_count
 import torch
 from torch import Tensor
 
+from finetune.config.packed_folder import CODES
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
@@ -21,7 +22,7 @@ from finetune.models.checkpoint import Checkpoint
 from finetune.models.qwen3 import ATTENTION_PROJECTIONS, EXPERT_MATRICES, EXPERTS, MLP_PROJECTIONS
 from finetune.models.tensor_file import WEIGHT_DTYPES
 from finetune.quant import nf4
-from finetune.quant.experts import CODES, packed_shapes
+from finetune.quant.experts import packed_shapes
 
 Fields = dict[str, Tensor]
 """The tensors of a part: `codes` and scales of a packed one, WHOLE alone of one that is not."""
@@ -70,7 +71,8 @@ def plan_parts(shapes: Mapping[str, tuple[int, ...]], section: QuantizeSection, 
             sources = tuple(tuple(f"{module}.{e}.{matrix}.weight" for matrix in matrices) for e in range(shape[0]))
             parts.append(Part(name, shape, sources, section.packs_experts))
         else:
-            parts.append(Part(name, shape, ((name,),), section.packs_attention and _is_projection(module)))
+            packed = section.packs_attention and projection == "weight" and _is_projection(module)
+            parts.append(Part(name, shape, ((name,),), packed))
     return parts
 
 

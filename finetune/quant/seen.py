@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finetune.config.packed_folder import CODES
 from finetune.config.schema import QuantizeSection
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
 from finetune.quant import nf4
-from finetune.quant.experts import CODES
 from finetune.quant.parts import pack_matrix, packed_sources
 
 _THREAD = threading.local()
@@ -22,7 +22,7 @@ _THREAD = threading.local()
 class SeenCheckpoint(Checkpoint):
     """A checkpoint that reads each weight as its packed form decodes; what was not packed reads as it is stored.
 
-    stored: the checkpoint itself.  section: how a run packed it.
+    stored: the checkpoint itself.  section: how a run packed it; decoded to bfloat16 where that does not say.
     """
 
     stored: Checkpoint
@@ -60,7 +60,7 @@ class SeenCheckpoint(Checkpoint):
     def _decode(self, sources: tuple[str, ...]) -> list[Tensor]:
         """Weights that were packed together, each (out, in)."""
         shapes = [self.tensors[source].shape for source in sources]
-        dtype, block = getattr(torch, self.section.compute_dtype), self.section.block_size
+        dtype, block = getattr(torch, self.section.compute_dtype or "bfloat16"), self.section.block_size
         fields = pack_matrix(self.stored, sources, self.section)
         if self.section.scheme == "nf4":
             shape = (sum(height for height, _ in shapes), shapes[0][1])

@@ -11,6 +11,11 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def load_device() -> torch.device | None:
+    """Where a run loads its model: None where it will run, the CPU when several processes may share it out."""
+    return None if processes().num_processes == 1 else torch.device("cpu")
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return bool(processes().is_main_process)

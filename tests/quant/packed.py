@@ -29,11 +29,8 @@ def _fp8(bank_EOI: Tensor, matrices: int) -> PackedProjection:
     ]
     codes = [torch.cat([values.reshape(-1).view(torch.uint8) for values, _ in expert]) for expert in pairs]
     scales = [torch.cat([scales.reshape(-1) for _, scales in expert]) for expert in pairs]
-    made = Fp8Projection(
-        {"codes": torch.stack(codes), "scales": torch.stack(scales)}, bank_EOI.shape, 128, bank_EOI.dtype
-    )
-    made.matrices = matrices
-    return made
+    fields = {"codes": torch.stack(codes), "scales": torch.stack(scales)}
+    return Fp8Projection(fields, bank_EOI.shape, 128, bank_EOI.dtype, matrices)
 
 
 def decoded(stack: PackedProjection, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from finetune.quant.experts import PackedExperts
 from finetune.quant.linear import is_linear_4bit
 from tests.training.test_sft import QUIET, adapter_tensors, losses, models, recipe  # noqa: F401
 
-NF4 = ("quantize.scheme=nf4", "quantize.compute_dtype=float32", "train.eval_every=3", "train.save_every=2")
+NF4 = ("quantize.scheme=nf4", "train.eval_every=3", "train.save_every=2")
 ADAPTER = "{attention: [q_proj, o_proj], experts: [gate_up_proj, down_proj], rank: 4, alpha: 8, dropout: 0.1}"
 
 
@@ -53,7 +53,7 @@ def test_packed_folders_and_experts_on_disk_train_the_same(models, run, tmp_path
 
 
 def test_the_adapter_is_for_the_16_bit_model(run, models, tmp_path):  # noqa: F811
-    adapted, _ = ft.load(run.adapter, torch.float32)
+    adapted, _ = ft.load(run.adapter, torch.float32, base_weights="original")
     assert not any(isinstance(module, PackedExperts) or is_linear_4bit(module) for module in adapted.modules())
     base, _ = ft.load(models["moe"], torch.float32)
     stock = PeftModel.from_pretrained(base, run.adapter)
@@ -73,7 +73,7 @@ def test_what_cannot_be_loaded_is_said_before_a_run_begins(models, tmp_path):  #
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp8"])
 def test_profile_and_plan_work_on_packed_models(models, tmp_path, scheme):  # noqa: F811
-    options = (f"quantize.scheme={scheme}", "quantize.compute_dtype=float32", "experts.select.top_fraction=0.34")
+    options = (f"quantize.scheme={scheme}", "experts.select.top_fraction=0.34")
     adapter = "{attention: [], experts: [gate_up_proj, down_proj], rank: 2}"
     made = recipe(models["moe"], tmp_path / "run", *options, "experts.score=mass", "train.steps=2", adapter=adapter)
     chosen = train(made, console=QUIET)
@@ -88,6 +88,6 @@ def test_gradient_checkpointing_changes_no_number(models, run, tmp_path):  # noq
 
 @pytest.mark.slow
 def test_the_embedded_model_learns_its_new_skill_in_4_bits(tmp_path):
-    options = ("quantize.scheme=nf4", "quantize.compute_dtype=float32", f"output.dir={tmp_path / 'run'}")
+    options = ("quantize.scheme=nf4", f"output.dir={tmp_path / 'run'}")
     learned = train(ft.load_recipe("recipes/quickstart.yaml", *options), console=QUIET)
     assert learned.summary["eval"]["exact_match"] > 0.85
