@@ -1,0 +1,51 @@
+"""The command line. Each command reads its arguments, takes one walk of `pipeline` and prints what came of it.
+
+Imports that take time are inside the commands, so that `--help` and `check` answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from finetune.cli.answers import chat, evaluate
+from finetune.cli.options import TakesWeights
+from finetune.cli.routing import experts, profile
+from finetune.cli.runs import check, prepare, report, schema, train
+from finetune.cli.weights import export, import_adapter, merge, quantize, verify
+
+app = typer.Typer(
+    name="finetune",
+    help="Fine-tune Qwen3 and its mixture-of-experts models with LoRA: recipe -> train -> merge -> verify -> chat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from finetune import __version__
+
+        typer.echo(f"finetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Any command takes --debug, which shows the traceback of an error.")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    check, schema, prepare, quantize, profile, experts, train, report, merge, verify, export, import_adapter, chat,
+)  # fmt: skip
+for _command in _COMMANDS:
+    app.command(cls=TakesWeights if _command in (merge, verify) else None)(_command)
+app.command("eval")(evaluate)
