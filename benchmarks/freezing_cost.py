@@ -1,6 +1,6 @@
 """What training a quarter of the experts costs beside training all: bytes, and time of a step.
 
-    python benchmarks/freezing/bytes_and_time.py [--layers 2] [--tokens 2048] [--steps 10] [--device cpu]
+    python benchmarks/freezing_cost.py [--layers 2] [--tokens 2048] [--steps 10] [--device cpu] [--save]
 
 Layers as wide as Qwen3-30B-A3B's, random bf16 weights, LoRA r=16 on experts alone, AdamW. The two arms take turns.
 """
@@ -8,12 +8,13 @@ Layers as wide as Qwen3-30B-A3B's, random bf16 weights, LoRA r=16 on experts alo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
 from typing import Any
 
 import torch
+from results import save, table
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from finetune.adapters.attach import attach
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", action="store_true", help="write results/DATE-freezing-cost.md and .json")
     options = parser.parse_args()
     ids = torch.randint(0, 1024, (1, options.tokens), generator=torch.Generator().manual_seed(1)).to(options.device)
     arms = {name: Run(fraction, options.layers, ids) for name, fraction in (("all experts", 1.0), ("a quarter", 0.25))}
@@ -89,10 +91,14 @@ def main() -> None:
         for arm in arms.values():
             arm.step()
     facts = {name: arm.facts() for name, arm in arms.items()}
-    print(json.dumps(vars(options) | {"torch": torch.__version__}))
-    for name in facts["all experts"]:
-        every, part = (facts[arm][name] for arm in arms)
-        print(f"{name:<16} all experts {every:>16,.1f}   a quarter {part:>16,.1f}   ratio {part / every:.3f}")
+    rows = [[name, *(facts[arm][name] for arm in arms)] for name in facts["a quarter"]]
+    text = f"{options.layers} layers, {options.tokens} tokens, {options.device}, {options.steps} steps\n\n"
+    text += table(["", *arms, "ratio"], [[*row, row[2] / row[1]] for row in rows]) + "\n"
+    print(text)
+    if options.save:
+        found = {"options": vars(options), "facts": facts}
+        for path in save("freezing-cost", "A quarter of the experts beside all of them", found, text):
+            print(path, file=sys.stderr)
 
 
 if __name__ == "__main__":
