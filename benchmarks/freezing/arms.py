@@ -13,10 +13,8 @@ from finetune.routing.profile import RoutingProfile
 from finetune.routing.score import shares
 from finetune.routing.select import apply_rule
 
-EXPERT_RATES = (3e-3, 1e-2, 3e-2)
-ATTENTION_RATES = (1e-3, 3e-3, 1e-2)
-WHOLE_RATES = (1e-3, 3e-3, 1e-2)
-FULL_RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""The grid of learning rates; an arm's search starts at its middle one and the two beside it."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_up_proj", "down_proj")
 
@@ -29,6 +27,7 @@ class Arm:
     fraction: of the experts of each layer.
     expert_rank, attention_rank: of the factors; 0 for none.
     weights: None for LoRA, `experts` for the chosen experts' own weights, `all` for every weight.
+    like: the arm whose learning rate it takes, where as much trains in the same way and only the score is another.
     """
 
     name: str
@@ -37,18 +36,14 @@ class Arm:
     expert_rank: int = 0
     attention_rank: int = 0
     weights: str | None = None
+    like: str | None = None
 
     @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates it is tried at."""
+    def middle_rate(self) -> float:
+        """The learning rate that its search starts from, and the one of the short form."""
         if self.weights is not None:
-            return FULL_RATES if self.weights == "all" else WHOLE_RATES
-        return ATTENTION_RATES if self.attention_rank else EXPERT_RATES
-
-    @property
-    def short_rate(self) -> float:
-        """The one learning rate of the short form."""
-        return self.rates[1]
+            return 1e-3 if self.weights == "all" else 3e-3
+        return 3e-3 if self.attention_rank else 1e-2
 
     def section(self) -> dict[str, Any]:
         """The adapter section of a recipe; alpha is twice the rank."""
@@ -83,10 +78,10 @@ ARMS = (
     Arm(EQUAL, expert_rank=2),
     Arm(ALL, expert_rank=8),
     Arm("coldest 25 %", "coldest", expert_rank=8),
-    Arm("hot 25 % (gate)", "gate", expert_rank=8),
-    Arm("hot 25 % (mass)", "mass", expert_rank=8),
-    Arm("hot 25 % (gradient)", "gradient", expert_rank=8),
-    Arm("hot 25 % (contrast)", "contrast", expert_rank=8),
+    Arm("hot 25 % (gate)", "gate", expert_rank=8, like=HOT),
+    Arm("hot 25 % (mass)", "mass", expert_rank=8, like=HOT),
+    Arm("hot 25 % (gradient)", "gradient", expert_rank=8, like=HOT),
+    Arm("hot 25 % (contrast)", "contrast", expert_rank=8, like=HOT),
     Arm("hot 12.5 %, double rank", "tokens", 0.125, expert_rank=16),
     Arm("attention", attention_rank=8),
     Arm(ATTENTION_AND_HOT, "tokens", expert_rank=8, attention_rank=8),
@@ -98,4 +93,5 @@ ARMS = (
 SHORT_ARMS = (HOT, RANDOM, EQUAL, ALL, "coldest 25 %", "hot 25 % (contrast)", ATTENTION_AND_HOT, ESFT)
 MANY_SEEDS = (HOT, RANDOM, EQUAL)
 """Arms of the comparisons that matter."""
-NO_REPLAY_ARMS = (HOT, RANDOM, EQUAL, ALL, "hot 25 % (contrast)", "attention", ATTENTION_AND_HOT, FULL, ESFT)
+FEW_ARMS = (HOT, RANDOM, EQUAL, ALL, "hot 25 % (contrast)", "attention", ATTENTION_AND_HOT, FULL, ESFT)
+"""Arms without replay, and on the second base."""

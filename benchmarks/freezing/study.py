@@ -4,10 +4,11 @@
     python benchmarks/freezing/study.py             the whole study; a few hours
     python benchmarks/freezing/study.py --page      only write the page from the results there are
 
-First every arm is tried at each of its learning rates, on the first base with a seed of its own; the rate that learns
-the new skill fastest is the arm's from then on. Then the arms run on both bases, with and without rows of the old
-domains: 8 seeds where the comparison matters, 3 elsewhere. A trial that is in the file of results is not run again, so
-the study can be stopped and continued at any time. The second base is pre-trained when it is not there (11 minutes).
+First every arm is tried at three learning rates, and at further ones while the best lies at the edge, on the first base
+with a seed of its own; the rate that learns the new skill fastest is the arm's from then on. Then the arms run on both
+bases, with and without rows of the old domains: 8 seeds where the comparison matters, 3 elsewhere. A trial that is in
+the file of results is not run again, so the study can be stopped and continued at any time. The second base is
+pre-trained when it is not there (11 minutes).
 """
 
 from __future__ import annotations
@@ -22,35 +23,47 @@ import time
 from pathlib import Path
 
 import torch
-from arms import ARMS, MANY_SEEDS, NO_REPLAY_ARMS, SHORT_ARMS
+from arms import ARMS, FEW_ARMS, MANY_SEEDS, RATES, SHORT_ARMS
 from page import best_rates, write_page
 from trial import Trial
 
 RESULTS = Path("benchmarks/results")
 BASE, SECOND_BASE = "examples/tiny-qwen3-moe", "runs/freezing/base-seed-1"
 TUNING_SEED, SEEDS, FEW_SEEDS = 0, range(1, 9), range(1, 4)
+STEPS, EVERY = 240, 30
 
 
 def short_trials() -> list[Trial]:
     """The first look."""
     arms = [arm for arm in ARMS if arm.name in SHORT_ARMS]
-    return [Trial(BASE, arm.name, arm.short_rate, seed, True, 150, 30) for seed in FEW_SEEDS for arm in arms]
+    return [Trial(BASE, arm.name, arm.middle_rate, seed, True, 150, 30) for seed in FEW_SEEDS for arm in arms]
 
 
-def tuning_trials() -> list[Trial]:
-    """Every arm at each of its learning rates."""
-    return [Trial(BASE, arm.name, rate, TUNING_SEED, True, 240, 20) for arm in ARMS for rate in arm.rates]
+def tuning_trials(results: Results) -> list[Trial]:
+    """Every arm at three learning rates, and at the one beyond where the best so far lies at the edge."""
+    found = []
+    for arm in (arm for arm in ARMS if arm.like is None):
+        middle = RATES.index(arm.middle_rate)
+        low, high = middle - 1, middle + 1
+        while True:
+            wanted = [Trial(BASE, arm.name, rate, TUNING_SEED, True, STEPS, EVERY) for rate in RATES[low : high + 1]]
+            done = results.of(wanted)
+            best = RATES.index(best_rates(done)[arm.name]) if len(done) == len(wanted) else middle
+            if best not in (low, high) or best in (0, len(RATES) - 1):
+                break
+            low, high = min(low, best - 1), max(high, best + 1)
+        found += wanted
+    return found
 
 
 def trials(rates: dict[str, float]) -> list[Trial]:
     """The study proper, every arm at its rate; seeds outside of arms, so that an unfinished study is balanced."""
     return [
-        Trial(base, arm.name, rates[arm.name], seed, replay, 240, 20)
-        for replay in (True, False)
+        Trial(base, arm.name, rates[arm.like or arm.name], seed, replay, STEPS, EVERY)
         for seed in SEEDS
-        for base in (BASE, SECOND_BASE)
+        for base, replay in ((BASE, True), (SECOND_BASE, True), (BASE, False), (SECOND_BASE, False))
         for arm in ARMS
-        if (seed in FEW_SEEDS or arm.name in MANY_SEEDS) and (replay or arm.name in NO_REPLAY_ARMS)
+        if (seed in FEW_SEEDS or arm.name in MANY_SEEDS) and ((base, replay) == (BASE, True) or arm.name in FEW_ARMS)
     ]
 
 
@@ -99,6 +112,16 @@ def run(wanted: list[Trial], results: Results, jobs: int, deadline: float) -> bo
     return not any(trial.key not in results.found for trial in wanted)
 
 
+def tune(results: Results, jobs: int, deadline: float) -> bool:
+    """Tries learning rates until the best of every arm is known; False when the time was up before."""
+    wanted = tuning_trials(results)
+    while len(results.of(wanted)) < len(wanted):
+        if not run(wanted, results, jobs, deadline):
+            return False
+        wanted = tuning_trials(results)
+    return True
+
+
 def run_one(trial: Trial) -> dict:
     """One trial on one thread, so that its numbers do not depend on the machine's cores."""
     torch.set_num_threads(1)
@@ -115,10 +138,13 @@ def main() -> None:
     arguments = parser.parse_args()
     path = RESULTS / ("freezing-short" if arguments.short else "freezing")
     results, deadline = Results(path.with_suffix(".jsonl")), time.time() + 60 * arguments.minutes
-    tuning: list[Trial] = [] if arguments.short else tuning_trials()
-    complete = arguments.page or run(tuning, results, arguments.jobs, deadline)
+    if arguments.short:
+        complete, tuning, wanted = True, [], short_trials()
+    else:
+        complete = arguments.page or tune(results, arguments.jobs, deadline)
+        tuning = tuning_trials(results)
+        wanted = trials(best_rates(results.of(tuning))) if complete else []
     if complete:
-        wanted = short_trials() if arguments.short else trials(best_rates(results.of(tuning)))
         if not arguments.page:
             run(wanted, results, arguments.jobs, deadline)
         write_page(results.of(wanted), results.of(tuning), path)
