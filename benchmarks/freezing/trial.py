@@ -25,7 +25,7 @@ NEW = "examples/data/secret-code.jsonl"
 REPLAY = "examples/data/replay.jsonl"
 NEW_HELD_OUT = "examples/data/secret-code-heldout.jsonl"
 OLD_HELD_OUT = "examples/data/old-domains-heldout.jsonl"
-BLOCK_TOKENS = 1024
+BLOCK_TOKENS, PARTS = 1024, 8
 WARMUP_STEPS = 10
 PROFILE_TOKENS = 32_768
 
@@ -97,8 +97,34 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class _Batch:
+    """One step's rows. Cut into PARTS sequences of about equal length: attention over one of all of them, masked row
+    from row, would take most of the time.
+    """
+
+    ids_BS: Tensor
+    positions_BS: Tensor
+    labels_BS: Tensor
+
+    @classmethod
+    def of(cls, block: Block) -> _Batch:
+        """Cuts where a row begins, nearest to equal lengths; padding is a row of one token each, without loss."""
+        length = len(block.ids_T)
+        starts_N = (block.positions_T == 0).nonzero().flatten()
+        cuts = [int(starts_N[(starts_N - length * part // PARTS).abs().argmin()]) for part in range(1, PARTS)]
+        sizes = np.diff([0, *cuts, length]).tolist()
+        fill = {"ids_T": 0, "positions_T": 0, "labels_T": IGNORED}
+        return cls(
+            *(
+                nn.utils.rnn.pad_sequence(getattr(block, name).split(sizes), batch_first=True, padding_value=value)
+                for name, value in fill.items()
+            )
+        )
+
+
+@dataclass(frozen=True)
 class _Data:
-    blocks: list[Block]
+    blocks: list[_Batch]
     new: list[dict[str, Any]]
     old: list[dict[str, Any]]
     profile: RoutingProfile
@@ -134,11 +160,11 @@ def _rows(base: str, seed: int, train: str, held_out: str) -> tuple[list[dict[st
     return list(prepared.train), list(prepared.eval)
 
 
-def _blocks(rows: list[dict[str, Any]]) -> list[Block]:
+def _blocks(rows: list[dict[str, Any]]) -> list[_Batch]:
     blocks, pending = [], []
     for row in rows:
         if sum(len(each["input_ids"]) for each in (*pending, row)) > BLOCK_TOKENS:
-            blocks.append(join_rows(pending, range(len(pending))))
+            blocks.append(_Batch.of(join_rows(pending, range(len(pending)))))
             pending = []
         pending.append(row)
     return blocks
@@ -152,11 +178,11 @@ def _prepare(model: Any, arm: Arm, plan: ExpertPlan | None, seed: int) -> Any:
     return ft.attach(model, arm.section(), plan, seed=seed, expert_mode=mode)
 
 
-def _loss(model: Any, block: Block) -> Tensor:
+def _loss(model: Any, batch: _Batch) -> Tensor:
     """Mean negative log-likelihood of the loss tokens."""
-    logits = model(input_ids=block.ids_T[None], position_ids=block.positions_T[None], use_cache=False).logits[0, :-1]
-    target_T = block.labels_T[1:].masked_fill(block.positions_T[1:] == 0, IGNORED)
-    return nn.functional.cross_entropy(logits, target_T)
+    logits_BSV = model(input_ids=batch.ids_BS, position_ids=batch.positions_BS, use_cache=False).logits[:, :-1]
+    targets_BS = batch.labels_BS[:, 1:].masked_fill(batch.positions_BS[:, 1:] == 0, IGNORED)
+    return nn.functional.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
 
 
 def _routing_share(plan: ExpertPlan, profile: RoutingProfile) -> float:
