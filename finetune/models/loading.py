@@ -12,7 +12,7 @@ import torch
 
 from finetune.errors import ModelError, Problem
 from finetune.models.checkpoint import Checkpoint
-from finetune.models.qwen3 import is_moe, is_qwen3, model_type
+from finetune.models.qwen3 import EXPERTS, is_moe, is_qwen3, model_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,18 @@ def load_model(
     model.base_revision = revision
     if is_moe(model.config):
         model.config.output_router_logits = False
+        _leave_files_(model)
     return model.eval()
+
+
+def _leave_files_(model: PreTrainedModel) -> None:
+    """Copy what is not an expert: those were put into stacks of their own, but the other weights stay views of the
+    mapped checkpoint, and would keep all of it resident next to the stacks.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{EXPERTS}." not in name and parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
 
 
 def load_tokenizer(

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,13 @@ def test_a_moe_comes_back_whole(hub):
     assert not model.training
     assert model.config.output_router_logits is False
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_weight_of_a_moe_keeps_its_checkpoint_mapped(hub):
+    model = load_model(hub, dtype=torch.float32)
+    assert str(hub) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(logits(model), logits(tiny_moe()))
 
 
 def test_dense_single_file_other_dtype_and_attention(tmp_path):
