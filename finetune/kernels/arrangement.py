@@ -108,7 +108,6 @@ class Pass:
             Projection,
             dtype=arrangement.dtype,
             batched=arrangement.batched,
-            num_experts=sum(len(block.experts) for block in arrangement.rows.blocks),
         )
         self.gate_up = make(layer.gate_up_EGH, _scaled(layer.gate_up_lora, gain), layer.gate_up_delta)
         self.down = make(layer.down_EHI, _scaled(layer.down_lora, gain), layer.down_delta)

@@ -6,6 +6,7 @@ The product with W is one product per expert where experts are big, and batched 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,10 +36,10 @@ class Projection:
     """One projection of all experts, W_e + delta_e + scale * B_e A_e, for one forward or one backward.
 
     batched: multiply by the W of a whole block at once.
-    num_experts: of all blocks together; where most of them have rows, their factors are cast in one go.
 
     The experts of a block all have factors, or none has; `z` and `dz` are (experts, rows, R), None without factors.
-    The factors of a block are gathered when it is first asked for: blocks are gone through one after another.
+    The factors of a block are gathered and cast when it is first asked for, while they fit the cache: blocks are gone
+    through one after another.
     """
 
     def __init__(
@@ -49,15 +50,14 @@ class Projection:
         dtype: torch.dtype,
         *,
         batched: bool,
-        num_experts: int,
     ) -> None:
         self._weight_EOI, self._lora, self._dtype, self._batched = weight_EOI, lora, dtype, batched
         self._delta, self._delta_slot = delta, [] if delta is None else delta.slot_of_expert.tolist()
         self._slot_of_expert = [] if lora is None else lora.slot_of_expert.tolist()
-        factors = () if lora is None else (lora.a_XRI, lora.b_XOR)
-        most = 2 * num_experts > weight_EOI.shape[0]
-        self._factors = tuple(factor.to(dtype) for factor in factors) if most else factors
         self._at: tuple[Block, _Slots | None] | None = None
+        self._weights: Sequence[Tensor] | None = None  # views made at once: one for each product takes a while
+        if isinstance(weight_EOI, Tensor) and weight_EOI.dtype == dtype and delta is None and not batched:
+            self._weights = weight_EOI.unbind()
 
     def through_a(self, block: Block, x_lora_NI: Tensor) -> Tensor | None:
         """`z = x_lora A^T`."""
@@ -141,6 +141,8 @@ class Projection:
 
     def _weight(self, expert: int) -> Tensor:
         """W, with its delta if it has one, in the compute dtype."""
+        if self._weights is not None:
+            return self._weights[expert]
         if self._delta is not None and (slot := self._delta_slot[expert]) >= 0:
             delta_OI = self._delta.delta_XOI[slot]
             weight_OI = weights_of(self._weight_EOI, (expert,), delta_OI.dtype)[0]
@@ -159,5 +161,6 @@ class Projection:
             return None
         slots = [self._slot_of_expert[expert] for expert in block.experts]
         index_Y = torch.tensor(slots, device=self._lora.a_XRI.device)
-        a_YRI, b_YOR = (factor.index_select(0, index_Y).to(self._dtype) for factor in self._factors)
+        factors = (self._lora.a_XRI, self._lora.b_XOR)
+        a_YRI, b_YOR = (factor.index_select(0, index_Y).to(self._dtype) for factor in factors)
         return _Slots(a_YRI, b_YOR, self._lora.scale, index_Y)
