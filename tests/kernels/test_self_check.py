@@ -64,13 +64,13 @@ class NoCompilerError(Exception):
     """Triton's errors have nothing in common with those of torch."""
 
 
-@pytest.mark.parametrize(("error", "message"), [(NoCompilerError("no gcc"), "NoCompilerError: no gcc"), (OSError(), "OSError: ")])
-def test_whatever_is_raised_is_a_fault(error, message, monkeypatch):
+@pytest.mark.parametrize("error", [NoCompilerError("no gcc"), OSError("")])
+def test_whatever_is_raised_is_a_fault(error, monkeypatch):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(self_check.device_op, "expert_mlp", fail)
-    assert self_check.fault(CASE) == message
+    assert self_check.fault(CASE) == f"{type(error).__name__}: {error}"
 
 
 def test_want_of_memory_is_no_fault(monkeypatch):
