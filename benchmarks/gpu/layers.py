@@ -175,10 +175,15 @@ WAYS: dict[str, Callable[[Case], Forward]] = {
 LIMIT = "frozen (transformers)"
 
 
-def step(case: Case, forward: Forward) -> None:
-    """Forward and backward to everything that needs a gradient."""
+def forget_gradients(case: Case) -> None:
+    """Those of the last step."""
     for leaf in (*case.leaves, *case.others):
         leaf.grad = None
+
+
+def step(case: Case, forward: Forward) -> None:
+    """Forward and backward to everything that needs a gradient."""
+    forget_gradients(case)
     forward().backward(case.d_out)
 
 

@@ -109,7 +109,7 @@ def measure(
         if isinstance(module, LoraExperts):
             module.backend = backend
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3, fused=device.type == "cuda")
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(config["vocab_size"], batch, generator=generator).to(device)
     losses = []
@@ -132,8 +132,7 @@ def measure(
     if not last < first:
         raise RuntimeError(f"the loss does not fall: {first:.4f} to {last:.4f}")
     return {
-        "experts": experts, "backend": backend, "sequences": batch[0], "sequence_tokens": batch[1], "rank": rank,
-        "parameters": count_weights(model), "trainable": sum(p.numel() for p in trainable),
+        "rank": rank, "parameters": count_weights(model), "trainable": sum(p.numel() for p in trainable),
         "step_s": elapsed_s, "tokens_per_s": batch[0] * batch[1] / elapsed_s, "weights_gib": weights, "peak_gib": peak,
         "first_loss": first, "last_loss": last,
     }  # fmt: skip

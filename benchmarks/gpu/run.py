@@ -5,15 +5,16 @@
     python -m benchmarks.gpu.run --smoke             # tiny shapes, any machine: does the script work
 
 Needs torch, transformers, peft and, for Triton's products, triton; nothing of trl, datasets or bitsandbytes. Every way
-is compared with the reference first; when one is wrong no number is printed and the exit code is 1.
+is compared with the reference first; when one is wrong no number is printed and the exit code is 1. Results are written
+after each table; a row that cannot be measured, for want of memory for example, says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,7 @@ from benchmarks.gpu import check, layers, model_step, timing
 from benchmarks.gpu.layers import LIMIT, WAYS, Case, Shape
 from benchmarks.gpu.packed import SCHEMES
 from finetune.kernels.layer import all_weights
+from finetune.kernels.support import triton_fault
 
 RESULTS = Path(__file__).parent.parent / "results"
 TOKENS = (2048, 8192, 32768)
@@ -49,13 +51,21 @@ def conditions(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, a trial of the script"
-    return {"date": date.today().isoformat(), "device": card, **versions}
+    return {"date": date.today().isoformat(), "device": card, **versions, "cuda": torch.version.cuda or "none"}
 
 
 def usable_products(device: torch.device) -> list[str]:
-    """Triton's need a GPU or its interpreter."""
-    triton = importlib.util.find_spec("triton") is not None and device.type == "cuda"
+    """Triton's interpreter, which needs no GPU, is left to the tests."""
+    triton = device.type == "cuda" and triton_fault(device) is None
     return ["triton", "hybrid", "grouped"] if triton else ["grouped"]
+
+
+def measured(facts: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row of a table; one that fails says why, and the others go on."""
+    try:
+        return facts | measure()
+    except Exception as error:
+        return facts | {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
 
 
 def layer_rows(
@@ -67,8 +77,10 @@ def layer_rows(
     steps = {name: partial(layers.step, case, way(case)) for name, way in chosen.items()}
     rounds, repeats = (5, 5) if device.type == "cuda" else (1, 1)
     times = timing.alternating(steps, device, rounds, repeats)
-    return [
-        {
+    rows = []
+    for name, run in steps.items():
+        layers.forget_gradients(case)
+        row = {
             "tokens": tokens,
             "way": name,
             "step_ms": 1e3 * times[name],
@@ -77,20 +89,29 @@ def layer_rows(
             "of_matmul_rate": shape.flop(tokens) / times[name] / rate,
             "peak_gib": timing.peak_gib(run, device),
         }
-        for name, run in steps.items()
-    ]
+        rows.append(row)
+    return rows
 
 
 def tile_rows(shape: Shape, tokens: int, device: torch.device) -> list[dict[str, Any]]:
-    """The step on Triton's products with other tiles than those we ship."""
+    """The step on Triton's products with other tiles than those we ship, which give the gradients to compare with."""
     from finetune.kernels.triton import tiles
 
-    shipped, case, rows = tiles.BUSY, Case(shape, tokens, device), []
+    shipped, case = tiles.BUSY, Case(shape, tokens, device)
+    forward = layers.ours(case, "triton", room=False)
+    want = check.gradients(case, forward)
+
+    def measure(tile: Any) -> dict[str, Any]:
+        tiles.BUSY = tile
+        if wrong := check.differences(shape, check.gradients(case, forward), want):
+            raise RuntimeError(", ".join(wrong))
+        elapsed = timing.alternating({"step": partial(layers.step, case, forward)}, device, 5, 5)["step"]
+        return {"step_ms": 1e3 * elapsed}
+
+    rows = []
     for name, (m, n, depth, num_warps, num_stages) in TILES.items():
-        tiles.BUSY = tiles.Shape(m, n, depth, num_warps=num_warps, num_stages=num_stages)
-        forward = layers.ours(case, "triton", room=False)
-        elapsed = timing.alternating({name: partial(layers.step, case, forward)}, device, 5, 5)[name]
-        rows.append({"tokens": tokens, "tiles": name, "step_ms": 1e3 * elapsed, "shipped": shipped == tiles.BUSY})
+        tile = tiles.Shape(m, n, depth, num_warps=num_warps, num_stages=num_stages)
+        rows.append(measured({"tokens": tokens, "tiles": name, "shipped": shipped == tile}, partial(measure, tile)))
     tiles.BUSY = shipped
     return rows
 
@@ -117,27 +138,30 @@ def decode_rows(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
 def model_rows(device: torch.device, products: list[str], *, smoke: bool) -> list[dict[str, Any]]:
     """Whole training steps: experts in 16 bit, NF4 and FP8, attention in 16 bit."""
     if smoke:
-        tiny = partial(model_step.measure, model_step.tiny(), device, torch.float32, rank=4)
-        return [tiny(experts=experts, backend="torch", batch=(1, 64)) for experts in ("16 bit", *SCHEMES)]
-    best, measure = (
-        products[0],
-        partial(model_step.measure, model_step.qwen3_30b_a3b(), device, torch.bfloat16, rank=16),
-    )
-    backends = {"triton": ("triton", "torch"), "grouped": ("torch",)}[best]
-    runs = [(experts, backends[0], 1) for experts in ("16 bit", *SCHEMES)]
-    runs += [(experts, backends[0], 4) for experts in ("16 bit", "nf4")]
-    runs += [("16 bit", backend, 1) for backend in backends[1:]]
-    return [measure(experts=experts, backend=backend, batch=(n, 4096)) for experts, backend, n in runs]
+        measure = partial(model_step.measure, model_step.tiny(), device, torch.float32, rank=4)
+        runs = [(experts, "torch", (1, 64)) for experts in ("16 bit", *SCHEMES)]
+    else:
+        measure = partial(model_step.measure, model_step.qwen3_30b_a3b(), device, torch.bfloat16, rank=16)
+        best, *others = ("triton", "torch") if "triton" in products else ("torch",)
+        runs = [(experts, best, (1, 4096)) for experts in ("16 bit", *SCHEMES)]
+        runs += [(experts, best, (4, 4096)) for experts in ("16 bit", "nf4")]
+        runs += [("16 bit", backend, (1, 4096)) for backend in others]
+    rows = []
+    for experts, backend, batch in runs:
+        facts = {"experts": experts, "backend": backend, "sequences": batch[0], "sequence_tokens": batch[1]}
+        rows.append(measured(facts, partial(measure, experts=experts, backend=backend, batch=batch)))
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
     if not rows:
         return "(not run)\n"
-    names = list(rows[0])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+        values = (row.get(name, "") for name in names)
+        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -157,6 +181,13 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def save(found: dict[str, Any], folder: Path, name: str) -> None:
+    """The result so far, as JSON and Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(report(found))
+
+
 def main() -> int:
     options = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.smoke else "cpu")
@@ -168,19 +199,20 @@ def main() -> int:
         print("not measured, the results are wrong:", *wrong, sep="\n  ", file=sys.stderr)
         return 1
     rate = timing.matmul_flop_per_s(device, shape.dtype, 64 if options.smoke else 8192)
-    tokens = (16, 64) if options.smoke else TOKENS
-    found = {
-        "conditions": conditions(device),
-        "matmul_tflop_per_s": rate / 1e12,
-        "layers": [row for count in tokens for row in layer_rows(shape, count, device, products, rate)],
-        "tiles": tile_rows(shape, 8192, device) if "triton" in products else [],
-        "decode": decode_rows(shape, device),
-        "model": [] if options.layers_only else model_rows(device, products, smoke=options.smoke),
-    }
-    name = f"{found['conditions']['date']}-gpu{'-smoke' if options.smoke else ''}"
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.output / f"{name}.md").write_text(report(found))
+    found: dict[str, Any] = {"conditions": conditions(device), "matmul_tflop_per_s": rate / 1e12}
+    found |= {"layers": [], "tiles": [], "decode": [], "model": []}
+    write = partial(
+        save, found, options.output, f"{found['conditions']['date']}-gpu{'-smoke' if options.smoke else ''}"
+    )
+    for tokens in (16, 64) if options.smoke else TOKENS:
+        found["layers"] += layer_rows(shape, tokens, device, products, rate)
+        write()
+    found["tiles"] = tile_rows(shape, 8192, device) if "triton" in products else []
+    found["decode"] = decode_rows(shape, device)
+    write()
+    if not options.layers_only:
+        found["model"] = model_rows(device, products, smoke=options.smoke)
+        write()
     print(report(found))
     return 0
 

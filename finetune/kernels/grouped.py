@@ -179,13 +179,13 @@ class GroupedProducts:
 
     def a_grad(self, lora: Factors, dz: Tensor, x: Inputs) -> Tensor:
         """`dA = dz^T x`."""
-        grad_XRI = torch.empty_like(lora.a_XRI)
+        grad_XRI = lora.a_XRI.new_empty(lora.a_XRI.shape)
         self._work.factor_grad(grad_XRI, dz, x.values, lora.slot_of_expert, self.rows)
         return grad_XRI
 
     def b_grad(self, lora: Factors, z: Tensor, d_y: Inputs) -> Tensor:
         """`dB = dy^T (scale z)`."""
-        grad_XOR = torch.empty_like(lora.b_XOR)
+        grad_XOR = lora.b_XOR.new_empty(lora.b_XOR.shape)
         self._work.factor_grad(grad_XOR.mT, z * lora.scale, d_y.values, lora.slot_of_expert, self.rows)
         return grad_XOR
 

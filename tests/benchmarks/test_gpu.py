@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("peft")
 
-from benchmarks.gpu import check, run
+from benchmarks.gpu import check, layers, run
 from finetune.kernels.layer import new_handle
 
 
@@ -42,6 +44,57 @@ def test_no_number_on_red(smoke, capsys, monkeypatch):
     assert "not measured" in printed.err
     assert "grouped, room 0, rank 1: wrong by 1" in printed.err
     assert list(smoke.iterdir()) == []
+
+
+def test_what_was_measured_is_kept_when_the_next_table_fails(smoke, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("the card is gone")
+
+    monkeypatch.setattr(run, "model_rows", fail)
+    with pytest.raises(RuntimeError, match="the card is gone"):
+        run.main()
+    result = json.loads(next(smoke.glob("*.json")).read_text())
+    assert {row["tokens"] for row in result["layers"]} == {16, 64}
+    assert result["decode"]
+
+
+def test_a_model_that_does_not_fit_is_a_row(monkeypatch):
+    def measure(*_, experts, **__):
+        if experts == "16 bit":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+        return {"step_s": 1.0}
+
+    monkeypatch.setattr(run.model_step, "measure", measure)
+    rows = run.model_rows(torch.device("cpu"), ["grouped"], smoke=True)
+    assert [row.get("failed") for row in rows] == ["OutOfMemoryError: CUDA out of memory.", None, None]
+    page = run.table(rows)
+    assert "| experts | backend | sequences | sequence_tokens | failed | step_s |" in page
+    assert "| nf4 | torch | 1 | 64 |  | 1 |" in page
+
+
+def test_other_tiles_are_compared_with_those_we_ship(monkeypatch):
+    tiles = pytest.importorskip("finetune.kernels.triton.tiles")
+    pytest.importorskip("tests.kernels.triton.interpreted")
+    monkeypatch.setattr(run, "TILES", {"small": (32, 32, 32, 4, 2), "not a power of two": (12, 32, 32, 4, 2)})
+    monkeypatch.setattr(run.timing, "alternating", lambda runs, *_: dict.fromkeys(runs, 1e-3))
+    shape, shipped = replace(layers.tiny(layers.Shape()), experts=2), tiles.BUSY
+
+    def rows():
+        return run.tile_rows(shape, 70, torch.device("cpu"))
+
+    small, other = rows()
+    assert small == {"tokens": 70, "tiles": "small", "shipped": False, "step_ms": 1.0}
+    assert other["failed"]
+    monkeypatch.setattr(run.check, "differences", lambda *_: ["gradient of x is wrong by 1"])
+    assert rows()[0]["failed"] == "RuntimeError: gradient of x is wrong by 1"
+    assert shipped == tiles.BUSY
+
+
+def test_every_size_of_tile_is_checked():
+    tiles = pytest.importorskip("finetune.kernels.triton.tiles")
+    shape = layers.Shape()
+    sizes = [tiles.shape_for(tokens * shape.top_k, shape.experts) for tokens in check.TOKENS]
+    assert {tiles.DECODE, tiles.SPARSE, tiles.BUSY} == set(sizes)
 
 
 def test_wrong_packed_experts_are_found(smoke, capsys, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -105,6 +107,7 @@ def make(
     factor_dtype=None,
     index=None,
     dropout=None,
+    contiguous=True,
     seed=0,
 ) -> Problem:
     """`slots`: expert of each slot, all experts when None. `index`: routing, random when None."""
@@ -130,7 +133,7 @@ def make(
         delta = normal(len(slots), height, width, std=0.3, dtype=factor_dtype or dtype).requires_grad_()
         return Deltas(delta, slot_of_expert, scale)
 
-    return Problem(
+    problem = Problem(
         normal(tokens, hidden).requires_grad_(),
         index,
         normal(tokens, index.shape[1], std=0.5).requires_grad_(),
@@ -142,6 +145,43 @@ def make(
         changes("gate_up", hidden, 2 * intermediate, 1.0),
         changes("down", intermediate, hidden, 0.6),
     )
+    return problem if contiguous else spread(problem)
+
+
+def spread(problem: Problem) -> Problem:
+    """The same values, all of them laid out otherwise in memory."""
+    wide = problem.x.detach().repeat_interleave(2, dim=1)
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.detach().mT.contiguous().mT
+
+    def factors(lora: Factors | None) -> Factors | None:
+        if lora is None:
+            return None
+        a, b = (turned(factor).requires_grad_() for factor in (lora.a_XRI, lora.b_XOR))
+        return replace(lora, a_XRI=a, b_XOR=b)
+
+    return replace(
+        problem,
+        x=wide[:, ::2].requires_grad_(),
+        index=turned(problem.index),
+        weights=turned(problem.weights).requires_grad_(),
+        gate_up=turned(problem.gate_up),
+        down=turned(problem.down),
+        gate_up_lora=factors(problem.gate_up_lora),
+        down_lora=factors(problem.down_lora),
+    )
+
+
+@contextmanager
+def memory_full_of_nan() -> Iterator[None]:
+    """What empty() returns is NaN, so that a cell that is read unwritten shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def force_layout(monkeypatch, layout: str) -> None:
@@ -155,11 +195,16 @@ ODD_SHAPES = {
     "empty experts": {"index": torch.tensor([[4, 1], [1, 4], [4, 1]]), "tokens": 3},
     "all to one expert": {"index": torch.full((5, 1), 3), "tokens": 5},
     "rank 1": {"rank": 1},
+    "rank 5": {"rank": 5},
+    "rank 16": {"rank": 16},
+    "rank 64": {"rank": 64},
     "H == I": {"hidden": 8, "intermediate": 8},
-    "H == 2I": {"hidden": 8, "intermediate": 4},
-    "2I == R": {"hidden": 4, "intermediate": 4, "rank": 8},
+    "H == 2I": {"hidden": 16, "intermediate": 8},
+    "2I == R": {"hidden": 8, "intermediate": 8, "rank": 16},
     "one expert": {"experts": 1, "top_k": 1},
     "top_k == E": {"experts": 3, "top_k": 3},
+    "60 experts": {"experts": 60, "top_k": 4, "tokens": 3},
+    "128 experts": {"experts": 128, "top_k": 8, "tokens": 3},
     "some experts frozen": {"slots": (5, 0, 2)},
     "one expert trained": {"slots": (3,)},
     "no trained expert hit": {"slots": (0, 2), "index": torch.tensor([[4, 1], [1, 5]]), "tokens": 2},
@@ -167,7 +212,9 @@ ODD_SHAPES = {
     "only down": {"targets": ("down",)},
     "no factors": {"targets": ()},
     "dropout": {"dropout": Dropout(0.4, 5), "slots": (0, 1, 4, 5)},
+    "not contiguous": {"contiguous": False},
 }
+"""Every backend is compared with the definition or the reference on these; widths are as given or multiples of 8."""
 
 WHOLE = {
     "all": {},

@@ -33,6 +33,12 @@ def test_right_products_pass(dtype, ranks, room):
     assert self_check.fault(case) is None
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_right_products_pass_when_they_are_first_asked_for_in_a_chat(mode):
+    with mode():
+        assert self_check.fault(CASE) is None
+
+
 def without_transposes(a, b, *, offs):
     """A grouped product that takes a transposed view for what it was transposed from, where the shape lets it."""
     if b.ndim == 3 and b.stride(-1) != 1 and b.shape[1] == b.shape[2]:
@@ -52,6 +58,33 @@ def missing(*_, **__):
 def test_missing_products_are_found(monkeypatch):
     monkeypatch.setattr(grouped, "grouped_mm", missing)
     assert self_check.fault(CASE) == "RuntimeError: grouped gemm is not supported on this device"
+
+
+class NoCompilerError(Exception):
+    """Triton's errors have nothing in common with those of torch."""
+
+
+@pytest.mark.parametrize("error", [NoCompilerError("no gcc"), OSError("")])
+def test_whatever_is_raised_is_a_fault(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(self_check.device_op, "expert_mlp", fail)
+    assert self_check.fault(CASE) == f"{type(error).__name__}: {error}"
+
+
+def test_want_of_memory_is_no_fault(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(self_check.device_op, "expert_mlp", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        self_check.fault(CASE)
+
+
+def test_tiles_of_a_training_step_are_checked():
+    tiles = pytest.importorskip("finetune.kernels.triton.tiles")
+    assert tiles.shape_for(2 * self_check.NUM_TOKENS, self_check.NUM_EXPERTS) == tiles.BUSY
 
 
 def test_what_cannot_be():

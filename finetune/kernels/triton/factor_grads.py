@@ -8,7 +8,7 @@ from torch import Tensor
 
 from finetune.kernels.device_path import Inputs
 from finetune.kernels.sorted_rows import SortedRows
-from finetune.kernels.triton.tiles import padded_rank, source_index, sources
+from finetune.kernels.triton.tiles import depth_for, padded_rank, source_index, sources
 
 COLUMNS, DEPTH = 128, 64
 
@@ -55,5 +55,5 @@ def factor_grad_(
     sum_outer[grid](
         thin_PR, wide.values, index, slot_E, rows.end_E, grad_XRN,
         thin_PR.stride(0), wide.values.stride(0), *grad_XRN.stride(), width, scale,
-        FOLLOW=follow, R=rank, R2=padded_rank(rank), N=COLUMNS, D=DEPTH, num_warps=4,
+        FOLLOW=follow, R=rank, R2=padded_rank(rank), N=COLUMNS, D=depth_for(DEPTH, thin_PR.dtype), num_warps=4,
     )  # fmt: skip

@@ -22,7 +22,7 @@ class TritonProducts:
     """`device_path.Products` of one forward or one backward."""
 
     def __init__(self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype) -> None:
-        self.rows, self._tiling, self._token_P = rows, Tiling.of(rows), rows.token_P
+        self.rows, self._tiling, self._token_P = rows, Tiling.of(rows, dtype), rows.token_P
         self._gate_up_EGH, self._down_EHI = (
             all_weights(stack, dtype, rows.end_E) for stack in (layer.gate_up_EGH, layer.down_EHI)
         )
@@ -69,13 +69,13 @@ class TritonProducts:
 
     def a_grad(self, lora: Factors, dz: Tensor, x: Inputs) -> Tensor:
         """`dA = dz^T x`."""
-        grad_XRI = torch.empty_like(lora.a_XRI)
+        grad_XRI = lora.a_XRI.new_empty(lora.a_XRI.shape)
         factor_grad_(grad_XRI, dz, x, lora.slot_of_expert, self.rows)
         return grad_XRI
 
     def b_grad(self, lora: Factors, z: Tensor, d_y: Inputs) -> Tensor:
         """`dB = scale dy^T z`."""
-        grad_XOR = torch.empty_like(lora.b_XOR)
+        grad_XOR = lora.b_XOR.new_empty(lora.b_XOR.shape)
         factor_grad_(grad_XOR.mT, z, d_y, lora.slot_of_expert, self.rows, lora.scale)
         return grad_XOR
 

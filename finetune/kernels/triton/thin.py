@@ -10,6 +10,7 @@ from finetune.kernels.device_path import Inputs
 from finetune.kernels.triton.tiles import (
     THIN_DEPTH,
     Tiling,
+    depth_for,
     padded_rank,
     rows_of_tile,
     source_index,
@@ -55,11 +56,11 @@ def thin(inputs: Inputs, factor_XRK: Tensor, slot_E: Tensor, tiling: Tiling, sca
     """
     x, (_, rank, depth), shape = inputs.values, factor_XRK.shape, tiling.shape
     z_PR = x.new_empty(len(tiling.rows.pair_P), rank)
-    index, follow = source_index(inputs, tiling.rows)
+    (index, follow), step = source_index(inputs, tiling.rows), depth_for(THIN_DEPTH, x.dtype)
     into_rank[tiling.grid(1)](
         x, index, factor_XRK, slot_E, z_PR, *tiling.pointers,
         x.stride(0), *factor_XRK.stride(), depth, scale,
-        FOLLOW=follow, R=rank, R2=padded_rank(rank), M=shape.rows, D=THIN_DEPTH, EVEN=depth % THIN_DEPTH == 0,
+        FOLLOW=follow, R=rank, R2=padded_rank(rank), M=shape.rows, D=step, EVEN=depth % step == 0,
         num_warps=4,
     )  # fmt: skip
     return z_PR

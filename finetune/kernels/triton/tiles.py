@@ -6,8 +6,9 @@ not stored, so loads need no row mask.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +22,7 @@ from finetune.kernels.triton import routing
 class Shape:
     """Tile sizes and launch options of the grouped products.
 
-    rows, columns, depth: M, N and the depth of one step of the inner loop.
+    rows, columns, depth: M, N and the depth of one step of the inner loop, in values of 16 bits.
     """
 
     rows: int
@@ -46,6 +47,11 @@ def shape_for(num_rows: int, num_experts: int) -> Shape:
     return DECODE if load <= 8 else SPARSE if load <= 64 else BUSY
 
 
+def depth_for(depth: int, dtype: torch.dtype) -> int:
+    """As many values as take the shared memory of `depth` values of 16 bits, the most that small GPUs have."""
+    return depth * 2 // dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Tiling:
     """Tiles of all rows of one call: expert and first row of each, expert -1 for tiles that are not needed."""
@@ -56,9 +62,10 @@ class Tiling:
     row_M: Tensor
 
     @classmethod
-    def of(cls, rows: SortedRows) -> Tiling:
-        """Tiles of the shape for the average load."""
+    def of(cls, rows: SortedRows, dtype: torch.dtype) -> Tiling:
+        """Tiles of the shape for the average load. dtype: of the products."""
         shape = shape_for(len(rows.pair_P), len(rows.end_E))
+        shape = replace(shape, depth=depth_for(shape.depth, dtype))
         return cls(shape, rows, *routing.tile_rows(rows.end_E, len(rows.pair_P), shape.rows))
 
     @property

@@ -1,8 +1,8 @@
 """Compiles the shipped kernels for GPUs that are not here and prints what they use, one JSON object.
 
-    python -m tests.kernels.triton.ahead_of_time [--arch 90] [--rank 16] [--only gate_up]
+    python -m tests.kernels.triton.ahead_of_time [--arch 90] [--rank 16] [--dtype float32] [--only gate_up]
 
-Run as a process of its own, with Triton's interpreter off. Shapes are those of Qwen3-30B-A3B, bfloat16.
+Run as a process of its own, with Triton's interpreter off. Shapes are those of Qwen3-30B-A3B.
 `stack` above zero means that registers were spilled.
 """
 
@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -37,11 +38,12 @@ from finetune.kernels.triton import (
 H, I, E, K = 2048, 768, 128, 8  # noqa: E741
 FP32, BF16, I32, I64, U8 = "*fp32", "*bf16", "*i32", "*i64", "*u8"
 TILES = {"expert_ptr": I32, "row_ptr": I32, "end_ptr": I32}
-FACTOR = {"z_ptr": BF16, "factor_ptr": FP32, "slot_ptr": I64}
+POINTERS = {"bfloat16": BF16, "float16": "*fp16", "float32": FP32}
 
 
-def _shape(shape: tiles.Shape) -> tuple[dict[str, int], dict[str, int]]:
-    return {"M": shape.rows, "N": shape.columns, "D": shape.depth, "EVEN": True, "WHOLE": True}, {
+def _shape(shape: tiles.Shape, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+    depth = tiles.depth_for(shape.depth, dtype)
+    return {"M": shape.rows, "N": shape.columns, "D": depth, "EVEN": True, "WHOLE": True}, {
         "num_warps": shape.num_warps,
         "num_stages": shape.num_stages,
     }
@@ -61,8 +63,10 @@ def _strides(width: int, height: int, rank: int, *, transposed: bool) -> dict[st
     }
 
 
-def cases(rank: int) -> dict:
+def cases(rank: int, dtype_name: str) -> dict:
     """Kernel, pointers, constants and strides (equal to 1, or divisible by 16), launch options."""
+    real, dtype = POINTERS[dtype_name], getattr(torch, dtype_name)
+    factor = {"z_ptr": real, "factor_ptr": FP32, "slot_ptr": I64}
     low_rank = {"FOLLOW": True, "R": rank, "R2": tiles.padded_rank(rank)}
     routed = {"E": E, "E2": E, "C": routing.CHUNK}
     found = {
@@ -80,71 +84,72 @@ def cases(rank: int) -> dict:
         ),
         "map_tiles": (routing.map_tiles, dict(TILES), routed | {"M": 128}, {}, {}),
         "gather_rows": (
-            rows.gather_rows, {"x_ptr": BF16, "index_ptr": I32, "out_ptr": BF16}, {"C": 2048},
+            rows.gather_rows, {"x_ptr": real, "index_ptr": I32, "out_ptr": real}, {"C": 2048},
             {"stride_x": H, "stride_out": H + rank, "width": H}, {},
         ),
         "combine_rows": (
-            rows.combine_rows, {"rows_ptr": BF16, "row_ptr": I32, "weight_ptr": BF16, "out_ptr": BF16},
+            rows.combine_rows, {"rows_ptr": real, "row_ptr": I32, "weight_ptr": real, "out_ptr": real},
             {"K": K, "HAS_WEIGHT": True, "C": 2048}, {"stride_rows": H, "stride_out": H, "width": H}, {},
         ),
         "swiglu_rows": (
-            swiglu.swiglu_rows, {"gate_up_ptr": BF16, "h_ptr": BF16}, {"C": 1024},
+            swiglu.swiglu_rows, {"gate_up_ptr": real, "h_ptr": real}, {"C": 1024},
             {"stride_gate_up": 2 * I, "stride_h": I, "width": I}, {},
         ),
         "swiglu_back_rows": (
             swiglu.swiglu_back_rows,
-            dict.fromkeys(("gate_up_ptr", "d_h_ptr", "weight_ptr", "d_gate_up_ptr", "weighted_h_ptr"), BF16)
+            dict.fromkeys(("gate_up_ptr", "d_h_ptr", "weight_ptr", "d_gate_up_ptr", "weighted_h_ptr"), real)
             | {"pair_ptr": I32, "d_weight_ptr": FP32},
             {"C": 1024},
             dict.fromkeys(("stride_gate_up", "stride_d_h", "stride_d_gate_up", "stride_weighted_h", "width"), I), {},
         ),
         "copy_factor": (
-            borders.copy_factor, {"factor_ptr": FP32, "slot_ptr": I64, "border_ptr": BF16},
+            borders.copy_factor, {"factor_ptr": FP32, "slot_ptr": I64, "border_ptr": real},
             {"R": rank, "R2": tiles.padded_rank(rank), "N": borders.COLUMNS},
             {"stride_x": rank * H, "stride_r": H, "stride_n": 1, "stride_e": (2 * I + 16) * (H + 16),
              "stride_br": H + 16, "stride_bn": 1, "width": H}, {"num_warps": 4},
         ),
         "sum_outer": (
             factor_grads.sum_outer,
-            {"thin_ptr": BF16, "wide_ptr": BF16, "index_ptr": I32, "slot_ptr": I64, "end_ptr": I32, "grad_ptr": FP32},
-            low_rank | {"N": factor_grads.COLUMNS, "D": factor_grads.DEPTH},
+            {"thin_ptr": real, "wide_ptr": real, "index_ptr": I32, "slot_ptr": I64, "end_ptr": I32, "grad_ptr": FP32},
+            low_rank | {"N": factor_grads.COLUMNS, "D": tiles.depth_for(factor_grads.DEPTH, dtype)},
             {"stride_thin": rank, "stride_wide": H, "stride_gx": rank * H, "stride_gr": H, "stride_gn": 1, "width": H},
             {"num_warps": 4},
         ),
         **_decoders(),
     }  # fmt: skip
     for name in ("BUSY", "SPARSE", "DECODE"):
-        shape, options = _shape(getattr(tiles, name))
-        thin_shape = {**{k: v for k, v in shape.items() if k not in ("N", "WHOLE")}, "D": tiles.THIN_DEPTH}
+        shape, options = _shape(getattr(tiles, name), dtype)
+        thin_shape = {k: v for k, v in shape.items() if k not in ("N", "WHOLE")}
+        thin_shape["D"] = tiles.depth_for(tiles.THIN_DEPTH, dtype)
         found |= {
             f"into_rank {name}": (
                 thin.into_rank,
-                {"x_ptr": BF16, "index_ptr": I32, **{**FACTOR, "z_ptr": BF16}, **TILES},
+                {"x_ptr": real, "index_ptr": I32, **factor, **TILES},
                 low_rank | thin_shape,
                 {"stride_x": H, "stride_fx": rank * H, "stride_fr": H, "stride_fk": 1, "depth": H}, {"num_warps": 4},
             ),
             f"gate_up_rows {name}": (
                 gate_up.gate_up_rows,
-                {"x_ptr": BF16, "index_ptr": I32, "w_ptr": BF16, **FACTOR, "gate_up_ptr": BF16, "h_ptr": BF16, **TILES},
+                {"x_ptr": real, "index_ptr": I32, "w_ptr": real, **factor, "gate_up_ptr": real, "h_ptr": real, **TILES},
                 low_rank | shape | {"KEEP": True},
                 {"stride_x": H} | _strides(H, 2 * I, rank, transposed=False) | {"width": I}, options,
             ),
             f"project_rows down {name}": (
                 project.project_rows,
-                {"x_ptr": BF16, "index_ptr": I32, "w_ptr": BF16, **FACTOR, "y_ptr": BF16, **TILES},
+                {"x_ptr": real, "index_ptr": I32, "w_ptr": real, **factor, "y_ptr": real, **TILES},
                 low_rank | shape | {"FOLLOW": False},
                 {"stride_x": I, "stride_y": H} | _strides(I, H, rank, transposed=False), options,
             ),
             f"project_rows gate_up_back {name}": (
                 project.project_rows,
-                {"x_ptr": BF16, "index_ptr": I32, "w_ptr": BF16, **FACTOR, "y_ptr": BF16, **TILES},
+                {"x_ptr": real, "index_ptr": I32, "w_ptr": real, **factor, "y_ptr": real, **TILES},
                 low_rank | shape | {"FOLLOW": False},
                 {"stride_x": 2 * I, "stride_y": H} | _strides(2 * I, H, rank, transposed=True), options,
             ),
             f"down_back_rows {name}": (
                 down_back.down_back_rows,
-                {"d_y_ptr": BF16, "index_ptr": I32, "w_ptr": BF16, **FACTOR, "gate_up_ptr": BF16, "weight_ptr": BF16,
-                 "pair_ptr": I32, "d_gate_up_ptr": BF16, "weighted_h_ptr": BF16, "d_weight_ptr": FP32, **TILES},
+                {"d_y_ptr": real, "index_ptr": I32, "w_ptr": real, **factor, "gate_up_ptr": real, "weight_ptr": real,
+                 "pair_ptr": I32, "d_gate_up_ptr": real, "weighted_h_ptr": real, "d_weight_ptr": FP32, **TILES},
                 low_rank | shape | {"C": down_back.CHUNK},
                 {"stride_d_y": H} | _strides(H, I, rank, transposed=True), options,
             ),
@@ -222,9 +227,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16", choices=POINTERS)
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
-    chosen = {name: case for name, case in cases(arguments.rank).items() if arguments.only in name}
+    found = cases(arguments.rank, arguments.dtype)
+    chosen = {name: case for name, case in found.items() if arguments.only in name}
     print(json.dumps({name: compiled(arguments.arch, *case) for name, case in chosen.items()}, indent=1))
 
 

@@ -7,16 +7,22 @@ import sys
 
 import pytest
 
-MAX_SHARED = {90: 227 * 1024, 80: 163 * 1024}
+MAX_SHARED = {90: 227 * 1024, 80: 99 * 1024}
+"""What a program may have; on sm_86 and sm_89, which run what is compiled for sm_80, it is less than there."""
+
 GROUPED = ("gate_up_rows", "project_rows", "down_back_rows")
 
 
-SLOW = [pytest.param(arch, rank, marks=pytest.mark.slow) for arch, rank in ((80, 16), (90, 8), (90, 64))]
+SLOW = [(80, 16, "bfloat16"), (90, 8, "bfloat16"), (90, 64, "bfloat16"), (80, 16, "float32"), (90, 16, "float32")]
 
 
-@pytest.mark.parametrize(("arch", "rank"), [(90, 16), *SLOW])
-def test_no_kernel_spills(arch, rank, record_property):
-    command = [sys.executable, "-m", "tests.kernels.triton.ahead_of_time", "--arch", str(arch), "--rank", str(rank)]
+@pytest.mark.parametrize(
+    ("arch", "rank", "dtype"),
+    [(90, 16, "bfloat16"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_no_kernel_spills(arch, rank, dtype, record_property):
+    options = ["--arch", str(arch), "--rank", str(rank), "--dtype", dtype]
+    command = [sys.executable, "-m", "tests.kernels.triton.ahead_of_time", *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -27,7 +33,7 @@ def test_no_kernel_spills(arch, rank, record_property):
     for name, u in usage.items():
         assert u["registers"] <= 255
         assert u["shared"] <= MAX_SHARED[arch], name
-        if name.startswith(GROUPED):
+        if name.startswith(GROUPED) and dtype == "bfloat16":
             assert u["wgmma" if arch == 90 and "DECODE" not in name else "mma"], f"{name} does not use tensor cores"
             assert u["cp_async"], f"{name} does not load ahead"
         if name.startswith("decode"):  # the CPU's bits: no fused multiply and add, and rounding to nearest

@@ -17,7 +17,7 @@ from finetune.kernels.blocks import make_room_
 from finetune.kernels.layer import Dropout, ExpertLayer
 from finetune.kernels.ops import expert_mlp
 from finetune.kernels.triton import tiles
-from tests.kernels.problems import ODD_SHAPES, make, output_gradient
+from tests.kernels.problems import ODD_SHAPES, make, memory_full_of_nan, output_gradient
 
 WAYS = {
     "triton": ("triton", 0),
@@ -43,12 +43,16 @@ def one_way(request):
     return WAYS[request.param]
 
 
+def loras_of(problem):
+    return [lora for lora in (problem.gate_up_lora, problem.down_lora) if lora is not None]
+
+
 def run(problem, way, recompute=False):
     products, room = way
     banks = [nn.Parameter(bank, requires_grad=False) for bank in (problem.gate_up, problem.down)]
     for bank in banks:
         if room:
-            make_room_(bank, room)
+            make_room_(bank, max(room, *(lora.a_XRI.shape[1] for lora in loras_of(problem)), 0))
     layer = ExpertLayer(*banks, problem.gate_up_lora, problem.down_lora, problem.dropout)
     return device_op.expert_mlp(problem.x, problem.index, problem.weights, layer, recompute, products)
 
@@ -68,9 +72,7 @@ def assert_close(got, want, tolerance=3e-6):
 
 def small(dtype=torch.float32, **shape):
     """A problem whose widths all products take, multiples of 8."""
-    shape = {"hidden": 16, "intermediate": 8, **shape}
-    widths = {name: -(-shape[name] // 8) * 8 for name in ("hidden", "intermediate")}
-    return make(**{**shape, **widths}, dtype=dtype, factor_dtype=torch.float32)
+    return make(**{"hidden": 24, "intermediate": 8, **shape}, dtype=dtype, factor_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
@@ -84,9 +86,6 @@ ODD_WIDTHS = {
     "H == I": {"hidden": 9, "intermediate": 9},
     "H == 2I": {"hidden": 10, "intermediate": 5},
     "one of each": {"hidden": 1, "intermediate": 1, "rank": 1},
-    "rank 16": {"rank": 16},
-    "rank 64, wider than the layer": {"rank": 64},
-    "sixty experts": {"experts": 60, "top_k": 4, "tokens": 3},
     "several tiles": {"hidden": 70, "intermediate": 133, "tokens": 3},
     "dropout": {"dropout": Dropout(0.3, 1)},
     "dropout, some frozen": {"dropout": Dropout(0.3, 1), "slots": (1, 4)},
@@ -133,37 +132,24 @@ def test_same_whatever_the_memory_held_before(every_way):
     want = problem.with_gradients("reference")
     plain = replace(problem, dropout=None)
     plain_want = plain.with_gradients("reference")
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
-    try:
+    with memory_full_of_nan():
         assert_close(with_gradients(problem, every_way), want)
         assert_close(with_gradients(plain, every_way), plain_want)
-    finally:
-        torch.use_deterministic_algorithms(False)
+
+
+def test_idle_experts_are_not_read(every_way):
+    problem = small(tokens=2, experts=12)
+    want = problem.with_gradients("reference")
+    idle = [expert for expert in range(12) if expert not in problem.index]
+    for tensor in (problem.gate_up, problem.down, *(leaf.detach() for leaf in problem.leaves[2:])):
+        tensor[idle] = torch.nan
+    assert_close(with_gradients(problem, every_way), want)
 
 
 def test_same_bits_every_time(way):
     problem = small(tokens=12)
     for a, b in zip(with_gradients(problem, way), with_gradients(problem, way), strict=True):
         assert torch.equal(a, b)
-
-
-def test_strided_inputs(way):
-    problem = small()
-    want = with_gradients(problem, way)
-    wide = torch.zeros(9, 32)
-    wide[:, ::2] = problem.x.detach()
-    lora = problem.gate_up_lora
-    strided = replace(
-        problem,
-        x=wide[:, ::2].requires_grad_(),
-        index=problem.index.t().contiguous().t(),
-        weights=problem.weights.detach().t().contiguous().t().requires_grad_(),
-        gate_up_lora=replace(lora, a_XRI=lora.a_XRI.detach().mT.contiguous().mT.requires_grad_()),
-    )
-    if way[1] == 0:
-        strided.down = problem.down.mT.contiguous().mT
-    assert_close(with_gradients(strided, way), want)
 
 
 def test_only_asked_gradients_are_computed(one_way):
@@ -202,9 +188,13 @@ def test_what_is_saved_for_backward(way):
     assert saved_bytes(problem, way, recompute=True) == x + weights + order + slots
 
 
-def test_no_graph_without_grad(one_way):
-    with torch.no_grad():
-        assert run(small(), one_way).grad_fn is None
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_graph_without_grad(mode, one_way):
+    problem = small()
+    with mode():
+        out = run(problem, one_way)
+    assert not out.requires_grad
+    assert_close([out.clone()], [problem.run("reference").detach()])
 
 
 def test_is_differentiable_once(one_way):
@@ -320,21 +310,3 @@ def test_gradcheck_of_the_block_matrix_in_float64(room, monkeypatch):
         return run(replace(problem, x=x, weights=weights, gate_up_lora=loras[0], down_lora=loras[1]), ("grouped", room))
 
     assert torch.autograd.gradcheck(forward, problem.leaves)
-
-
-def test_twenty_steps_give_the_loss_of_the_reference(one_way):
-    def losses(forward):
-        problem = small(tokens=4, experts=2, top_k=1, rank=2, hidden=8)
-        target, found = output_gradient(problem.x), []
-        optimizer = torch.optim.AdamW(problem.leaves[2:], lr=2e-2)
-        for _ in range(20):
-            loss = (forward(problem) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(float(loss.detach()))
-        return found
-
-    want = losses(lambda problem: problem.run("reference"))
-    assert want[-1] < 0.95 * want[0]
-    assert losses(lambda problem: run(problem, one_way)) == pytest.approx(want, rel=1e-5)

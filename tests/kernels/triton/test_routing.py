@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finetune.kernels import sorted_rows
-from finetune.kernels.triton import routing
+from finetune.kernels.triton import routing, tiles
 
 
 def random_index(tokens, experts, top_k, busy=None, seed=0):
@@ -43,3 +43,12 @@ def test_tiles_cover_every_row_of_every_expert(index_TK, experts, tile_rows):
     assert torch.equal(expert_M[:used], want_expert)
     assert torch.equal(row_M[:used], want_row)
     assert (expert_M[used:] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "name"), [(1, "DECODE"), (30, "SPARSE"), (200, "BUSY")])
+def test_tiles_take_the_same_memory_in_every_type(tokens, name, dtype):
+    shape = tiles.Tiling.of(sorted_rows.sort_rows(random_index(tokens, 6, 2), 6), dtype).shape
+    shipped = getattr(tiles, name)
+    assert (shape.rows, shape.columns) == (shipped.rows, shipped.columns)
+    assert shape.depth * dtype.itemsize == shipped.depth * 2
