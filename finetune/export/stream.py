@@ -136,7 +136,8 @@ def write_files(
     workers: run the tensors; each thread should use one core.
     advance: called with (file, bytes read) after each tensor, from the calling thread.
     """
-    complete, reported = journal.complete(files), {}
+    reported: dict[str, Any] = {}
+    complete = journal.complete(files)
     with ThreadPoolExecutor(1) as syncer:  # one file goes to the disk while the next is made
         synced = []
         for file in files:

@@ -15,8 +15,8 @@ MAX_WORKERS = 8
 def exact_workers() -> Iterator[Executor]:
     """A thread per core and one that waits for its turn to write, and float32 products that are float32.
 
-    Each has one core for its own arithmetic. Tensors side by side use the cores better than threads inside of products this thin, and the result of a product
-    does not depend on the number of cores.
+    Each has one core for its own arithmetic. Tensors side by side use the cores better than threads inside of products
+    this thin, and the result of a product does not depend on the number of cores.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     precision, threads = matmul.fp32_precision, torch.get_num_threads()
