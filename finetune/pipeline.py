@@ -228,11 +228,19 @@ def export(
     from finetune.export.model_export import MODEL_FORMATS, ModelOptions, export_model
 
     options = options or ModelOptions()
+    if to not in (*ADAPTER_FORMATS, *MODEL_FORMATS):
+        known = f"is none of {', '.join(ADAPTER_FORMATS)} for adapters, {', '.join(MODEL_FORMATS)} for models"
+        raise UserError(Problem("--to", known, "name one of them", to))
+    problems = options.unused(to)
+    if base is not None and to in MODEL_FORMATS:
+        problems.append(Problem("--base", f"has no meaning for {to}", "leave it out: only an adapter has a base"))
+    if problems:
+        raise UserError(*problems)
     with bytes_done(console or Console(stderr=True), "exporting") as progress:
         if to in ADAPTER_FORMATS:
             settings: Any = {"dtype": options.dtype, "thinking": options.thinking, "resume": resume}
             return export_adapter(source, output, to, base=base, progress=progress, **settings)
-        if to in MODEL_FORMATS and (Path(source) / ADAPTER_CONFIG).is_file():
+        if (Path(source) / ADAPTER_CONFIG).is_file():
             hint = f"merge it first: finetune merge {source} --output MERGED, then export MERGED"
             raise UserError(Problem(str(source), f"is an adapter, and --to {to} writes whole models", hint))
         return export_model(source, output, to, options, resume=resume, progress=progress)  # type: ignore[arg-type]

@@ -111,7 +111,7 @@ def _check_space(work: Work) -> None:
     needed = sum(file.size for file in work.files) + sum(map(_size, work.side.values()))
     unfinished = work.output.with_name(f".{work.output.name}.unfinished")
     if unfinished.is_dir():  # what a killed run left is used or removed first
-        needed -= sum(file.stat().st_size for file in unfinished.iterdir() if file.is_file())
+        needed -= 512 * sum(file.stat().st_blocks for file in unfinished.iterdir() if file.is_file())
     existing = next(parent for parent in work.output.parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed + SPARE_BYTES:

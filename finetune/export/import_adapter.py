@@ -106,6 +106,9 @@ def import_adapter(
     refuse_packed(source, "name that model: --base {base}")
     check_output(output, source)
     banks = _find_banks(config, file, source)
+    if packing is not None and not banks:
+        what = "has no meaning for an adapter without banks of experts"
+        raise UserError(Problem("--packing", what, "leave it out: there is one way to store the rest", packing))
     known_by = "not needed"
     if banks:
         packing, known_by = _packing(config, file, banks, packing)

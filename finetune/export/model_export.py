@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from finetune.errors import Problem, UserError
 from finetune.export import calibrated, gguf_model, quantized
-from finetune.export.adapter_export import DTYPES, ExportReport
+from finetune.export.adapter_export import ADAPTER_FORMATS, DTYPES, ExportReport
 from finetune.export.folder import (
     CONFIG_DTYPES,
     Progress,
@@ -29,6 +29,7 @@ from finetune.models.checkpoint import CONFIG, Checkpoint, find_checkpoint
 
 ModelFormat = Literal["gguf", "fp8", "fp8-ct", "int4", "gptq", "awq", "hf"]
 MODEL_FORMATS: tuple[ModelFormat, ...] = ("gguf", "fp8", "fp8-ct", "int4", "gptq", "awq", "hf")
+_CALIBRATED = ("gptq", "awq")
 _MIN_SHARD_BYTES = 1000
 Linears = dict[str, tuple[int, int]]
 Planned = tuple[list[OutputFile], dict[str, bytes | Path], dict[str, Any]]
@@ -49,6 +50,24 @@ class ModelOptions:
     group: int = quantized.GROUP
     thinking: bool | None = None
     calibration: calibrated.Calibration = field(default_factory=calibrated.Calibration)
+
+    def unused(self, to: str) -> list[Problem]:
+        """One problem for each of them that is set and has no meaning for a format."""
+        return [
+            Problem(option, f"has no meaning for {to}", f"leave it out: it is for {', '.join(formats)}")
+            for name, (option, formats) in _OPTIONS.items()
+            if to not in formats and getattr(self, name) != getattr(_DEFAULTS, name)
+        ]
+
+
+_DEFAULTS = ModelOptions()
+_OPTIONS = {  # the option of the command, and the formats that look at it
+    "type": ("--type", ("gguf",)),
+    "dtype": ("--dtype", (*ADAPTER_FORMATS, "hf")),
+    "max_shard_bytes": ("--shard-gb", tuple(to for to in MODEL_FORMATS if to != "gguf")),
+    "group": ("--group", ("int4", *_CALIBRATED)),
+    "calibration": ("--data, --template, --calibration-...", _CALIBRATED),
+}
 
 
 def export_model(
@@ -74,7 +93,7 @@ def export_model(
     linears = check_model(source).linears()
     check_output(output, source)
     with ExitStack() as held:
-        if to in ("gptq", "awq"):
+        if to in _CALIBRATED:
             files, side, facts = _plan_calibrated(source, output, to, options, linears, held)
         else:
             files, side, facts = _plan(source, output, to, options, linears)
@@ -100,12 +119,11 @@ def _check_options(to: str, options: ModelOptions, *, resume: bool) -> None:
         problems.append(Problem("--to", f"is none of {', '.join(MODEL_FORMATS)}", "name one of them", to))
     if options.dtype is not None and options.dtype not in DTYPES:
         problems.append(Problem("--dtype", f"is none of {', '.join(DTYPES)}", "name one of them", options.dtype))
-    if options.dtype is not None and to != "hf":
-        hint = "use --type for GGUF; the other formats have one type"
-        problems.append(Problem("--dtype", f"has no meaning for {to}", hint, options.dtype))
+    if to in MODEL_FORMATS:
+        problems += options.unused(to)
     if options.max_shard_bytes < _MIN_SHARD_BYTES:
         problems.append(Problem("--shard-gb", "is too small", "name a size such as 4", options.max_shard_bytes / 1e9))
-    if resume and to in ("gptq", "awq"):
+    if resume and to in _CALIBRATED:
         problems.append(Problem("--resume", f"has no meaning for {to}", "leave it out: the rounding is found anew"))
     if problems:
         raise UserError(*problems)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,10 +27,14 @@ FLUSH_BYTES = 2**26
 
 
 class Place:
-    """Where a tensor's next bytes go in the output file; positioned writes, so that threads share the file."""
+    """Where a tensor's next bytes go in the output file; positioned writes, so that threads share the file.
 
-    def __init__(self, descriptor: int, position: int, end: int) -> None:
-        self._descriptor, self._position, self._end = descriptor, position, end
+    turn: held while bytes are written. The system lets one thread at a time write to a file, and the others would spin
+    until it is done instead of leaving the core to the arithmetic of the next piece.
+    """
+
+    def __init__(self, descriptor: int, position: int, end: int, turn: Lock) -> None:
+        self._descriptor, self._position, self._end, self._turn = descriptor, position, end, turn
 
     def append(self, data: Tensor | memoryview) -> None:
         """Writes the next rows."""
@@ -39,8 +44,9 @@ class Place:
             data = data.contiguous().reshape(-1).view(torch.uint8).numpy().data
         assert self._position + len(data) <= self._end, "a tensor is larger than planned"
         done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptor, data[done:], self._position + done)
+        with self._turn:
+            while done < len(data):
+                done += os.pwrite(self._descriptor, data[done:], self._position + done)
         self._position += len(data)
 
     @property
@@ -85,21 +91,36 @@ class Journal:
         self._path, self._job = folder / JOURNAL, job
         self._done: dict[str, Any] = {}
         if self._path.exists():
-            content = json.loads(self._path.read_text())
-            if content["job"] != job:
+            try:
+                content = json.loads(self._path.read_text())
+                told, self._done = content["job"], dict(content["done"])
+            except (ValueError, LookupError, TypeError):
+                raise UserError(Problem(str(self._path), "is damaged", "leave --resume out to start over")) from None
+            if told != job:
                 hint = "run the same command again, or leave --resume out to start over"
                 raise UserError(Problem(str(folder), "was left by a command with other inputs or settings", hint))
-            self._done = content["done"]
 
-    def results(self, file: OutputFile) -> list[Any] | None:
-        """What the tensors of a file reported, None for a file that is not complete."""
-        path = self._path.with_name(file.name)
-        complete = file.name in self._done and path.is_file() and path.stat().st_size == file.size
-        return self._done[file.name] if complete else None
+    def complete(self, files: Sequence[OutputFile]) -> dict[str, list[Any]]:
+        """What the tensors of each file that is complete reported. The rest is forgotten: it will be written over.
+
+        A file that is half written over may have its size already, so the journal must not name it.
+        """
+        kept = {file.name: self._done[file.name] for file in files if file.name in self._done and self._is_whole(file)}
+        if kept.keys() != self._done.keys():
+            self._done = kept
+            self._save()
+        return dict(kept)
 
     def record(self, file: OutputFile, results: list[Any]) -> None:
         """To be called when the file is on disk."""
         self._done[file.name] = results
+        self._save()
+
+    def _is_whole(self, file: OutputFile) -> bool:
+        path = self._path.with_name(file.name)
+        return path.is_file() and path.stat().st_size == file.size
+
+    def _save(self) -> None:
         write_json_atomic(self._path, {"job": self._job, "done": self._done})
 
     def close(self) -> None:
@@ -116,10 +137,11 @@ def write_files(
     advance: called with (file, bytes read) after each tensor, from the calling thread.
     """
     reported: dict[str, Any] = {}
+    complete = journal.complete(files)
     with ThreadPoolExecutor(1) as syncer:  # one file goes to the disk while the next is made
         synced = []
         for file in files:
-            results = journal.results(file)
+            results = complete.get(file.name)
             if results is None:
                 results = _write(folder / file.name, file, workers, advance)
                 synced.append(syncer.submit(_make_durable, folder, file, results, journal))
@@ -141,9 +163,10 @@ def _make_durable(folder: Path, file: OutputFile, results: list[Any], journal: J
 
 
 def _write(path: Path, file: OutputFile, workers: Executor, advance: Advance) -> list[Any]:
+    turn = Lock()
     with path.open("wb", buffering=0) as opened:
-        Place(opened.fileno(), 0, len(file.header)).append(memoryview(file.header))
-        tasks = [workers.submit(_fill, output, opened.fileno()) for output in file.outputs]
+        Place(opened.fileno(), 0, len(file.header), turn).append(memoryview(file.header))
+        tasks = [workers.submit(_fill, output, opened.fileno(), turn) for output in file.outputs]
         results, flushed = [], 0
         try:
             for output, task in zip(file.outputs, tasks, strict=True):
@@ -167,8 +190,8 @@ def _start_flushing(descriptor: int, start: int, end: int) -> None:
         os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
-def _fill(output: Output, descriptor: int) -> Any:
-    place = Place(descriptor, output.start, output.end)
+def _fill(output: Output, descriptor: int, turn: Lock) -> Any:
+    place = Place(descriptor, output.start, output.end, turn)
     result = output.fill(place)
     assert place.is_full, f"{output.name} is smaller than planned"
     return result

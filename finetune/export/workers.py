@@ -13,10 +13,10 @@ MAX_WORKERS = 8
 
 @contextmanager
 def exact_workers() -> Iterator[Executor]:
-    """A thread per core, each with one core for its own arithmetic, and float32 products that are float32.
+    """A thread per core and one that waits for its turn to write, and float32 products that are float32.
 
-    Tensors side by side use the cores better than threads inside of products this thin, and the result of a product
-    does not depend on the number of cores.
+    Each has one core for its own arithmetic. Tensors side by side use the cores better than threads inside of products
+    this thin, and the result of a product does not depend on the number of cores.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     precision, threads = matmul.fp32_precision, torch.get_num_threads()
@@ -24,7 +24,7 @@ def exact_workers() -> Iterator[Executor]:
         matmul.fp32_precision = "ieee"
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(threads, MAX_WORKERS)) as workers:
+        with ThreadPoolExecutor(min(threads, MAX_WORKERS) + 1) as workers:
             yield workers
     finally:
         torch.set_num_threads(threads)

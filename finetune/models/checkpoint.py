@@ -14,7 +14,7 @@ from finetune.config.packed_folder import PackedSettings
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
 from finetune.models.files import safe_child
-from finetune.models.tensor_file import TensorFile, TensorInfo
+from finetune.models.tensor_file import DuplicateKeyError, TensorFile, TensorInfo, no_duplicates
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -154,7 +154,9 @@ _ESSENTIAL = (
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except DuplicateKeyError as duplicate:
+        raise ModelError(Problem(str(path), "has a key twice", _COMPLETE, duplicate.args[0])) from None
     except FileNotFoundError:
         raise ModelError(Problem(str(path), "is missing", "give the folder of a checkpoint")) from None
     except (OSError, ValueError, RecursionError) as problem:

@@ -82,9 +82,9 @@ def finished_folder(target: str | Path, *, overwrite: bool = False, resume: bool
     """A folder to fill, which becomes `target` in one rename when the block ends without an error.
 
     Until then it is called `.<name>.unfinished` beside the target, so a kill at any moment leaves nothing
-    that looks finished; what a killed or interrupted run left is removed by the next one, or found in the folder
-    with `resume`. `target` may be absent or an empty folder, and with `overwrite` any folder; a symlink or a file is
-    refused.
+    that looks finished; what a killed run left is removed by the next one, or found in the folder with `resume`.
+    An error removes it as well, but not with `resume`: some of it is the work of the run before. `target` may be
+    absent or an empty folder, and with `overwrite` any folder; a symlink or a file is refused.
     Raises UserError when the target is taken, or another process is filling it.
     """
     target = Path(target).absolute()
@@ -105,7 +105,8 @@ def finished_folder(target: str | Path, *, overwrite: bool = False, resume: bool
             check_target(target, overwrite=overwrite)
             _put_in_place(building, target)
         except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
+            if not resume:
+                shutil.rmtree(building, ignore_errors=True)
             raise
     finally:
         os.close(lock)

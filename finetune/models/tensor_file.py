@@ -129,8 +129,8 @@ def _read_header(file: BinaryIO, size: int, path: Path, error: type[UserError]) 
         raise refuse(f"the header does not fit into the file of {size} bytes", length)
     raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except _DuplicateKeyError as duplicate:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except DuplicateKeyError as duplicate:
         raise refuse("the header has a key twice", duplicate.args[0]) from None
     except (ValueError, RecursionError):
         raise refuse("the header is not JSON", raw[:40]) from None
@@ -139,15 +139,16 @@ def _read_header(file: BinaryIO, size: int, path: Path, error: type[UserError]) 
     return header, 8 + length
 
 
-class _DuplicateKeyError(ValueError):
-    pass
+class DuplicateKeyError(ValueError):
+    """JSON that says two things of one key; the argument is the key."""
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(..., object_pairs_hook=no_duplicates)`."""
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
-            raise _DuplicateKeyError(name)
+            raise DuplicateKeyError(name)
         made[name] = value
     return made
 

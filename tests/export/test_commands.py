@@ -60,4 +60,21 @@ def test_an_adapter_where_a_model_is_wanted(adapter, tmp_path, capsys):
     assert main(["export", str(adapter), "--to", "gguf", "-o", str(tmp_path / "out")]) == 2
     assert "finetune merge" in capsys.readouterr().err
     assert main(["export", str(adapter), "--to", "ggml", "-o", str(tmp_path / "out")]) == 2
-    assert "none of" in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
+    assert "none of peft, peft-per-expert, vllm, sglang, gguf-lora for adapters, gguf," in told
+
+
+def test_options_without_a_meaning_are_refused(adapter, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    for source, to, *extra in (
+        (adapter, "vllm", "--type", "Q8_0"),
+        (adapter, "peft", "--group", "64"),
+        (adapter, "sglang", "--data", "rows.jsonl"),
+        (adapter.parent / "base", "gguf", "--base", str(adapter)),
+        (adapter.parent / "base", "gguf", "--dtype", "bf16"),
+    ):
+        assert main(["export", str(source), "--to", to, "-o", out, *extra]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert extra[0] in told
+        assert f"has no meaning for {to}" in told
+    assert not list(tmp_path.iterdir())

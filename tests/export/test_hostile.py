@@ -150,6 +150,18 @@ def test_an_index_that_leads_out(base, adapters, tmp_path, shard):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_a_key_twice(base, adapters, tmp_path, file):
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    text = (copy / file).read_text()
+    key = "hidden_size" if file == "config.json" else "model.norm.weight"
+    (copy / file).write_text(text.replace(f'"{key}": ', f'"{key}": "x", "{key}": ', 1))
+    with pytest.raises(ModelError, match=f"{file}: has a key twice, got '{key}'"):
+        merge(adapters / "peft", tmp_path / "out", base=copy)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_link_in_place_of_the_unfinished_folder(adapters, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.unfinished").symlink_to(tmp_path / "elsewhere")

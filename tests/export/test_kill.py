@@ -9,7 +9,7 @@ from tests.export.checkpoints import ATTENTION, EXPERTS, MOE, write_adapter, wri
 
 # One process forks a job per moment of death, so that torch is imported once.
 SCRIPT = """
-import os, random, signal, sys
+import itertools, os, random, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -22,22 +22,21 @@ def job(output, progress, resume):
         merge(source, output, dtype="fp32", progress=progress, resume=resume)
     else:
         from finetune.export.model_export import ModelOptions, export_model
-        export_model(source, output, kind, ModelOptions(max_shard_bytes=60_000), progress=progress, resume=resume)
+        options = None if kind == "gguf" else ModelOptions(max_shard_bytes=60_000)
+        export_model(source, output, kind, options, progress=progress, resume=resume)
 
 def attempt(output, deadline=None, resume=False):
     '''Runs it in a child that kills itself at its deadline-th step; returns the number of steps, or None if it died.'''
     read, write = os.pipe()
     if not (child := os.fork()):
-        steps = 0
-        def step(*_):
-            nonlocal steps
-            steps += 1
-            if steps == deadline:
+        steps = itertools.count(1)
+        def step(*_):  # one thread writes the next file, while another makes the last one durable
+            if next(steps) == deadline:
                 os.kill(os.getpid(), signal.SIGKILL)
         sync = os.fsync
         os.fsync = lambda descriptor: (step(), sync(descriptor), step())
         job(output, step, resume)
-        os.write(write, str(steps).encode())
+        os.write(write, str(next(steps) - 1).encode())
         os._exit(0)
     os.close(write)
     _, status = os.waitpid(child, 0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from finetune.errors import ModelError, UserError
+from finetune.export.calibrated import Calibration
 from finetune.export.model_export import ModelOptions, export_model
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
@@ -179,10 +180,14 @@ def test_fp8_blocks_in_transformers(large, tmp_path):
     assert torch.allclose(model.get_parameter(q).float(), wanted[q], rtol=2**-7)
 
 
+def options_of(to):
+    return ModelOptions(group=32) if to == "int4" else None
+
+
 @pytest.mark.parametrize("to", ["int4", "fp8-ct"])
 def test_compressed_tensors_in_transformers(large, tmp_path, to):
     pytest.importorskip("compressed_tensors", reason="optional: pip install compressed-tensors")
-    export_model(large, tmp_path / "out", to, ModelOptions(group=32))
+    export_model(large, tmp_path / "out", to, options_of(to))
     wanted = plain_logits_of(large, dequantized(tmp_path / "out", large), tmp_path / "wanted")
     found = plain_logits(tmp_path / "out")
     # float-quantized rounds the activations as well
@@ -215,7 +220,11 @@ class TestRefused:
             ("onnx", ModelOptions(), "none of gguf"),
             ("gguf", ModelOptions(type="Q9"), "cannot be written"),
             ("int4", ModelOptions(group=24), "whole number of groups"),
-            ("fp8", ModelOptions(dtype="bf16"), "has no meaning for fp8"),
+            ("fp8", ModelOptions(dtype="bf16"), "--dtype: has no meaning for fp8"),
+            ("gguf", ModelOptions(max_shard_bytes=10**6), "--shard-gb: has no meaning for gguf"),
+            ("hf", ModelOptions(type="Q8_0"), "(?s)--type: has no meaning for hf.*it is for gguf"),
+            ("fp8", ModelOptions(group=32), "(?s)--group: has no meaning for fp8.*int4, gptq, awq"),
+            ("int4", ModelOptions(calibration=Calibration(("rows",))), "--data.*has no meaning for int4"),
             ("hf", ModelOptions(dtype="int8"), "none of bf16"),
             ("hf", ModelOptions(max_shard_bytes=1), "too small"),
         ):
@@ -228,7 +237,7 @@ class TestRefused:
         base = write_base(tmp_path / "base", {**WIDE, "intermediate_size": 96})
         edit_json(base / "config.json", num_experts=6)
         with pytest.raises(ModelError, match=r"config\.json calls for|lacks some experts"):
-            export_model(base, tmp_path / "out", to, ModelOptions(group=32))
+            export_model(base, tmp_path / "out", to, options_of(to))
 
     @pytest.mark.parametrize("to", ["fp8", "fp8-ct", "int4", "gguf"])
     def test_values_that_are_not_finite(self, tmp_path, to):
@@ -236,7 +245,7 @@ class TestRefused:
         name = "model.layers.0.mlp.experts.2.up_proj.weight"
         edit_tensors(base / "model.safetensors", lambda tensors: tensors[name].view(-1)[7:8].fill_(float("nan")))
         with pytest.raises(ModelError, match=r"experts\.2\.up_proj.*not finite"):
-            export_model(base, tmp_path / "out", to, ModelOptions(group=32))
+            export_model(base, tmp_path / "out", to, options_of(to))
         assert not (tmp_path / "out").exists()
 
     def test_gguf_without_tokenizer_or_template(self, tmp_path):
