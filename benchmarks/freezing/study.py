@@ -31,6 +31,12 @@ RESULTS = Path("benchmarks/results")
 BASE, SECOND_BASE = "examples/tiny-qwen3-moe", "runs/freezing/base-seed-1"
 TUNING_SEED, SEEDS, FEW_SEEDS = 0, range(1, 9), range(1, 4)
 STEPS, EVERY = 240, 30
+CASES = (  # base, with replay, arms
+    (BASE, True, tuple(arm.name for arm in ARMS)),
+    (SECOND_BASE, True, FEW_ARMS),
+    (BASE, False, FEW_ARMS),
+    (SECOND_BASE, False, MANY_SEEDS),
+)
 
 
 def short_trials() -> list[Trial]:
@@ -61,9 +67,9 @@ def trials(rates: dict[str, float]) -> list[Trial]:
     return [
         Trial(base, arm.name, rates[arm.like or arm.name], seed, replay, STEPS, EVERY)
         for seed in SEEDS
-        for base, replay in ((BASE, True), (SECOND_BASE, True), (BASE, False), (SECOND_BASE, False))
+        for base, replay, names in CASES
         for arm in ARMS
-        if (seed in FEW_SEEDS or arm.name in MANY_SEEDS) and ((base, replay) == (BASE, True) or arm.name in FEW_ARMS)
+        if arm.name in (names if seed in FEW_SEEDS else MANY_SEEDS)
     ]
 
 
