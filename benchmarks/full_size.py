@@ -1,21 +1,27 @@
 """Train the whole Qwen3-30B-A3B shape, 30.5 billion random parameters in NF4, on this machine's CPU.
 
-    python benchmarks/full_size.py --folder DIR                    packed experts read from disk as they are needed
-    python benchmarks/full_size.py --folder DIR --resident all     packed experts in memory
+    python benchmarks/full_size.py --folder DIR                      packed experts read from disk as they are needed
+    python benchmarks/full_size.py --folder DIR --resident all       packed experts in memory: 21 GiB
+    python benchmarks/full_size.py --folder DIR --resident mmap all  one after the other
 
 Writes a packed model to DIR once (17 GB; the packed bytes are drawn directly) and uses it again. Then runs
 `finetune.train` on it: 512 tokens a step, the same ones each time, LoRA on attention and on a quarter of the experts,
-gradient checkpointing. Prints seconds, tokens per second, loss and gradient norms of every step, and peak memory.
+8-bit AdamW, gradient checkpointing. Prints seconds and peak memory of loading; seconds, tokens per second, loss and the
+gradient norm of every layer in every step; and peak memory. Prints none of it when the loss does not fall, or a layer
+has no gradient.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +174,8 @@ def load_seconds(model: Path, resident: str) -> dict[str, Any]:
     return {"load_seconds": time.perf_counter() - start, "load_peak_bytes": status_bytes("VmHWM"), "before": before}
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, in this process: the peak is its own."""
+def measure(options: argparse.Namespace, resident: str) -> dict[str, Any]:
+    """Training, in this process: the peak is its own."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -183,7 +189,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     (folder / "row.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     recipe = RECIPE.format(
         model=model,
-        resident=options.resident,
+        resident=resident,
         rank=options.rank,
         plan=folder / "plan.json",
         data=folder / "row.jsonl",
@@ -194,11 +200,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
     found = train(recipe, steps)
     size = sum(file.stat().st_size for file in model.iterdir())
-    return {**vars(options), "folder": "", "model_bytes": size, "steps": steps, **found}
+    return {**vars(options), "folder": "", "resident": resident, "model_bytes": size, "steps": steps, **found}
+
+
+def check(found: dict[str, Any], num_steps: int) -> None:
+    """Stop without a number unless every step trained every layer."""
+    losses = [step["loss"] for step in found["steps"]]
+    norms = [step["gradient_norms"] for step in found["steps"]]
+    falls = all(later < earlier for earlier, later in pairwise(losses))
+    if len(losses) != num_steps or not all(map(math.isfinite, losses)) or not falls:
+        sys.exit(f"error: the loss does not fall through {num_steps} steps: {losses}")
+    if any(len(of_step) != found["layers"] or not min(of_step) > 0 for of_step in norms):
+        sys.exit(f"error: not all of {found['layers']} layers have gradients: {norms}")
 
 
 def render(found: dict[str, Any]) -> str:
-    """Two Markdown tables: the run and its steps."""
+    """Three Markdown tables: the run, its steps, and the gradient norm of each layer."""
     steps, tokens = found["steps"], found["tokens"]
     run = [
         ["packed model on disk, GiB", found["model_bytes"] / GIB],
@@ -207,21 +224,25 @@ def render(found: dict[str, Any]) -> str:
         ["peak resident memory of training, GiB", found["peak_bytes"] / GIB],
         ["median step, s", sorted(step["seconds"] for step in steps)[len(steps) // 2]],
     ]
-    rows = [
-        [i + 1, s["seconds"], tokens / s["seconds"], f"{s['loss']:.4f}", sum(n > 0 for n in s["gradient_norms"]),
-         min(s["gradient_norms"]), max(s["gradient_norms"])]
-        for i, s in enumerate(steps)
-    ]  # fmt: skip
-    header = ["step", "seconds", "tokens / s", "loss", "layers with gradients", "smallest norm", "largest norm"]
-    what = f"{found['layers']} layers, {tokens} tokens a step, rank {found['rank']}, a quarter of the experts"
+    rows = [[i + 1, s["seconds"], tokens / s["seconds"], f"{s['loss']:.4f}"] for i, s in enumerate(steps)]
+    by_layer = zip(*(step["gradient_norms"] for step in steps), strict=True)
+    norms = [[layer, *(f"{norm:.2e}" for norm in of_layer)] for layer, of_layer in enumerate(by_layer)]
+    numbers = [f"step {i + 1}" for i in range(len(steps))]
     where = "in memory" if found["resident"] == "all" else "on disk"
-    return f"{what}; packed experts {where}.\n\n{table(['', found['resident']], run)}\n\n{table(header, rows)}\n"
+    what = f"{found['layers']} layers, {tokens} tokens a step, LoRA of rank {found['rank']} on attention and a quarter"
+    what += f" of the experts, 8-bit AdamW, gradient checkpointing, {found['threads']} threads; packed experts {where}."
+    tables = [
+        table(["", found["resident"]], run),
+        table(["step", "seconds", "tokens / s", "loss"], rows),
+        "Gradient norm:\n\n" + table(["layer", *numbers], norms),
+    ]
+    return "\n\n".join([what, *tables]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the model and the run go")
-    parser.add_argument("--resident", choices=["all", "mmap"], default="mmap")
+    parser.add_argument("--resident", nargs="+", choices=["all", "mmap"], default=["mmap"])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--layers", type=int, default=48)
@@ -231,17 +252,25 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     model = options.folder / f"packed-{options.layers}-layers"
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # each task in a fresh process
-        if not model.is_dir():
-            print(f"wrote {model} in {pool.apply(write_model, (model, options.layers)):.0f} s")
-        loading = pool.apply(load_seconds, (model, options.resident))
-        print(f"loaded in {loading['load_seconds']:.1f} s, peak {loading['load_peak_bytes'] / GIB:.2f} GiB", flush=True)
-        found = {**loading, **pool.apply(measure, (options,))}
-    print(render(found))
-    if options.save:
-        title = "Training the whole Qwen3-30B-A3B shape on a CPU"
-        for path in save(f"full-size-{options.resident}", title, found, render(found)):
-            print(path, file=sys.stderr)
+    if not model.is_dir():
+        print(f"wrote {model} in {apart(write_model, model, options.layers):.0f} s", flush=True)
+    for resident in options.resident:
+        loaded = apart(load_seconds, model, resident)
+        peak = loaded["load_peak_bytes"] / GIB
+        print(f"{resident}: loaded in {loaded['load_seconds']:.1f} s, peak {peak:.2f} GiB", flush=True)
+        found = {**loaded, **apart(measure, options, resident)}
+        check(found, options.steps)
+        print(render(found), flush=True)
+        if options.save:
+            title = "Training the whole Qwen3-30B-A3B shape on a CPU"
+            for path in save(f"full-size-{resident}", title, found, render(found)):
+                print(path, file=sys.stderr)
+
+
+def apart(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns in a process of its own; an error when that is killed, by a lack of memory for one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/qlora.py layer     one expert layer, forward and backward, at 2,048 and 8,192 tokens
     python benchmarks/qlora.py step      a whole training step of a 2-layer model, at 2,048 and 8,192 tokens
     python benchmarks/qlora.py load      loading a 2-layer model from 8 shards: seconds and peak memory
-    python benchmarks/qlora.py memory    peak memory of a training step with 2 and with 4 layers
+    python benchmarks/qlora.py memory    peak memory and time of a training step with 2 and with 4 layers, with gradient
+                                         checkpointing, and what they come to for whole models
 
 All at Qwen3-30B-A3B's width, bfloat16, on the CPU. Contestants live in their own processes and run by turns; times are
 medians, ratios medians of the rounds' ratios. Needs up to 15 GiB of memory and 6 GiB of disk.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +29,10 @@ import train_step
 from layers import LAYERS, SHAPES, Ours, Shape
 from results import GIB, save, table
 from rounds import Contest, status_bytes
+
+from finetune.config.model_shape import ModelShape
+from finetune.config.packed_folder import frozen_bytes
+from finetune.config.schema import AdapterSection, QuantizeSection
 
 SCHEMES = ("none", "nf4", "fp8")
 NAMES = {"none": "16 bit", "nf4": "NF4", "fp8": "FP8"}
@@ -137,7 +143,6 @@ def load_once(model: str, scheme: str) -> dict[str, float]:
     import torch
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-    from finetune.config.schema import QuantizeSection
     from finetune.models.loading import load_model
     from finetune.quant.load import load_quantized
 
@@ -153,7 +158,7 @@ def load_once(model: str, scheme: str) -> dict[str, float]:
 
 
 def memory(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Peak memory of training steps with 2 and with 4 layers, each in a process of its own."""
+    """Peak memory of training steps with 2 and with 4 layers, each in its own process, and what they come to."""
     found, rows = [], []
     tokens = (options.tokens or [2048])[0]
     for layers in (2, 4):
@@ -162,15 +167,54 @@ def memory(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             train_step.write_model(folder / "model", layers)
             train_step.write_rows(folder / "rows.jsonl", tokens)
             for scheme in options.schemes:
-                build = partial(train_step.Training, "ours", str(folder / "model"), str(folder), tokens, scheme)
+                arguments = ("ours", str(folder / "model"), str(folder), tokens, scheme)
+                build = partial(train_step.Training, *arguments, checkpointing=True)
                 with Contest({scheme: build}, options.threads) as contest:
-                    contest.run(2, warmup=1)
+                    seconds = statistics.median(contest.run(options.rounds or 3, warmup=2)[scheme])
                     resident = contest.ask(scheme, "facts")["resident_bytes"]
-                    extra = contest.memory(2)[scheme]
-                found.append({"layers": layers, "scheme": scheme, "resident_bytes": resident, "extra_bytes": extra})
-                rows.append([NAMES[scheme], layers, resident / GIB, extra / GIB, (resident + extra) / GIB])
-    header = ["frozen weights", "layers", "resident GiB", "step adds GiB", "peak GiB"]
-    return {"tokens": tokens, "found": found}, f"{tokens} tokens, rank 16, all experts\n\n{table(header, rows)}\n"
+                    peak = resident + contest.memory()[scheme]
+                case = {"layers": layers, "scheme": scheme, "seconds": seconds, "resident_bytes": resident}
+                found.append({**case, "peak_bytes": peak})
+                rows.append([NAMES[scheme], layers, seconds, resident / GIB, peak / GIB])
+    measured = table(["frozen weights", "layers", "median s", "resident GiB", "peak GiB"], rows)
+    whole = [
+        extrapolate(scheme, *(f["peak_bytes"] for f in found if f["scheme"] == scheme)) for scheme in options.schemes
+    ]
+    names = ["outside layers", "a layer", "its weights", "what trains", "activations", *MODELS]
+    extrapolated = table(["GiB", *names], [[NAMES[w["scheme"]], *(w[n] / GIB for n in names)] for w in whole])
+    text = f"{tokens} tokens, rank 16 on attention and all experts, AdamW in 32 bits, gradient checkpointing"
+    return {"tokens": tokens, "found": found, "whole": whole}, f"{text}\n\n{measured}\n\n{extrapolated}\n"
+
+
+MODELS = {
+    "Qwen3-30B-A3B": ModelShape("qwen3_moe", 2048, 48, 32, 4, 128, 6144, 151_936, False, False, 48, 128, 8, 768),
+    "Qwen3-235B-A22B": ModelShape("qwen3_moe", 4096, 94, 64, 4, 128, 12288, 151_936, False, False, 94, 128, 8, 1536),
+}
+
+
+def extrapolate(scheme: str, two: int, four: int) -> dict[str, Any]:
+    """Bytes of whole models from the peaks with 2 and with 4 layers.
+
+    What a layer adds is its weights and what trains on them, which are counted, and its activations, the remainder,
+    which double with the width of the 235B.
+    """
+    layer = (four - two) / 2
+    outside = two - 2 * layer
+    counted = {name: per_layer(shape, scheme) for name, shape in MODELS.items()}
+    weights, trained = counted["Qwen3-30B-A3B"]
+    activations = layer - weights - trained
+    wide = sum(counted["Qwen3-235B-A22B"]) + 2 * activations
+    parts = {"outside layers": outside, "a layer": layer, "its weights": weights, "what trains": trained}
+    totals = {"Qwen3-30B-A3B": outside + 48 * layer, "Qwen3-235B-A22B": outside + 94 * wide}
+    return {"scheme": scheme, **parts, "activations": activations, **totals}
+
+
+def per_layer(shape: ModelShape, scheme: str) -> tuple[float, float]:
+    """Bytes of a layer's weights with its share of the vocabulary, and of its factors, gradients and AdamW state."""
+    held = frozen_bytes(shape, QuantizeSection(scheme=scheme), "bfloat16")  # type: ignore[arg-type]
+    adapter = AdapterSection(experts=("gate_up_proj", "down_proj"), rank=16)
+    factors = shape.experts * adapter.expert_parameters(shape.hidden, shape.expert_intermediate)
+    return (held.packed + held.rest) / shape.layers, 16 * (factors + shape.trainable_outside(adapter) / shape.layers)
 
 
 PARTS = {"layer": layer, "step": step, "load": load, "memory": memory}

@@ -45,7 +45,7 @@ model: {{path: {model}, dtype: bfloat16}}
 quantize: {{scheme: {scheme}}}
 adapter: {{attention: [q_proj, k_proj, v_proj, o_proj], experts: [gate_up_proj, down_proj], rank: 16, alpha: 32}}
 data: {{train: {data}, max_length: {tokens}, over_long: truncate, loss_on: all}}
-train: {{steps: 1000, gradient_accumulation: 1, precision: bf16, seed: 0}}
+train: {{steps: 1000, gradient_accumulation: 1, gradient_checkpointing: {checkpointing}, precision: bf16, seed: 0}}
 output: {{dir: {output}}}
 """
 
@@ -94,7 +94,9 @@ def write_model(folder: Path, layers: int = LAYERS, shard_size: str = "50GB") ->
 class Training:
     """A trainer in a thread of this process, held at the start of each step until `step` lets it go on."""
 
-    def __init__(self, way: str, model: str, folder: str, tokens: int, scheme: str = "none") -> None:
+    def __init__(
+        self, way: str, model: str, folder: str, tokens: int, scheme: str = "none", *, checkpointing: bool = False
+    ) -> None:
         from transformers import trainer
 
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
@@ -102,7 +104,8 @@ class Training:
         self._error: BaseException | None = None
         trainer.DEFAULT_CALLBACKS.append(_gate(self._go, self._done, self._losses))
         data, output = Path(folder) / "rows.jsonl", Path(folder) / f"{way}-{scheme}"
-        recipe = RECIPE.format(model=model, scheme=scheme, data=data, tokens=tokens, output=output)
+        settings = {"scheme": scheme, "checkpointing": str(checkpointing).lower()}
+        recipe = RECIPE.format(model=model, data=data, tokens=tokens, output=output, **settings)
         run = {"ours": _train_ours, "stock": _train_stock}[way]
         threading.Thread(target=self._run, args=(run, recipe), daemon=True).start()
         self._wait()

@@ -35,6 +35,7 @@ def quantize(
 ) -> None:
     """Pack a model once; QLoRA runs load it in seconds."""
     from finetune import pipeline
+    from finetune.export.show import size_text
 
     settings: Any = {"scheme": scheme, "attention": attention, "experts": experts, "block": block, "double": double}
     console = open_console(stderr=as_json)
@@ -43,7 +44,7 @@ def quantize(
     if as_json:
         print_json({"output": str(output), "packed_weights": packed, "bytes": size})
     else:
-        lines = f"wrote {output}: {packed:,} weights packed, {size / 2**30:.2f} GiB"
+        lines = f"wrote {output}: {packed:,} weights packed, {size_text(size)}"
         console.print(f"{lines}\nnext: finetune train RECIPE model.path={output}", soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from finetune.config.packed_folder import PackedSettings
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
 from finetune.models.files import safe_child
-from finetune.models.tensor_file import DuplicateKeyError, TensorFile, TensorInfo, no_duplicates
+from finetune.models.tensor_file import WEIGHT_DTYPES, DuplicateKeyError, TensorFile, TensorInfo, no_duplicates
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -225,15 +225,23 @@ def _check_index(path: Path, weight_map: dict[str, str], files: dict[str, Tensor
 
 
 def _check_scales(path: Path, tensors: dict[str, TensorInfo], block: tuple[int, int] | None) -> None:
-    """Every FP8 matrix has its scales, of the right number."""
+    """Every FP8 matrix has its scales, of the right number and type, and config.json says what they are for."""
     problems = []
     for name, info in tensors.items():
-        if info.dtype != fp8.DTYPE or block is None:
+        if info.dtype != fp8.DTYPE:
             continue
         scales = tensors.get(f"{name}{fp8.SCALE_SUFFIX}")
+        if block is None:
+            if scales is None:
+                continue  # no weight
+            what, hint = f"is missing, but {name} is FP8 with scales", "copy or download config.json again"
+            raise ModelError(Problem(f"{path / CONFIG}: quantization_config", what, hint))
         if len(info.shape) != 2 or scales is None or scales.shape != fp8.scales_shape(info.shape, block):
             what = f"is FP8 without one {fp8.SCALE_SUFFIX} per block of {block[0]} x {block[1]}"
             problems.append(Problem(f"{path}: {name}", what, _COMPLETE, scales and list(scales.shape)))
+        elif scales.dtype not in WEIGHT_DTYPES:
+            where, hint = f"{path}: {name}{fp8.SCALE_SUFFIX}", "give a checkpoint whose scales are F32, BF16 or F16"
+            problems.append(Problem(where, "is of a type that is no scale", hint, scales.dtype))
     if problems:
         raise ModelError(*problems)
 

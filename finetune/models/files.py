@@ -89,11 +89,14 @@ def finished_folder(target: str | Path, *, overwrite: bool = False, resume: bool
     """
     target = Path(target).absolute()
     check_target(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
     building = target.with_name(f".{target.name}.unfinished")
     if building.is_symlink():
         raise UserError(Problem(str(building), "is a symlink", "remove it"))
-    building.mkdir(exist_ok=True)
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "name a folder that can be made"
+        raise UserError(Problem(str(target), f"cannot be made ({error.strerror})", hint)) from None
     lock = os.open(building, os.O_RDONLY)
     try:
         _lock(lock, building)

@@ -22,7 +22,7 @@ BLOCK = (128, 128)
 
 
 def block_of(config: dict[str, Any], where: str) -> tuple[int, int] | None:
-    """Rows and columns of a block, None for a checkpoint that is not stored in FP8 blocks.
+    """Rows and columns of a block, None where config.json says nothing of quantization.
 
     Raises ModelError for any other kind of quantization.
     """
@@ -41,6 +41,11 @@ def block_of(config: dict[str, Any], where: str) -> tuple[int, int] | None:
 def scales_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
     """Shape of the scales of a matrix."""
     return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
+
+
+def are_finite(codes: Tensor) -> bool:
+    """Whether no e4m3 is NaN, all of whose bits but the sign are set; none is infinite. codes: their bytes."""
+    return not bool((codes.bitwise_and(0x7F) == 0x7F).any())
 
 
 def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int], first_row: int = 0) -> Tensor:

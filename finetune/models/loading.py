@@ -150,7 +150,7 @@ def check_config(path: str | Path, config: dict[str, Any], trust_remote_code: bo
         hint = "set model.trust_remote_code: true if you trust that code, or remove auto_map from config.json"
         problems.append(Problem(str(path), "wants to run Python code that ships with it", hint, config["auto_map"]))
     if config.get("quantization_config"):
-        hint = "set quantize.scheme in the recipe, or give the bfloat16 checkpoint"
+        hint = "give the original 16-bit checkpoint, or one in FP8 blocks"
         method = config["quantization_config"].get("quant_method")
         problems.append(Problem(str(path), "is stored quantized", hint, method))
     if problems:

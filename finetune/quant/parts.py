@@ -156,11 +156,25 @@ class _Reader:
         if part.packed:
             return self._stack(pool, part.shape[1:], part.shape[0])
         if not part.is_stack:
-            return {WHOLE: self._matrix(0, self.dtype)}
-        first = self._matrix(0, self.dtype)
+            return {WHOLE: self._finite(0, self.dtype)}
+        first = self._finite(0, self.dtype)
         bank = torch.empty(part.shape, dtype=first.dtype)
-        list(pool.map(lambda expert: bank[expert].copy_(self._matrix(expert, first.dtype)), range(part.shape[0])))
+        list(pool.map(lambda expert: bank[expert].copy_(self._finite(expert, first.dtype)), range(part.shape[0])))
         return {WHOLE: bank}
+
+    def _finite(self, row: int, dtype: torch.dtype | None) -> Tensor:
+        """`_matrix`, checked."""
+        weight = self._matrix(row, dtype)
+        if not bool(torch.isfinite(weight).all()):
+            raise self._not_finite(row, weight)
+        return weight
+
+    def _not_finite(self, row: int, weight: Tensor) -> ModelError:
+        """Names the source of a matrix that holds NaN or infinity."""
+        parts = zip(self.part.sources[row], weight.chunk(self.part.matrices), strict=True)
+        source = next(source for source, part in parts if not bool(torch.isfinite(part).all()))
+        hint = "the checkpoint is damaged: download it again"
+        return ModelError(Problem(f"{self.checkpoint.path}: {source}", "holds NaN or infinity", hint))
 
     def _matrix(self, row: int, dtype: torch.dtype | None) -> Tensor:
         """One weight, put together from its sources."""
@@ -180,13 +194,8 @@ class _Reader:
         fields = {name: torch.empty(number, *size, dtype=dtype) for name, (dtype, size) in shapes.items()}
 
         def fill(row: int) -> None:
-            try:
-                packed = self.pack(row)
-            except ModelError as error:
-                where = f"{self.checkpoint.path}: {self.part.sources[row][0]}"
-                raise ModelError(*(Problem(where, p.what, p.hint, p.got) for p in error.problems)) from None
-            for name, stack in fields.items():
-                stack[row].copy_(packed[name])
+            for name, packed in self.pack(row).items():
+                fields[name][row].copy_(packed)
 
         list(pool.map(fill, range(number)))
         return fields
@@ -196,22 +205,25 @@ class _Reader:
         return self._fp8(row) if self.section.scheme == "fp8" else self._nf4(row)
 
     def _nf4(self, row: int) -> Fields:
-        made = nf4.quantize(self._matrix(row, torch.float32), block=self.section.block_size, double=self.section.double)
+        weight = self._matrix(row, torch.float32)
+        try:
+            made = nf4.quantize(weight, block=self.section.block_size, double=self.section.double)
+        except ModelError:
+            raise self._not_finite(row, weight) from None
         fields = {CODES: made.codes, "scales": made.scales, "scale_scales": made.scale_scales, "offset": made.offset}
         return {name: value for name, value in fields.items() if value is not None}
 
     def _fp8(self, row: int) -> Fields:
         pairs = [self._fp8_matrix(source) for source in self.part.sources[row]]
         codes = torch.cat([values.reshape(-1).view(torch.uint8) for values, _ in pairs])
-        return {CODES: codes, "scales": torch.cat([scales.reshape(-1).float() for _, scales in pairs])}
+        scales = torch.cat([scales.reshape(-1).float() for _, scales in pairs])
+        if not (fp8.are_finite(codes) and bool(torch.isfinite(scales).all())):
+            raise self._not_finite(row, self._matrix(row, torch.float32))
+        return {CODES: codes, "scales": scales}
 
     def _fp8_matrix(self, source: str) -> tuple[Tensor, Tensor]:
         """Values and scales: those of the file where it is FP8 in blocks of that size already."""
         scales, block = self.checkpoint.scales_of(source), (self.section.block_size,) * 2
         if scales is not None and self.checkpoint.fp8_block == block:
             return self.checkpoint.read(source), self.checkpoint.read(scales)
-        weight = self.checkpoint.read_float(source)
-        if not bool(torch.isfinite(weight).all()):
-            hint = "the checkpoint is damaged: download it again"
-            raise ModelError(Problem(source, "holds NaN or infinity", hint))
-        return fp8.quantize(weight, block, torch.float32)
+        return fp8.quantize(self.checkpoint.read_float(source), block, torch.float32)

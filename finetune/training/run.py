@@ -17,6 +17,7 @@ from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
 from finetune.quant.experts import count_weights
 from finetune.routing.plan_file import read_plan
+from finetune.training.checkpoints import newest_complete
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
@@ -45,6 +46,7 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
             return folder
         if resume:
             _check_same_recipe(recipe, folder)
+            newest_complete(folder.checkpoints)  # before anything else that a run killed early does not have
         else:
             folder.start(_header() + recipe_to_yaml(recipe), overwrite=overwrite)
     return folder

@@ -78,6 +78,12 @@ def test_finished_folder_failure_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_finished_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("1")
+    with pytest.raises(UserError, match="out: cannot be made"), finished_folder(tmp_path / "file/out"):
+        pass
+
+
 def test_finished_folder_overwrites_only_when_asked(tmp_path):
     for text in "12":
         with finished_folder(tmp_path / "out", overwrite=True) as folder:

@@ -7,6 +7,7 @@ import copy
 import gc
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,20 @@ def test_experts_without_rows_are_not_decoded(scheme, products, request):
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
     assert left_out.isnan().all(2).all(1).tolist() == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_experts_without_rows_are_not_read_from_disk(scheme):
+    stack = pack(make().gate_up, scheme, matrices=2)
+    want, asked = decoded(stack), []
+    stack.codes, codes = None, stack.codes
+    stack.on_disk = SimpleNamespace(read=lambda expert: asked.append(expert) or codes[expert])
+    out = torch.full(stack.shape, torch.nan)
+    stack.decode_(out, torch.tensor([0, 2, 2, 2, 5, 5], dtype=torch.int32))
+    assert asked == [1, 4]
+    assert torch.equal(out[asked], want[asked])
+    assert out.isnan().all(2).all(1).tolist() == [True, False, True, True, False, True]
+    assert torch.equal(layer.all_weights(stack, torch.float32), want)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp8"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from finetune.quant import nf4
 from finetune.quant.experts import Fp8Projection, PackedExperts, count_weights
 from finetune.quant.linear import is_linear_4bit
 from finetune.quant.load import load_quantized, quantize_model
+from tests.export.test_fp8 import to_fp8
 from tests.tiny import hub_tensors, save_as_hub, save_tokenizer, tiny_dense, tiny_moe, token_ids
 
 SCHEMES = {
@@ -168,6 +170,9 @@ def damaged(hub, tmp_path, change):
 
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+ROUTER = "model.layers.0.mlp.gate.weight"
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+SCALES = f"{EXPERT}_scale_inv"
 
 
 @pytest.mark.parametrize(
@@ -177,19 +182,56 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
         (lambda t: t.update({EXPERT: t[EXPERT].int()}), f"{EXPERT}: is of a type that is no weight"),
         (lambda t: t.update({EXPERT: t[EXPERT][:3].clone()}), f"{EXPERT}: should have the shape"),
         (lambda t: t.update({EXPERT.replace(".2.", ".6."): t[EXPERT].clone()}), r"experts.6.up_proj.*: has no place"),
-        (lambda t: t[EXPERT].fill_(float("nan")), r"experts.2.gate_proj.weight: holds NaN or infinity"),
+        (lambda t: t[EXPERT][2, 3:].fill_(float("nan")), f"damaged: {EXPERT}: holds NaN or infinity"),
+        (lambda t: t[ROUTER][1, 2:3].fill_(float("inf")), f"damaged: {ROUTER}: holds NaN or infinity"),
+        (lambda t: t[QUERY][1, 2:3].fill_(-float("inf")), f"damaged: {QUERY}: holds NaN or infinity"),
     ],
 )
 @pytest.mark.parametrize("scheme", ["nf4", "fp8"])
 def test_a_damaged_checkpoint_is_named_and_leaves_nothing(hub, tmp_path, change, message, scheme):
     base = damaged(hub, tmp_path, change)
-    if "NaN" in message and scheme == "fp8":
-        message = "experts.2.*holds NaN or infinity"
     with pytest.raises(ModelError, match=message):
         load(base, section(scheme))
     with pytest.raises(ModelError, match=message):
         quantize_model(base, tmp_path / "out", section(scheme))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[EXPERT].view(torch.uint8)[3, 4:5].fill_(0xFF), f"fp8: {EXPERT}: holds NaN or infinity"),
+        (lambda t: t[SCALES].fill_(float("inf")), f"fp8: {EXPERT}: holds NaN or infinity"),
+        (lambda t: t.update({SCALES: t[SCALES].int()}), f"fp8: {SCALES}: is of a type that is no scale"),
+        (lambda t: t.update({SCALES: torch.ones(1, 3)}), f"{EXPERT}: is FP8 without one _scale_inv per block"),
+        (lambda t: t.pop(SCALES), f"{EXPERT}: is FP8 without one _scale_inv per block"),
+        (lambda t: t.update({EXPERT: t[EXPERT].float()}), f"{SCALES}: has no place in the model"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["nf4", "fp8"])
+def test_a_damaged_fp8_checkpoint_is_named(tmp_path, change, message, scheme):
+    base = to_fp8(save_as_hub(tiny_moe(), tmp_path / "fp8"))
+    shard = next(path for path in base.glob("*.safetensors") if EXPERT in load_file(path))
+    tensors = load_file(shard)
+    assert SCALES in tensors
+    change(tensors)
+    save_file(tensors, shard)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {n: s for n, s in index["weight_map"].items() if s != shard.name or n in tensors}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=message):
+        quantize_model(base, tmp_path / "out", section(scheme))
+    assert not (tmp_path / "out").exists()
+
+
+def test_fp8_weights_without_a_word_in_the_config_are_refused(tmp_path):
+    base = to_fp8(save_as_hub(tiny_moe(), tmp_path / "fp8"))
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config))
+    for scheme in ("nf4", "fp8"):
+        with pytest.raises(ModelError, match=r"quantization_config: is missing, but model.* is FP8 with scales"):
+            load(base, section(scheme))
 
 
 def test_a_truncated_shard_is_refused(hub, tmp_path):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.config.load import load_recipe
 from finetune.errors import UserError
 from finetune.training.checkpoints import (
     MARKER,
@@ -12,6 +13,7 @@ from finetune.training.checkpoints import (
     newest_complete,
     remove_older,
 )
+from finetune.training.run import open_run
 
 
 def make(folder: Path, step: int, *, complete: bool = True) -> Path:
@@ -61,6 +63,13 @@ def test_no_checkpoint_says_what_to_do(tmp_path):
     make(tmp_path, 8, complete=False)
     with pytest.raises(UserError, match="no checkpoint is complete"):
         newest_complete(tmp_path)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(tmp_path):
+    recipe = load_recipe("recipes/quickstart.yaml", f"output.dir={tmp_path / 'run'}")
+    open_run(recipe, resume=False, overwrite=False)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_run(recipe, resume=True, overwrite=False)
 
 
 def test_rotation_counts_complete_checkpoints_only(tmp_path):
