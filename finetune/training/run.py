@@ -17,6 +17,7 @@ from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
 from finetune.quant.experts import count_weights
 from finetune.routing.plan_file import read_plan
+from finetune.training.checkpoints import newest_complete
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
@@ -77,6 +78,7 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     ]
     if problems:
         raise UserError(*problems)
+    newest_complete(folder.checkpoints)  # a run that was killed before the first one cannot go on
 
 
 def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:

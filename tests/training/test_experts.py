@@ -23,12 +23,13 @@ from finetune.config.schema import ExpertsSection, SelectRule
 from finetune.errors import AdapterError, RoutingError, UserError
 from finetune.kernels.ops import Factors, expert_mlp
 from finetune.models.loading import load_model
+from finetune.routing.expert_files import ExpertFiles
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.plan_file import read_plan, write_plan
 from finetune.routing.profile_file import read_profile
 from finetune.routing.select import select
 from finetune.routing.watch import LoadCounter
-from finetune.training.experts import ExpertFiles, choose_experts
+from finetune.training.experts import choose_experts
 from finetune.training.run_folder import RunFolder
 from tests.routing.profiles import random_rows
 from tests.tiny import tiny_moe, token_ids
@@ -121,6 +122,13 @@ def test_resumed_runs_train_the_same_experts_to_the_same_bits(run, tmp_path):
         assert (again.adapter / name).read_bytes() == (run.adapter / name).read_bytes()
     with pytest.raises(UserError, match=r"experts\.select"):
         pipeline.train(recipe_for(folder, "experts.select.top_fraction=0.5"), resume=True)
+
+
+def test_a_run_that_was_killed_while_it_profiled_has_nothing_to_resume(run, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.start((run.path / "recipe.yaml").read_text(), overwrite=False)
+    with pytest.raises(UserError, match=r"holds no checkpoint[\s\S]*run without --resume"):
+        pipeline.train(recipe_for(folder.path), resume=True)
 
 
 def test_resuming_with_an_edited_plan_is_refused(run, tmp_path):

@@ -151,7 +151,8 @@ def test_experts_that_left_have_the_bits_of_the_base(run, model, tmp_path):
         (("experts.select=null",), "every expert trains"),
         (("experts.score=gate",), "counts tokens"),
         (("experts.hot={rank: 8, top_fraction: 0.1}",), "different ranks"),
-        (("train.optimizer=adamw_8bit",), "packs it across"),
+        (("train.optimizer=adamw_8bit",), "adamw_8bit packs it across"),
+        (("train.optimizer=paged_adamw_8bit",), "paged_adamw_8bit packs it across"),
     ],
 )
 def test_what_makes_no_sense_is_refused(model, tmp_path, overrides, match):
