@@ -130,11 +130,11 @@ def move_experts_(model: PeftModel, plan: ExpertPlan, optimizer: Any, generator:
             if model.active_adapter in holder:
                 part: Factor | Delta = holder[model.active_adapter]
                 source = part.move_(experts, generator)
-                _move_state_(optimizer.state[part.weight], source)
+                move_state_(optimizer.state[part.weight], source)
     config.expert_plan = plan
 
 
-def _move_state_(state: dict[str, Any], source: Sequence[int]) -> None:
+def move_state_(state: dict[str, Any], source: Sequence[int]) -> None:
     """Moments of slots follow them; -1 in `source` is a slot without a past."""
     index = torch.tensor(source)
     for name, values in state.items():

@@ -32,7 +32,7 @@ from finetune.routing.watch import LoadCounter
 from finetune.training.experts import choose_experts
 from finetune.training.run_folder import RunFolder
 from tests.routing.profiles import random_rows
-from tests.tiny import tiny_moe, token_ids
+from tests.tiny import save_as_hub, tiny_moe, token_ids
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = ROOT / "examples" / "tiny-qwen3-moe"
@@ -194,13 +194,14 @@ def test_every_score_chooses_from_a_live_model(score, tmp_path):
 
 def test_contrast_and_a_budget(tmp_path):
     shutil.copy(ROOT / "tests" / "assets" / "esft" / "law.json", tmp_path / "other.json")
-    plain = recipe_for(tmp_path)
+    named = f"model.path={save_as_hub(tiny_moe(), tmp_path / 'model')}"
+    plain = recipe_for(tmp_path, named)
     choose_experts(tiny_moe(), random_rows(seed=1), plain, RunFolder(tmp_path), ExpertFiles.read(plain))
     against = tmp_path / "general.json"
     (tmp_path / "routing.json").rename(against)
     price = 8 * ((32 + 2 * 24) + (24 + 32))
     overrides = (f"experts.against={against}", "experts.score=contrast", "experts.select={budget: " + f"{5 * price}}}")
-    recipe = recipe_for(tmp_path, *overrides)
+    recipe = recipe_for(tmp_path, named, *overrides)
     choice = choose_experts(tiny_moe(), random_rows(), recipe, RunFolder(tmp_path), ExpertFiles.read(recipe))
     assert choice.plan.num_trained == 5
     broken = recipe_for(tmp_path, f"experts.against={tmp_path / 'other.json'}", "experts.score=contrast")
