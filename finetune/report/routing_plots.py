@@ -88,7 +88,7 @@ def _drift(axes: Any, looks: list[dict[str, Any]]) -> None:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("choices as\nthe base model's")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=5, loc="lower left")
+    axes.legend(frameon=False, ncols=5, loc="best")
 
 
 def _heatmap(
