@@ -215,7 +215,7 @@ PLAN = ExpertPlan({0: (1, 4), 1: (0, 2, 3)}, 6)
 def test_first_gradients_of_selected_slots_are_those_of_a_run_on_all_experts():
     gradients = []
     for plan in (PLAN, None):
-        model = attach(tiny_moe(), SECTION, plan, seed=3)
+        model = attach(tiny_moe(dtype=torch.float64), SECTION, plan, seed=3)
         model(token_ids(), labels=token_ids()).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     part, every = gradients
@@ -225,7 +225,7 @@ def test_first_gradients_of_selected_slots_are_those_of_a_run_on_all_experts():
         if ".mlp.experts." in name:
             layer = int(name.split(".layers.")[1].split(".")[0])
             expected = expected[list(PLAN.experts_by_layer[layer])]
-        assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-8), name
+        assert (gradient - expected).abs().max() <= 1e-6 * expected.abs().max(), name  # norms round to float32
         assert expected.any() or "lora_A" in name
 
 
