@@ -2,7 +2,8 @@
 
     python benchmarks/freezing_cost.py [--layers 2] [--tokens 2048] [--steps 10] [--device cpu] [--save]
 
-Layers as wide as Qwen3-30B-A3B's, random bf16 weights, LoRA r=16 on experts alone, AdamW. The two arms take turns.
+Layers as wide as Qwen3-30B-A3B's, random bf16 weights, LoRA r=16 on experts alone, AdamW. The two arms take turns,
+after a check that the experts which train in both get the same first gradients.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from finetune.adapters.attach import attach
 from finetune.config.schema import SelectRule
+from finetune.models.qwen3 import layer_index
 from finetune.routing.collect import profile_routing
 from finetune.routing.score import shares
 from finetune.routing.select import apply_rule
@@ -46,7 +48,8 @@ class Run:
         rows = [{"input_ids": ids[0].tolist(), "labels": ids[0].tolist()}]
         profile = profile_routing(model, rows)
         plan = apply_rule(shares(profile), SelectRule(top_fraction=fraction), profile.layer_indices)
-        self.model, self.ids, self.device = attach(model, SECTION, plan, seed=0).train(), ids, device
+        self.plan, self.ids, self.device = plan, ids, device
+        self.model = attach(model, SECTION, plan, seed=0).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
         self.seconds: list[float] = []
@@ -61,6 +64,13 @@ class Run:
         self.optimizer.zero_grad()
         self._wait()
         self.seconds.append(time.perf_counter() - start)
+
+    def first_gradients(self) -> dict[str, torch.Tensor]:
+        """Of B of every expert that trains, before any step, one below the other in the order of the plan."""
+        self.model(self.ids, labels=self.ids).loss.backward()
+        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if "lora_B" in name and p.ndim == 3}
+        self.optimizer.zero_grad()
+        return found
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -77,6 +87,16 @@ class Run:
         }
 
 
+def check_gradients(every: Run, part: Run) -> None:
+    """No numbers unless the experts of `part` get the gradients that they get beside all others, up to rounding."""
+    expected = every.first_gradients()
+    for name, gradient in part.first_gradients().items():
+        experts = list(part.plan.experts_by_layer[layer_index(name)])
+        wrong = (gradient - expected[name][experts]).norm() / expected[name][experts].norm()
+        if not wrong < 0.02:
+            sys.exit(f"{name}: gradients differ by {float(wrong):.1%}; no numbers")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
@@ -87,6 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     ids = torch.randint(0, 1024, (1, options.tokens), generator=torch.Generator().manual_seed(1)).to(options.device)
     arms = {name: Run(fraction, options.layers, ids) for name, fraction in (("all experts", 1.0), ("a quarter", 0.25))}
+    check_gradients(*arms.values())
     for _ in range(3 + options.steps):
         for arm in arms.values():
             arm.step()

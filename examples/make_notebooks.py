@@ -51,6 +51,11 @@ The table says what trains. The bar moves while it does.""",
 Before training, the rows were read once to see which experts they use. Only the hottest quarter of each layer got
 adapters; the rest of the model is frozen.""",
     """run.plot_experts()""",
+    """## What became of the routing
+
+The routers are frozen, but what they read changes while the layers below learn. A few rows are routed again and again
+during training: on the left as the base model does it, in the middle after training, on the right the difference.""",
+    """run.plot_routing()""",
     """## After training
 
 The rows of the old domains that are mixed into the training data keep them from being forgotten.""",

@@ -109,12 +109,15 @@ def quantize(
 def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
     from finetune.config.packed_folder import settled
+    from finetune.models.files import check_target_file
     from finetune.report.routing_table import render_profile
     from finetune.routing.measure import profile_for
     from finetune.routing.profile_file import write_profile
     from finetune.routing.select import split_half_stability
 
     console, recipe = console or Console(stderr=True), settled(recipe)
+    if output is not None:
+        check_target_file(output)  # before anything is measured
     prepared, _ = prepare(recipe, console=console)
     model = _load_frozen(recipe, console)
     with rows_done(console, "profiling") as progress:
@@ -136,7 +139,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.config.packed_folder import settled
     from finetune.quant.load import check_source
     from finetune.report.routing_table import render_choice
-    from finetune.training.experts import ExpertFiles, choose_experts
+    from finetune.routing.expert_files import ExpertFiles
+    from finetune.training.experts import choose_experts
     from finetune.training.processes import is_main_process, load_device
     from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
@@ -260,7 +264,7 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
     import json
 
     from finetune.errors import Problem, UserError
-    from finetune.models.files import write_atomic
+    from finetune.models.files import check_target_file, write_atomic
     from finetune.report.run_report import RunFacts, render_run
     from finetune.routing.plan_file import read_plan
     from finetune.routing.profile_file import read_profile
@@ -276,7 +280,8 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
         profile=read_profile(folder.routing) if folder.routing.is_file() else None,
         plan=read_plan(folder.plan) if folder.plan.is_file() else None,
     )
-    path = Path(output) if output is not None else folder.path / "report.html"
+    path = Path(output) if output is not None else folder.report
+    check_target_file(path)
     write_atomic(path, render_run(facts).encode())
     return path
 

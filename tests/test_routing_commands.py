@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune.__main__ import main
+from finetune.config.load import load_recipe
 from finetune.routing.plan_file import read_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,11 +103,77 @@ def test_a_budget_needs_the_price_of_an_expert(law, capsys):
         (["--top-p", "0.2", "--per-layer"], "there is no budget"),
         (["--plan-out", "plan.json"], "needs a rule"),
         (["--budget", "5Q"], "no amount"),
+        (["--top-p", "0.2", "--plot", "experts.txt"], "ends in none of .png"),
+        (["--top-p", "0.2", "--plan-out", "tests"], "is a folder"),
+        (["--top-p", "0.2", "--plan-out", "README.md/plan.json"], "cannot be written"),
+        (["--top-p", "0.2", "--plot", "README.md/experts.png"], "cannot be written"),
     ],
 )
 def test_mistakes(law, arguments, expected, capsys):
     assert main(["experts", law, *arguments]) == 2
     assert expected in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_profile_that_the_score_does_not_read_is_refused(law, capsys):
+    assert main(["experts", law, "--top-p", "0.2", "--against", law]) == 2
+    assert "is not read by score tokens" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr("finetune.routing.measure.profile_for", None)
+    assert main(["profile", RECIPE, "--output", "README.md/routing.json"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_plan_that_was_written_trains_as_the_command_says(law, tmp_path, capsys):
+    plan = tmp_path / "new" / "plan.json"
+    assert main(["experts", law, "--top-p", "0.2", "--plan-out", str(plan)]) == 0
+    override = shlex.split(capsys.readouterr().out.splitlines()[-1])[-1]
+    assert load_recipe(RECIPE, override).experts.select.file == str(plan)
+
+
+def test_every_layer_of_a_deep_model_is_shown(tmp_path, capsys):
+    path = tmp_path / "routing.json"
+    path.write_text(json.dumps({"token_counts": [[3, 1]] * 94, "experts_per_token": 1}))
+    for rule in ([], ["--top-p", "0.2"]):
+        assert main(["experts", str(path), *rule]) == 0
+        assert "│ 93 " in capsys.readouterr().out
+
+
+WRONG_PLANS = {
+    "another model": ({"num_experts": 4, "experts_by_layer": {"0": [1]}}, [], "have 32"),
+    "too deep": ({"num_experts": 32, "experts_by_layer": {"4": [1]}}, [], "does not have"),
+    "an id too large": ({"num_experts": 32, "experts_by_layer": {"0": [32]}}, [], "between 0 and 31"),
+    "ranks that move": (
+        {"num_experts": 32, "experts_by_layer": {"0": [1]}, "ranks_by_layer": {"0": [4]}},
+        ["experts.reselect={every: 5}"],
+        "reselect cannot move",
+    ),
+    "ranks of whole experts": (
+        {"num_experts": 32, "experts_by_layer": {"0": [1]}, "ranks_by_layer": {"0": [4]}},
+        ["experts.mode=full"],
+        "trains no factors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PLANS)
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_plans_that_do_not_fit_are_told_before_a_model_is_loaded(tmp_path, capsys, name, command, monkeypatch):
+    content, overrides, expected = WRONG_PLANS[name]
+    monkeypatch.setattr("finetune.pipeline._load_frozen", None)
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    rule = f"experts.select={{file: {tmp_path / 'plan.json'}}}"
+    assert main([command, RECIPE, rule, f"output.dir={tmp_path / 'run'}", *overrides]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_general_profile_of_another_model_is_told_by_check(law, capsys):
+    contrast = f"experts={{score: contrast, against: {law}, select: {{top_p: 0.2}}}}"
+    assert main(["check", RECIPE, contrast]) == 2
+    told = capsys.readouterr().err
+    assert "26 layers of experts instead of 4, 64 experts in each instead of 32" in told
 
 
 def test_hot_experts_get_a_rank_of_their_own(law, capsys, tmp_path):

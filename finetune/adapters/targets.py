@@ -69,6 +69,9 @@ def lora_config(
     if expert_mode == "full" and experts is None:
         hint = "choose experts with a plan; ExpertPlan.all names every one"
         problems.append(Problem("experts", "train whole, but there is no plan", hint))
+    if expert_mode == "full" and experts is not None and experts.ranks_by_layer is not None:
+        what = "gives experts ranks, but whole experts have no factors"
+        problems.append(Problem("expert plan", what, "remove ranks_by_layer, or train factors"))
     if router != "frozen" and not problems and not router_layers(model):
         hint = "a dense model has no experts to route to: leave router at frozen"
         problems.append(Problem("router.train", "matches nothing in this model", hint, router))

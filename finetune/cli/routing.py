@@ -11,6 +11,7 @@ from finetune.cli.options import AsJson, Overrides, RecipePath
 from finetune.cli.printing import open_console, print_json
 
 SCORES = ("tokens", "gate", "mass", "gradient", "contrast", "random")
+IMAGES = (".png", ".svg", ".pdf")
 
 
 def profile(
@@ -57,6 +58,7 @@ def experts(
     as_json: AsJson = False,
 ) -> None:
     """Explore which experts a rule would train; loads no model."""
+    from finetune.models.files import check_target_file
     from finetune.report.routing_table import exploration_to_dict, render_explorations
     from finetune.routing.explore import explore
     from finetune.routing.plan_file import write_plan
@@ -67,13 +69,16 @@ def experts(
     section: dict[str, Any] = {"score": score}
     section |= {"select": rule if asked else None, "against": None if against is None else str(against)}
     if hot_rank is not None or hot_fraction is not None:
-        if budget is not None:
-            raise typer.BadParameter("does not go with --budget, which counts one rank", param_hint="--hot-rank")
         section["hot"] = {"rank": hot_rank, "top_fraction": hot_fraction}
+    if plan_out is not None and not asked:
+        raise typer.BadParameter("needs a rule, such as --top-fraction 0.25", param_hint="--plan-out")
+    if plot is not None and plot.suffix.lower() not in IMAGES:
+        raise typer.BadParameter(f"'{plot}' ends in none of {', '.join(IMAGES)}", param_hint="--plot")
+    for file in (plan_out, plot):
+        if file is not None:
+            check_target_file(file)
     found = explore(routing, section, seed=seed, rank=rank, model=model)
     if plan_out is not None:
-        if not asked:
-            raise typer.BadParameter("needs a rule, such as --top-fraction 0.25", param_hint="--plan-out")
         write_plan(plan_out, found[0].plan)
     if plot is not None:
         from finetune.report.routing_plots import plot_profile
@@ -85,4 +90,5 @@ def experts(
         console = open_console()
         console.print(render_explorations(found))
         if plan_out is not None:
-            console.print(f"\nwrote {plan_out}; train with it: experts.select.file={plan_out}", soft_wrap=True)
+            rule_of_file = f"experts.select='{{file: {plan_out}}}'"
+            console.print(f"\nwrote {plan_out}\nnext: finetune train RECIPE {rule_of_file}", soft_wrap=True)

@@ -16,7 +16,12 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
     from finetune.config.load import load_recipe
     from finetune.config.summary import summarize
 
-    summary = summarize(load_recipe(recipe, *(overrides or ())))
+    checked = load_recipe(recipe, *(overrides or ()))
+    if checked.experts.names_files:
+        from finetune.routing.expert_files import ExpertFiles
+
+        ExpertFiles.read(checked)
+    summary = summarize(checked)
     if as_json:
         print_json(summary)
     else:

@@ -96,8 +96,8 @@ def _reselect(recipe: Recipe) -> Iterator[Finding]:
     if experts.hot is not None:
         what = "is given, but experts.hot gives experts different ranks"
         yield _clash(where, what, "remove one of them", "experts.hot")
-    if recipe.train.optimizer == "adamw_8bit":
-        what = "moves optimizer state between experts, but adamw_8bit packs it across them"
+    if recipe.train.optimizer.endswith("8bit"):
+        what = f"moves optimizer state between experts, but {recipe.train.optimizer} packs it across them"
         yield _clash(where, what, "write train.optimizer: adamw", "train.optimizer")
 
 

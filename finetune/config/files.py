@@ -13,6 +13,7 @@ from finetune.config.findings import FieldPath, Finding
 from finetune.config.model_shape import ModelShape, read_model_shape
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
+from finetune.config.values import parameters_in
 from finetune.errors import ModelError
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -77,6 +78,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     try:
         shape = read_model_shape(path)
         yield from _targets(recipe, shape)
+        yield from _budget(recipe, shape)
         yield from _stored(recipe, shape)
     except ModelError as error:
         for problem in error.problems:
@@ -106,6 +108,18 @@ def _targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
         what = f"names projections of dense layers, but every layer of {recipe.model.path} has experts"
         hint = "write experts: [gate_up_proj, down_proj] instead of mlp"
         yield Finding(("adapter", "mlp"), what, hint, list(adapter.mlp), with_paths=(model,))
+
+
+def _budget(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
+    """A budget that no plan can keep."""
+    select, where = recipe.experts.select, ("experts", "select", "budget")
+    if select is None or select.budget is None or not recipe.adapter.experts:
+        return
+    least = shape.moe_layers * recipe.expert_parameters(shape.hidden, shape.expert_intermediate)
+    if parameters_in(select.budget) < least:
+        hint = f"give at least {least:,}: one expert in each of {shape.moe_layers} layers; or lower the rank"
+        what = "does not pay for one expert in each layer"
+        yield Finding(where, what, hint, select.budget, with_paths=(("model", "path"),))
 
 
 def _stored(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:

@@ -97,6 +97,14 @@ class ModelShape:
         return min(self.hidden, self.kv_heads * self.head_dim)
 
 
+def find_model_shape(path: str | Path) -> ModelShape | None:
+    """The shape of the model in a folder; None when no Qwen3 is there."""
+    try:
+        return read_model_shape(path)
+    except ModelError:
+        return None
+
+
 def read_model_shape(folder: str | Path) -> ModelShape:
     """The shape that `folder`/config.json describes. Raises ModelError when it is missing or no Qwen3's."""
     path = Path(folder) / "config.json"

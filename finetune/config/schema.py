@@ -226,6 +226,11 @@ class ExpertsSection(Section):
         default="lora", description="train factors on the chosen experts, or their weights themselves (ESFT)"
     )
 
+    @property
+    def names_files(self) -> bool:
+        """Whether a plan or a profile is read."""
+        return self.against is not None or (self.select is not None and self.select.file is not None)
+
 
 class RouterSection(Section):
     """What happens to the router; the default leaves it alone."""

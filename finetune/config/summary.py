@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from finetune.config.files import kind_of
-from finetune.config.model_shape import ModelShape, read_model_shape
+from finetune.config.model_shape import ModelShape, find_model_shape
 from finetune.config.packed_folder import frozen_bytes, read_packed_settings, settled
 from finetune.config.schema import DataFile, Recipe
-from finetune.errors import ModelError
 
 _GIB = 2**30
 
@@ -25,7 +23,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     """
     recipe = settled(recipe)
     train, data = recipe.train, recipe.data
-    shape = _shape(recipe)
+    shape = find_model_shape(recipe.model.path)
     facts: dict[str, Any] = {"model": recipe.model.path, **_quantize(recipe)}
     if shape is not None:
         counts = _counts(recipe, shape)
@@ -63,15 +61,6 @@ def _memory(recipe: Recipe, shape: ModelShape, trainable: int | None) -> dict[st
     trained = None if trainable is None else trainable * (10 if "8bit" in recipe.train.optimizer else 16) / _GIB
     frozen = {"frozen": (held.packed - on_disk + held.rest) / _GIB, "packed": held.packed / _GIB or None}
     return {**frozen, "left_on_disk": on_disk / _GIB or None, "trained_with_optimizer": trained}
-
-
-def _shape(recipe: Recipe) -> ModelShape | None:
-    if kind_of(str(Path(recipe.model.path) / "config.json")) != "file":
-        return None
-    try:
-        return read_model_shape(recipe.model.path)
-    except ModelError:
-        return None
 
 
 def _counts(recipe: Recipe, shape: ModelShape) -> dict[str, Any]:
@@ -156,6 +145,11 @@ def _warnings(recipe: Recipe, shape: ModelShape | None) -> list[str]:
             warnings.append(
                 f"train.{name} {every} is above train.steps {recipe.train.steps}: it happens at the end only"
             )
+    reselect, steps = recipe.experts.reselect, recipe.train.steps
+    if reselect is not None and steps is not None and reselect.every >= steps:
+        warnings.append(
+            f"experts.reselect.every {reselect.every} is not below train.steps {steps}: experts are never chosen anew"
+        )
     if shape is not None and (adapter.attention or adapter.mlp) and adapter.rank > shape.smallest_side(experts=False):
         warnings.append(f"adapter.rank {adapter.rank} is above the width of the smallest matrix it adapts")
     if shape is not None and adapter.experts and adapter.rank_of_experts > shape.smallest_side(experts=True):

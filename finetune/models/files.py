@@ -129,6 +129,20 @@ def check_target(target: str | Path, *, overwrite: bool = False) -> None:
         raise UserError(Problem(str(target), "exists and is not empty", hint))
 
 
+def check_target_file(target: str | Path) -> None:
+    """Raises UserError unless a file can be written at `target`; folders above it are made."""
+    target = Path(target)
+    hint = "end the path with the name of a file, in a folder that can be written to"
+    if target.is_dir():
+        raise UserError(Problem(str(target), "is a folder", hint))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(Problem(str(target), f"cannot be written ({error.strerror})", hint)) from None
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(Problem(str(target), "cannot be written", hint))
+
+
 def _put_in_place(building: Path, target: Path) -> None:
     replaced = target.with_name(f".{target.name}.replaced")
     if target.is_dir() and any(target.iterdir()):

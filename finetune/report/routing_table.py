@@ -16,7 +16,6 @@ from finetune.routing.profile import Concentration, RoutingProfile, load_share
 from finetune.routing.select import split_half_stability
 
 STABLE = 0.8
-MOST_LAYERS = 64
 
 
 def profile_facts(profile: RoutingProfile, stability: float | None) -> dict[str, Any]:
@@ -57,12 +56,16 @@ def routing_share(plan: ExpertPlan, profile: RoutingProfile) -> list[float]:
 
 def render_profile(profile: RoutingProfile, stability: float | None) -> Group:
     """The profile by layer, and what it means."""
+    return Group(_concentration(profile), *_stability(profile, stability))
+
+
+def _concentration(profile: RoutingProfile) -> Group:
     found = Concentration.of(profile.token_counts_LE)
     table = Table("layer", title=f"routing of {profile.num_tokens:,} tokens", title_justify="left")
     for column in ("hottest expert", "hottest 25 %", "entropy", "variation", "unused"):
         table.add_column(column, justify="right")
     hottest = load_share(profile.token_counts_LE)
-    for row, layer in list(enumerate(profile.layer_indices))[:MOST_LAYERS]:
+    for row, layer in enumerate(profile.layer_indices):
         table.add_row(
             str(layer),
             f"{int(hottest[row].argmax())} ({hottest[row].max():.1%})",
@@ -72,7 +75,7 @@ def render_profile(profile: RoutingProfile, stability: float | None) -> Group:
             str(int(found.dead[row])),
         )
     line = f"a quarter of the experts takes {found.hottest_quarter.mean():.1%} of the routing (25 % if all were alike)"
-    return Group(table, Text(line), *_stability(stability))
+    return Group(table, Text(line))
 
 
 def exploration_to_dict(found: Exploration) -> dict[str, Any]:
@@ -92,7 +95,9 @@ def render_explorations(found: list[Exploration]) -> Group:
     """One choice by layer, or several beside one another."""
     if len(found) == 1:
         (only,) = found
-        return Group(render_plan(only.plan, only.profile, only.trainable_parameters), *_stability(only.stability))
+        return Group(
+            render_plan(only.plan, only.profile, only.trainable_parameters), *_stability(only.profile, only.stability)
+        )
     table = Table(title="what rules would choose", title_justify="left")
     table.add_column("rule", no_wrap=True)
     for column in ("experts", "share", "routing", "parameters", "halves agree"):
@@ -108,7 +113,7 @@ def render_explorations(found: list[Exploration]) -> Group:
             f"{facts['trainable_parameters']:,}" if "trainable_parameters" in facts else "",
             "" if each.stability is None else f"{each.stability:.0%}",
         )
-    return Group(render_profile(found[0].profile, None), table)
+    return Group(_concentration(found[0].profile), table)
 
 
 def render_plan(plan: ExpertPlan, profile: RoutingProfile, trainable_parameters: int | None = None) -> Group:
@@ -118,7 +123,7 @@ def render_plan(plan: ExpertPlan, profile: RoutingProfile, trainable_parameters:
     table.add_column("routing", justify="right")
     table.add_column("ids")
     shares = routing_share(plan, profile)
-    for layer, share in list(zip(profile.layer_indices, shares, strict=True))[:MOST_LAYERS]:
+    for layer, share in zip(profile.layer_indices, shares, strict=True):
         experts = plan.experts_by_layer.get(layer, ())
         table.add_row(str(layer), f"{len(experts)} of {plan.num_experts}", f"{share:.1%}", spans(experts))
     return Group(table, plan_line(plan, profile, trainable_parameters))
@@ -130,7 +135,7 @@ def render_choice(plan: ExpertPlan | None, profile: RoutingProfile | None, rule:
         return Group()
     if profile is None:
         return Group(Text(f"{plan.num_trained:,} experts train, as the plan says"))
-    return Group(plan_line(plan, profile), *_stability(split_half_stability(profile, rule)))
+    return Group(plan_line(plan, profile), *_stability(profile, split_half_stability(profile, rule)))
 
 
 def plan_line(plan: ExpertPlan, profile: RoutingProfile, trainable_parameters: int | None = None) -> Text:
@@ -157,11 +162,12 @@ def spans(ids: tuple[int, ...]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def _stability(stability: float | None) -> list[Text]:
+def _stability(profile: RoutingProfile, stability: float | None) -> list[Text]:
+    advice = "look at more rows (experts.profile_tokens) before you rely on the choice"
     if stability is None:
-        return []
-    text = f"two halves of the sample choose {stability:.0%} the same experts"
+        few = f"warning: too few rows to see whether two halves of them agree; {advice}"
+        return [] if profile.half_counts_LE is None else [Text(few, style="yellow")]
+    line = Text(f"two halves of the sample agree on {stability:.0%} of the experts, choosing by tokens")
     if stability >= STABLE:
-        return [Text(text)]
-    advice = "warning: that is little; look at more rows (experts.profile_tokens) before you rely on the choice"
-    return [Text(text), Text(advice, style="yellow")]
+        return [line]
+    return [line, Text(f"warning: that is little; {advice}", style="yellow")]

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.report.plots import plot_loss
 from finetune.report.routing_plots import plot_profile, plot_routing
+from finetune.report.routing_table import plan_line
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import RoutingProfile
 
@@ -46,6 +47,8 @@ def render_run(facts: RunFacts) -> str:
     if profile is not None:
         title = "Load of the experts on the training rows before training; dots train"
         parts.append(_figure(title, plot_profile(profile, facts.plan)))
+        if facts.plan is not None:
+            parts.append(f"<p>{escape(plan_line(facts.plan, profile).plain)}</p>")
     if any("routing" in row for row in rows):
         parts.append(_figure("Routing of the same rows before and after training", plot_routing(rows)))
     parts += [_swaps(rows), "<h2>Recipe</h2>", f"<pre>{escape(facts.recipe)}</pre>"]

@@ -60,7 +60,7 @@ def profile_routing(
     progress: called with the rows done and the rows in all.
     block_tokens: rows are joined up to this many tokens.
 
-    Raises RoutingError when the model has no experts, or no token is to be counted.
+    Raises RoutingError when the model has no experts or gives no finite numbers, or no token is to be counted.
     """
     measure = measure or Measure()
     layers = expert_layers(model)
@@ -136,6 +136,7 @@ class _Tally:
         names += ["gradient"] if measure.gradient else []
         shape = len(layers), int(model.config.num_experts)
         self._sums = {name: torch.zeros(shape, dtype=torch.long, device=self._device) for name in names}
+        self._finite = torch.ones((), dtype=torch.bool, device=self._device)
         self._experts_per_token = int(model.config.num_experts_per_tok)
         self._counted_T = self._first_half_T = torch.zeros(0, dtype=torch.bool)
         self._tokens = 0
@@ -193,14 +194,18 @@ class _Tally:
             steps_P = torch.ones_like(index_P)
         else:
             values_P = values_TK[keep_T].reshape(-1).double().abs()
+            self._finite &= values_P.isfinite().all()
             steps_P = (values_P * STEPS_PER_ONE[name]).round().long()
         self._sums[name][row].index_add_(0, index_P, steps_P)
 
     def profile(self, source: dict[str, Any]) -> RoutingProfile:
-        """What was added up. Raises RoutingError when no token was counted."""
+        """What was added up. Raises RoutingError when no token was counted, or a number is not finite."""
         if not self._tokens:
             hint = "count all tokens, or give rows whose answers carry loss"
             raise RoutingError(Problem("sample", "has no token to count", hint))
+        if not self._finite:
+            hint = "look at what the model answers; weights may be damaged, or too large for float16"
+            raise RoutingError(Problem("model", "gives routing weights that are no finite numbers", hint))
         sums = {name: tensor.cpu().numpy() for name, tensor in self._sums.items()}
         real = {name: sums[name] / np.float64(STEPS_PER_ONE[name]) for name in STEPS_PER_ONE if name in sums}
         return RoutingProfile(

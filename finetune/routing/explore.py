@@ -52,6 +52,12 @@ def explore(
     Raises RoutingError, or ModelError for `model`, with everything that is wrong.
     """
     section = _section(experts)
+    if section.against is not None and section.score != "contrast":
+        hint = "score by contrast, or leave it out"
+        raise RoutingError(Problem("experts.against", f"is not read by score {section.score}", hint, section.against))
+    if section.hot is not None and section.select is not None and section.select.budget is not None:
+        hint = "choose by top_fraction or top_p"
+        raise RoutingError(Problem("experts.hot", "does not go with a budget, which counts one rank", hint))
     profile = read_profile(routing)
     against = None if section.against is None else read_profile(section.against)
     price = _price(profile, rank, model)

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.errors import AdapterError, Problem
 
-_HINT = "write the plan with `finetune profile` for this model, or leave it out to train every expert"
+_HINT = "make the plan with `finetune experts ROUTING --top-fraction 0.25 --plan-out plan.json`, or mend it by hand"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ExpertPlan:
         """The plan `to_dict` wrote. Raises AdapterError for anything else."""
         if not isinstance(content, dict) or set(content) - {"ranks_by_layer"} != {"num_experts", "experts_by_layer"}:
             what = "must hold num_experts and experts_by_layer, and may hold ranks_by_layer"
-            raise AdapterError(_problem("content", what, content))
+            raise AdapterError(_problem("content", what, list(content) if isinstance(content, dict) else content))
         lists = {name: _by_layer(name, content[name]) for name in content if name != "num_experts"}
         return cls(num_experts=content["num_experts"], **lists)
 

@@ -25,7 +25,7 @@ class RoutingProfile:
         times the weights of the expert's down projection: how much the loss would change, to first order, were the
         expert's answer scaled.
     half_counts_LE: token_counts of every second row of the sample, to see whether two halves agree.
-    source: what the numbers came from; for people, nothing is computed from it.
+    source: what the numbers came from. Of it only the model's fingerprint and widths are ever read.
 
     What is None was not measured.
     """

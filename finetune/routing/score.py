@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.errors import Problem, RoutingError
+from finetune.errors import Problem, RoutingError, shorten
 from finetune.routing.profile import RoutingProfile, Sums, load_share
 
 Score = Literal["tokens", "gate", "mass", "gradient", "contrast", "random"]
@@ -45,16 +45,29 @@ def shares(
 
 def _contrast(profile: RoutingProfile, against: RoutingProfile | None) -> Sums:
     if against is None:
-        hint = "give the routing profile of general data: against"
+        hint = "name the routing profile of general data: --against general.json, or experts.against in a recipe"
         raise RoutingError(Problem("score contrast", "needs a profile to contrast with", hint))
-    mine, other = ((p.layer_indices, p.num_experts, p.experts_per_token) for p in (profile, against))
-    if mine != other:
+    mine, other = _of_model(profile), _of_model(against)
+    known = [name for name in mine if mine[name] is not None and other[name] is not None]
+    strange = [
+        f"{name} {shorten(other[name])} instead of {shorten(mine[name])}" for name in known if other[name] != mine[name]
+    ]
+    if strange:
         hint = "make both profiles with the same model"
-        shown = f"{profile.num_layers} x {profile.num_experts} and {against.num_layers} x {against.num_experts}"
-        raise RoutingError(Problem("against", "is a profile of another model", hint, shown))
+        raise RoutingError(Problem("against", f"is a profile of another model: {', '.join(strange)}", hint))
     used, general = load_share(profile.token_counts_LE), load_share(against.token_counts_LE)
     both = used + general
     return _normalized(used * np.divide(used, both, where=both > 0, out=np.zeros_like(used)), profile, "contrast")
+
+
+def _of_model(profile: RoutingProfile) -> dict[str, object]:
+    """What tells the model apart; None where nobody said."""
+    return {
+        "layers": list(profile.layer_indices),
+        "experts": profile.num_experts,
+        "experts per token": profile.experts_per_token,
+        "fingerprint": profile.source.get("model_fingerprint"),
+    }
 
 
 def _normalized(score_LE: Sums, profile: RoutingProfile, score: str) -> Sums:

@@ -156,8 +156,8 @@ class Look:
         if self.overlap[worst] < DRIFTED:
             found["drift"] = (
                 f"routing drifts: in layer {self.layers[worst]} the router makes {self.overlap[worst]:.0%} of the base "
-                "model's choices on the same rows; lower train.learning_rate, mix in rows of the old skills, or train "
-                "fewer steps"
+                "model's choices on the same rows; lower train.learning_rate, mix in rows of the old skills, train "
+                "fewer steps, or set router.kl_to_base"
             )
         lost = (
             Concentration.of(base.probe_load_LE).entropy - Concentration.of(self.probe_load_LE).entropy
@@ -166,6 +166,7 @@ class Look:
         if lost[worst] > COLLAPSED:
             found["collapse"] = (
                 f"experts collapse: in layer {self.layers[worst]} the load on the same rows has lost {lost[worst]:.2f} "
-                "of its entropy; lower train.learning_rate, or train fewer or lower layers' attention projections"
+                "of its entropy; lower train.learning_rate, or set router.kl_to_base; if the router trains, also "
+                "router.aux_loss"
             )
         return found

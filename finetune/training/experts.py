@@ -10,6 +10,7 @@ from torch import nn
 
 from finetune.adapters.files import read_sidecar
 from finetune.config.schema import Recipe
+from finetune.routing.expert_files import ExpertFiles
 from finetune.routing.measure import profile_for
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.plan_file import read_plan, write_plan
@@ -19,26 +20,6 @@ from finetune.routing.select import select
 from finetune.training.checkpoints import newest_complete
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class ExpertFiles:
-    """What a recipe names in its experts section, read before the model is loaded so that mistakes are told early.
-
-    plan: of experts.select.file. against: of experts.against.
-    """
-
-    plan: ExpertPlan | None
-    against: RoutingProfile | None
-
-    @classmethod
-    def read(cls, recipe: Recipe) -> ExpertFiles:
-        """Raises RoutingError or AdapterError with what is wrong with them."""
-        rule, against = recipe.experts.select, recipe.experts.against
-        return cls(
-            None if rule is None or rule.file is None else read_plan(rule.file),
-            None if against is None else read_profile(against),
-        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from finetune.adapters.delta import Delta
 from finetune.adapters.expert_factors import ExpertFactors
 from finetune.adapters.factor import Factor
 from finetune.config.schema import Reselect
-from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
 from finetune.models.qwen3 import layer_index
 from finetune.routing.plan import ExpertPlan
@@ -35,22 +34,21 @@ from finetune.training.processes import is_main_process
 
 COUNTS = "expert_counts.json"
 """In a checkpoint: tokens per expert since experts were last chosen."""
+SECOND_MOMENTS = ("exp_avg_sq", "state2")
+"""As torch's AdamW and bitsandbytes' name them."""
 
 
 class Reselection(TrainerCallback):
     """Chooses experts anew every `section.every` steps, by the tokens they got in the training steps since.
 
-    checkpoint: what the run resumes from, None at its start.
-    Raises AdapterError for a plan whose experts have ranks of their own.
+    model: its experts all have one rank. checkpoint: what the run resumes from, None at its start.
     """
 
     def __init__(
         self, model: PeftModel, section: Reselect, metrics: Metrics, *, seed: int, checkpoint: Path | None
     ) -> None:
         self._model, self._section, self._metrics, self._seed = model, section, metrics, seed
-        if current_plan(model).ranks_by_layer is not None:
-            hint = "remove ranks_by_layer from the plan, or experts.reselect"
-            raise AdapterError(Problem("experts.reselect", "cannot move experts of different ranks", hint))
+        assert current_plan(model).ranks_by_layer is None, "experts of different ranks cannot be moved"
         base: Any = model.get_base_model()
         self._counter = LoadCounter(base.model, base.config.num_experts)
         self._carried_LE = self._counter.take()
@@ -132,11 +130,11 @@ def move_experts_(model: PeftModel, plan: ExpertPlan, optimizer: Any, generator:
             if model.active_adapter in holder:
                 part: Factor | Delta = holder[model.active_adapter]
                 source = part.move_(experts, generator)
-                _move_state_(optimizer.state[part.weight], source)
+                move_state_(optimizer.state[part.weight], source)
     config.expert_plan = plan
 
 
-def _move_state_(state: dict[str, Any], source: Sequence[int]) -> None:
+def move_state_(state: dict[str, Any], source: Sequence[int]) -> None:
     """Moments of slots follow them; -1 in `source` is a slot without a past."""
     index = torch.tensor(source)
     for name, values in state.items():
@@ -146,6 +144,5 @@ def _move_state_(state: dict[str, Any], source: Sequence[int]) -> None:
         fresh = index < 0
         if fresh.any():
             stays = values[index[~fresh].to(values.device)]
-            square = name.startswith("exp_avg_sq")
-            moved[fresh] = (stays if len(stays) else values).mean(0) if square else 0.0
+            moved[fresh] = (stays if len(stays) else values).mean(0) if name in SECOND_MOMENTS else 0.0
         values.copy_(moved)

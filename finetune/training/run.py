@@ -79,6 +79,7 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     ]
     if problems:
         raise UserError(*problems)
+    newest_complete(folder.checkpoints)  # a run that was killed before the first one cannot go on
 
 
 def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:

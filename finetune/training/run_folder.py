@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def report(self) -> Path:
+        """The page about the run that `finetune report` writes."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder per checkpoint."""
         return self.path / "checkpoints"
@@ -74,7 +79,7 @@ class RunFolder:
         for folder in (self.checkpoints, self.adapter):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for file in (self.routing, self.plan, self.metrics, self.summary, self.recipe):
+        for file in (self.routing, self.plan, self.metrics, self.summary, self.report, self.recipe):
             file.unlink(missing_ok=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:

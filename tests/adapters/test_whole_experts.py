@@ -149,6 +149,8 @@ def test_damaged_files_are_told(tmp_path):
 def test_a_plan_is_needed_and_another_one_is_noticed(tmp_path):
     with pytest.raises(AdapterError, match="there is no plan"):
         whole(None)
+    with pytest.raises(AdapterError, match="have no factors"):
+        whole(ExpertPlan({0: (1, 5)}, 6, {0: (2, 3)}))
     save_adapter(whole(), tmp_path / "adapter")
     with pytest.raises(AdapterError, match="trained experts"):
         check_same_plan(whole(ExpertPlan({0: (1, 5), 1: (0, 2, 3)}, 6)), tmp_path / "adapter")

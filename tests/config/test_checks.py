@@ -76,6 +76,16 @@ def test_what_is_there_is_right(folder):
     assert problems(f"data.train={folder}/data/rows.jsonl", f"model.path={folder}/models/moe") == []
 
 
+def test_a_budget_must_pay_for_an_expert_in_each_layer(folder):
+    price = 2 * 16 * ((8 + 2 * 4) + (4 + 8))  # of an expert in both layers, at rank 16
+    assert problems(f"experts.select={{budget: {price}}}") == []
+    problem = one(f"experts.select={{budget: {price - 1}}}")
+    assert "does not pay for one expert in each layer" in problem
+    assert f"at least {price:,}" in problem
+    assert problems(f"experts.select={{budget: {price - 1}}}", "adapter.rank=15") == []
+    assert problems("experts.select={budget: 1}", "model.path=Qwen/Qwen3-30B-A3B") == []
+
+
 def test_names_on_the_hub_are_not_looked_for(folder):
     assert problems("model.path=Qwen/Qwen3-30B-A3B", "data.train=HuggingFaceH4/ultrachat_200k") == []
     assert problems("model.path=Qwen/Qwen3-0.6B", "model.revision=main", "data.train.0.split=test") != []

@@ -126,6 +126,7 @@ def test_warnings(recipe_file):
             "adapter.expert_rank=1024",
             "adapter.rank=4096",
             "train.save_every=6",
+            "experts={select: {top_p: 0.2}, reselect: {every: 6}}",
         )
     )["warnings"]
     for part in (
@@ -134,5 +135,6 @@ def test_warnings(recipe_file):
         "adapter.rank 4096",
         "adapter.expert_rank 1024",
         "train.save_every 6",
+        "experts.reselect.every 6",
     ):
         assert sum(part in warning for warning in warnings) == 1, warnings

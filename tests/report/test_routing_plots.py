@@ -13,7 +13,7 @@ from tests.routing.profiles import profile_of
 
 def rows():
     def row(step, load, overlap):
-        routing = {"layers": [0, 1], "probe_load": load, "overlap": [overlap, 1.0]}
+        routing = {"layers": [1, 3], "probe_load": load, "overlap": [overlap, 1.0]}
         return {"step": step, "router_overlap": (overlap + 1) / 2, "routing": routing}
 
     return [row(0, [[0.5, 0.5], [1.0, 0.0]], 1.0), {"step": 1, "loss": 2.0}, row(1, [[0.25, 0.75], [1.0, 0.0]], 0.8)]
@@ -26,6 +26,8 @@ def test_before_after_and_difference():
     assert before.tolist() == [[1.0, 1.0], [2.0, 0.0]]
     assert after.tolist() == [[0.5, 1.5], [2.0, 0.0]]
     assert np.allclose(difference, after - before)
+    for axes in (axes for axes in figure.axes if axes.get_xlabel() == "expert"):
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "3"]  # decoder layers, not rows
     with pytest.raises(UserError, match="nothing about routing"):
         plot_routing([{"step": 1, "loss": 2.0}])
 

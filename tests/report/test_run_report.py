@@ -44,6 +44,7 @@ def test_one_page_with_everything(run):
         "loss 0.5123",
         "step 2: &lt;drift&gt;",
         "left 3; came 0",
+        "2 of 8 experts train (25.0%); 40.0% of the routing reaches them",
         "path: &lt;base&gt;",
         "a &lt;run&gt;",
     ):

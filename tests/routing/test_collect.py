@@ -93,6 +93,14 @@ def test_gradient_is_gradient_times_weight_of_the_down_projection():
     assert (profile.gradient_LE >= np.abs(product) - 1e-7).all()
 
 
+def test_a_model_that_gives_no_numbers_is_told():
+    broken = tiny_moe()
+    with torch.no_grad():
+        broken.model.layers[0].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(RoutingError, match="no finite numbers"):
+        profile_routing(broken, random_rows(3))
+
+
 def test_the_model_is_left_as_it_was(model):
     model.train()
     profile_routing(model, random_rows(2), ALL)

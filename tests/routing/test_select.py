@@ -112,6 +112,10 @@ def test_contrast_prefers_what_general_data_does_not_use():
         shares(profile, "contrast")
     with pytest.raises(RoutingError, match="of another model"):
         shares(profile, "contrast", against=profile_of([[1, 2]]))
+    made_by = [profile_of([[1, 2]], source={"model_fingerprint": name}) for name in "ab"]
+    with pytest.raises(RoutingError, match="fingerprint 'b' instead of 'a'"):
+        shares(made_by[0], "contrast", against=made_by[1])
+    assert shares(made_by[0], "contrast", against=profile_of([[1, 2]])).shape == (1, 2)
 
 
 def test_random_depends_on_the_seed_alone():

@@ -23,15 +23,16 @@ from finetune.config.schema import ExpertsSection, SelectRule
 from finetune.errors import AdapterError, RoutingError, UserError
 from finetune.kernels.ops import Factors, expert_mlp
 from finetune.models.loading import load_model
+from finetune.routing.expert_files import ExpertFiles
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.plan_file import read_plan, write_plan
 from finetune.routing.profile_file import read_profile
 from finetune.routing.select import select
 from finetune.routing.watch import LoadCounter
-from finetune.training.experts import ExpertFiles, choose_experts
+from finetune.training.experts import choose_experts
 from finetune.training.run_folder import RunFolder
 from tests.routing.profiles import random_rows
-from tests.tiny import tiny_moe, token_ids
+from tests.tiny import save_as_hub, tiny_moe, token_ids
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = ROOT / "examples" / "tiny-qwen3-moe"
@@ -123,6 +124,13 @@ def test_resumed_runs_train_the_same_experts_to_the_same_bits(run, tmp_path):
         pipeline.train(recipe_for(folder, "experts.select.top_fraction=0.5"), resume=True)
 
 
+def test_a_run_that_was_killed_while_it_profiled_has_nothing_to_resume(run, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.start((run.path / "recipe.yaml").read_text(), overwrite=False)
+    with pytest.raises(UserError, match=r"holds no checkpoint[\s\S]*run without --resume"):
+        pipeline.train(recipe_for(folder.path), resume=True)
+
+
 def test_resuming_with_an_edited_plan_is_refused(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.path, folder)
@@ -186,13 +194,14 @@ def test_every_score_chooses_from_a_live_model(score, tmp_path):
 
 def test_contrast_and_a_budget(tmp_path):
     shutil.copy(ROOT / "tests" / "assets" / "esft" / "law.json", tmp_path / "other.json")
-    plain = recipe_for(tmp_path)
+    named = f"model.path={save_as_hub(tiny_moe(), tmp_path / 'model')}"
+    plain = recipe_for(tmp_path, named)
     choose_experts(tiny_moe(), random_rows(seed=1), plain, RunFolder(tmp_path), ExpertFiles.read(plain))
     against = tmp_path / "general.json"
     (tmp_path / "routing.json").rename(against)
     price = 8 * ((32 + 2 * 24) + (24 + 32))
     overrides = (f"experts.against={against}", "experts.score=contrast", "experts.select={budget: " + f"{5 * price}}}")
-    recipe = recipe_for(tmp_path, *overrides)
+    recipe = recipe_for(tmp_path, named, *overrides)
     choice = choose_experts(tiny_moe(), random_rows(), recipe, RunFolder(tmp_path), ExpertFiles.read(recipe))
     assert choice.plan.num_trained == 5
     broken = recipe_for(tmp_path, f"experts.against={tmp_path / 'other.json'}", "experts.score=contrast")
@@ -206,7 +215,7 @@ PLAN = ExpertPlan({0: (1, 4), 1: (0, 2, 3)}, 6)
 def test_first_gradients_of_selected_slots_are_those_of_a_run_on_all_experts():
     gradients = []
     for plan in (PLAN, None):
-        model = attach(tiny_moe(), SECTION, plan, seed=3)
+        model = attach(tiny_moe(dtype=torch.float64), SECTION, plan, seed=3)
         model(token_ids(), labels=token_ids()).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     part, every = gradients
@@ -216,7 +225,7 @@ def test_first_gradients_of_selected_slots_are_those_of_a_run_on_all_experts():
         if ".mlp.experts." in name:
             layer = int(name.split(".layers.")[1].split(".")[0])
             expected = expected[list(PLAN.experts_by_layer[layer])]
-        assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-8), name
+        assert (gradient - expected).abs().max() <= 1e-6 * expected.abs().max(), name  # norms round to float32
         assert expected.any() or "lora_A" in name
 
 

@@ -18,7 +18,7 @@ from finetune.export.verify import verify
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.plan_file import read_plan
 from finetune.routing.select import reselect
-from finetune.training.reselection import move_experts_
+from finetune.training.reselection import move_experts_, move_state_
 from finetune.training.run_folder import RunFolder
 from tests.adapters.models import BOTH, SOME
 from tests.tiny import tiny_moe, token_ids
@@ -88,6 +88,19 @@ def test_values_and_moments_follow_their_expert(mode):
     assert all(m.trained("default").experts in ((0, 4), (0, 2, 3)) for m in model.modules() if _is_host(m))
 
 
+@pytest.mark.parametrize("names", [("exp_avg", "exp_avg_sq"), ("state1", "state2")])
+def test_an_expert_without_a_past_starts_with_the_mean_of_the_second_moments(names):
+    """Under the names of torch's AdamW and of bitsandbytes'."""
+    state = {name: torch.arange(12.0).reshape(3, 2, 2) + 1 for name in names} | {"step": 5}
+    move_state_(state, [2, -1, 0])
+    first, second = (state[name] for name in names)
+    assert not first[1].any()
+    assert torch.equal(second[1], (second[0] + second[2]) / 2)
+    assert second[0, 0, 0] == 9
+    assert second[2, 0, 0] == 1
+    assert state["step"] == 5
+
+
 def _is_host(module):
     return isinstance(module, ExpertFactors)
 
@@ -151,7 +164,8 @@ def test_experts_that_left_have_the_bits_of_the_base(run, model, tmp_path):
         (("experts.select=null",), "every expert trains"),
         (("experts.score=gate",), "counts tokens"),
         (("experts.hot={rank: 8, top_fraction: 0.1}",), "different ranks"),
-        (("train.optimizer=adamw_8bit",), "packs it across"),
+        (("train.optimizer=adamw_8bit",), "adamw_8bit packs it across"),
+        (("train.optimizer=paged_adamw_8bit",), "paged_adamw_8bit packs it across"),
     ],
 )
 def test_what_makes_no_sense_is_refused(model, tmp_path, overrides, match):

@@ -20,11 +20,13 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
     folder.start("a: 1\n", overwrite=False)
     (folder.path / "notes.txt").write_text("mine")
     folder.metrics.write_text("{}\n")
+    folder.report.write_text("about the run before")
     (folder.checkpoints / "checkpoint-1").mkdir()
     folder.start("a: 2\n", overwrite=True)
     assert folder.recipe.read_text() == "a: 2\n"
     assert (folder.path / "notes.txt").read_text() == "mine"
     assert not folder.metrics.exists()
+    assert not folder.report.exists()
     assert list(folder.checkpoints.iterdir()) == []
 
 

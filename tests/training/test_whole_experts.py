@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from finetune.config.schema import QuantizeSection
 from finetune.errors import RecipeError
 from finetune.export.merge import merge
 from finetune.export.verify import verify
+from finetune.models.checkpoint import Checkpoint
+from finetune.quant.seen import SeenCheckpoint
 from finetune.routing.plan_file import read_plan
 from finetune.training.run_folder import RunFolder
 from tests.training.runs import EXPERTS, adapter_of, losses_of, resumed_from, run_of, save_moe
@@ -68,6 +71,29 @@ def test_bf16_keeps_fp32_changes(run, model, tmp_path):
     half = run_of(model, tmp_path / "run", *WHOLE, "train.precision=bf16", "model.dtype=bfloat16")
     assert {value.dtype for value in adapter_of(half).values()} == {torch.float32}
     assert losses_of(half) == pytest.approx(losses_of(run), rel=2e-2)
+
+
+def test_over_packed_experts_the_changes_are_for_either_base(run, model, tmp_path):
+    """Training runs through NF4; the change is added to the stored weights, or to those that training saw."""
+    nf4 = (*WHOLE, "quantize.scheme=nf4", "train.save_every=2")
+    packed = run_of(model, tmp_path / "run", *nf4)
+    idle = run_of(model, tmp_path / "idle", *nf4, "train.learning_rate=1e-12")
+    assert losses_of(packed)[-1] < losses_of(idle)[-1] - 0.1
+    assert losses_of(packed) != losses_of(run)
+    again = resumed_from(packed, 2, model, *nf4)
+    before = adapter_of(packed)
+    assert all(torch.equal(value, before[name]) for name, value in adapter_of(again).items())
+    section = QuantizeSection(scheme="nf4", compute_dtype="float32")
+    frozen = {"original": Checkpoint.open(model), "dequantized": SeenCheckpoint.of(Checkpoint.open(model), section)}
+    plan = read_plan(RunFolder(packed.path).plan)
+    for kind, base in frozen.items():
+        merge(packed.adapter, tmp_path / kind, base_weights=kind)
+        verify(packed.adapter, tmp_path / kind, base_weights=kind)
+        merged = Checkpoint.open(tmp_path / kind)
+        for name in (name for name in merged.tensors if ".mlp.experts." in name):
+            layer, expert = int(name.split(".")[2]), int(name.split(".")[5])
+            trained = expert in plan.experts_by_layer[layer]
+            assert torch.equal(merged.read(name), base.read(name)) != trained, name
 
 
 @pytest.mark.parametrize(
