@@ -38,8 +38,11 @@ bench: $(VENV)/installed ## run the benchmarks of this machine (benchmarks/READM
 	@$(BIN)/python benchmarks/train_step.py --tiny
 	@$(BIN)/python benchmarks/scaling.py
 	@$(BIN)/python benchmarks/merge.py
+	@$(BIN)/python benchmarks/freezing_cost.py
 	@$(BIN)/python benchmarks/qlora.py load
+	@$(BIN)/python benchmarks/qlora.py layer
 	@$(BIN)/python benchmarks/qlora.py step
+	@$(BIN)/python benchmarks/qlora.py memory
 
 full-size: $(VENV)/installed ## train the whole Qwen3-30B-A3B shape in 4 bits on this machine (17 GB of disk; RESIDENT="mmap all" for both ways)
 	@$(BIN)/python benchmarks/full_size.py --folder runs/full-size --resident $(or $(RESIDENT),mmap)

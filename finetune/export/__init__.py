@@ -1,1 +1,1 @@
-"""From an adapter to weights other programs load: merge and verify."""
+"""From an adapter to weights other programs load: merge, verify, and files of their formats."""

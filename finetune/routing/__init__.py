@@ -1,1 +1,1 @@
-"""Which experts the data uses: plans now; profiling, scoring and selecting build on them."""
+"""Which experts the data uses: profiled, scored, chosen into a plan, and watched while they train."""
