@@ -1,6 +1,6 @@
 """Merge of a model of real width against `cp` of the same files, and the merge's peak memory.
 
-    python benchmarks/merge.py [--layers 4] [--runs 5] [--folder PATH] [--result]
+    python benchmarks/merge.py [--layers 4] [--runs 5] [--folder PATH] [--save]
 
 Makes a random Qwen3-30B-A3B with fewer layers (about 1.2 GB each, in shards that cut through layers) and an adapter of
 rank 16 on attention and all experts, then alternates `cp` + fsync, and `finetune.merge` in a process of its own. Ratios
@@ -11,10 +11,8 @@ given the memory of its page cache.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -23,8 +21,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from results import save, table
 from safetensors.torch import save_file
 
 H, WIDTH, E, RANK, VOCAB = 2048, 768, 128, 16, 8192
@@ -152,7 +152,7 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def measure(folder: Path, layers: int, runs: int) -> dict[str, object]:
+def measure(folder: Path, layers: int, runs: int) -> dict[str, Any]:
     base, adapter = folder / "base", folder / "adapter"
     write_base(base, layers)
     write_adapter(adapter, base, layers)
@@ -188,9 +188,6 @@ def measure(folder: Path, layers: int, runs: int) -> dict[str, object]:
         "merge_over_cp": middle_ratio("merge", "cp"),
         "merge_over_cp_and_fsync": middle_ratio("merge", "cp and fsync"),
         "merge_peak_rss_gib": peak_gib,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
     }
 
 
@@ -199,28 +196,36 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where about 15 GB are free; the system's temporary folder")
-    parser.add_argument("--result", action="store_true", help="write benchmarks/results/merge-DATE.json and .md")
+    parser.add_argument("--save", action="store_true", help="write results/DATE-merge.md and .json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        result = measure(Path(folder), options.layers, options.runs)
-    lines = [
-        f"{result['gib']:.2f} GiB in {result['shards']} shards, {options.runs} alternating runs, median seconds, "
-        f"{result['cores']} cores, load average {result['load_average']:.1f}"
+        found = measure(Path(folder), options.layers, options.runs)
+    print(text := render(found))
+    if options.save:
+        for path in save("merge", "Merge against cp, model of real width (E=128, H=2048, I=768)", found, text):
+            print(path, file=sys.stderr)
+
+
+def render(found: dict[str, Any]) -> str:
+    """What was measured, and the ratios."""
+    rows = [
+        [name, statistics.median(times), min(times), max(times), cpu and statistics.median(cpu)]
+        for name, times in found["seconds"].items()
+        for cpu in (found["cpu_seconds"].get(name),)
     ]
-    for name, values in result["seconds"].items():  # type: ignore[attr-defined]
-        lines.append(f"{name:<14} {statistics.median(values):6.2f}   (min {min(values):.2f}, max {max(values):.2f})")
-    for name, values in result["cpu_seconds"].items():  # type: ignore[attr-defined]
-        lines.append(f"CPU of {name:<7} {statistics.median(values):6.2f}   (user and system, with the start of Python)")
-    lines.append(f"merge / cp               {result['merge_over_cp']:.2f}   (target: at most 2)")
-    lines.append(f"merge / (cp and fsync)   {result['merge_over_cp_and_fsync']:.2f}")
-    lines.append(f"merge, peak RSS in GiB   {result['merge_peak_rss_gib']:.2f}   (target: at most 1)")
-    print("\n".join(lines))
-    if options.result:
-        stem = Path("benchmarks/results") / f"merge-{datetime.date.today().isoformat()}"
-        stem.parent.mkdir(exist_ok=True)
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        title = "# Merge against cp, model of real width (E=128, H=2048, I=768)\n\n"
-        stem.with_suffix(".md").write_text(f"{title}```\n{chr(10).join(lines)}\n```\n")
+    runs = len(found["seconds"]["merge"])
+    return "\n".join(
+        (
+            f"{found['gib']:.2f} GiB in {found['shards']} shards, {runs} alternating runs, load average "
+            f"{found['load_average']:.1f}",
+            "",
+            table(["", "median s", "min", "max", "CPU s, start of Python included"], rows),
+            "",
+            f"- merge / cp: {found['merge_over_cp']:.2f} (at most 2)",
+            f"- merge / (cp and fsync): {found['merge_over_cp_and_fsync']:.2f}",
+            f"- merge, peak resident memory: {found['merge_peak_rss_gib']:.2f} GiB (at most 1)",
+        )
+    )
 
 
 if __name__ == "__main__":

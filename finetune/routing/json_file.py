@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.errors import Problem, RoutingError
 from finetune.models.files import write_atomic
+from finetune.models.tensor_file import DuplicateKeyError, no_duplicates
 
 MAX_BYTES = 256 * 1024 * 1024
 
@@ -21,9 +22,12 @@ def read_object(path: str | Path, hint: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")
-        content = json.loads(path.read_bytes(), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+        content = json.loads(path.read_bytes(), object_pairs_hook=no_duplicates, parse_constant=_no_constant)
     except FileNotFoundError:
         raise RoutingError(Problem(str(path), "does not exist", hint)) from None
+    except DuplicateKeyError as duplicate:
+        what = f"cannot be read as JSON ({duplicate.args[0]!r} stands there twice)"
+        raise RoutingError(Problem(str(path), what, hint)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise RoutingError(Problem(str(path), f"cannot be read as JSON ({error})", hint)) from None
     if not isinstance(content, dict):
@@ -47,14 +51,6 @@ def _value(value: Any) -> str:
 
 def _plain(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
-    return content
 
 
 def _no_constant(text: str) -> Any:
