@@ -13,8 +13,8 @@ from torch import Tensor
 from finetune.config.packed_folder import PackedSettings
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
-from finetune.models.files import safe_child
-from finetune.models.tensor_file import WEIGHT_DTYPES, DuplicateKeyError, TensorFile, TensorInfo, no_duplicates
+from finetune.models.files import DuplicateKeyError, no_duplicates, safe_child
+from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

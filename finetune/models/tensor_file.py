@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ModelError, Problem, UserError
+from finetune.models.files import DuplicateKeyError, no_duplicates
 
 MAX_HEADER_BYTES = 100_000_000
 METADATA = "__metadata__"
@@ -137,20 +138,6 @@ def _read_header(file: BinaryIO, size: int, path: Path, error: type[UserError]) 
     if not isinstance(header, dict):
         raise refuse("the header is not a JSON object", header)
     return header, 8 + length
-
-
-class DuplicateKeyError(ValueError):
-    """JSON that says two things of one key; the argument is the key."""
-
-
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(..., object_pairs_hook=no_duplicates)`."""
-    made: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in made:
-            raise DuplicateKeyError(name)
-        made[name] = value
-    return made
 
 
 def _read_info(name: str, entry: Any, path: Path, problems: list[Problem]) -> TensorInfo:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import Problem, RoutingError
-from finetune.models.files import write_atomic
-from finetune.models.tensor_file import DuplicateKeyError, no_duplicates
+from finetune.models.files import DuplicateKeyError, no_duplicates, write_atomic
 
 MAX_BYTES = 256 * 1024 * 1024
 
