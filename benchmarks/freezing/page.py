@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import ALL, ARMS, EQUAL, HOT, RANDOM
+from arms import ALL, ARMS, EQUAL, HOT, MANY_SEEDS, RANDOM
 
 Result = dict[str, Any]
 MATCHED = 0.9
@@ -140,7 +140,7 @@ def comparisons(arms: dict[str, list[Result]]) -> list[str]:
             verdict += "" if len(seeds) >= ENOUGH else ", few seeds"
             lines.append(
                 f"- {HOT} - {other}, {name}: {differences.mean():+.3f} [{low:+.3f}, {high:+.3f}], "
-                f"{len(seeds)} seeds: {verdict}"
+                f"{len(seeds)} seed{'s' * (len(seeds) > 1)}: {verdict}"
             )
     return lines
 
@@ -160,9 +160,11 @@ def plot(arms: dict[str, list[Result]], path: Path) -> None:
         return
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, column, title in zip(figure.subplots(1, 2), (1, 2), ("new skill", "old domains"), strict=True):
-        for name, trials in arms.items():
+        for number, (name, trials) in enumerate(arms.items()):
             curves = np.array([[point[column] for point in trial["curve"]] for trial in trials])
-            axes.plot([point[0] for point in trials[0]["curve"]], curves.mean(axis=0), marker=".", label=name)
+            style = {"color": f"C{number % 8}", "linestyle": ("-", "--", ":")[number // 8]}
+            style |= {"linewidth": 2.5 if name in MANY_SEEDS else 1.2, "marker": "."}
+            axes.plot([point[0] for point in trials[0]["curve"]], curves.mean(axis=0), label=name, **style)
         axes.set_title(title, loc="left")
         axes.set_xlabel("optimizer step")
         axes.set_ylim(-0.02, 1.02)

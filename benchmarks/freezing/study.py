@@ -62,14 +62,15 @@ def tuning_trials(results: Results) -> list[Trial]:
 
 
 def trials(rates: dict[str, float]) -> list[Trial]:
-    """The study proper, every arm at its rate; seeds outside of arms, so that an unfinished study is balanced."""
-    return [
+    """The study proper, every arm at its rate; comparisons that matter first, seed by seed, for a study unfinished."""
+    found = [
         Trial(base, arm.name, rates[arm.like or arm.name], seed, replay, STEPS, EVERY)
         for seed in SEEDS
         for base, replay, names in CASES
         for arm in ARMS
         if arm.name in (names if seed in FEW_SEEDS else MANY_SEEDS)
     ]
+    return sorted(found, key=lambda trial: trial.arm not in MANY_SEEDS)
 
 
 class Results:
