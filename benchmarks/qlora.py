@@ -158,10 +158,10 @@ def load_once(model: str, scheme: str) -> dict[str, float]:
 
 
 def memory(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Peak memory of training steps with 2 and with 4 layers, each in its own process, and what they come to."""
+    """Peak memory of training steps with few layers, each in its own process, and what they come to."""
     found, rows = [], []
     tokens = (options.tokens or [2048])[0]
-    for layers in (2, 4):
+    for layers in options.layers:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             train_step.write_model(folder / "model", layers)
@@ -177,12 +177,15 @@ def memory(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 found.append({**case, "peak_bytes": peak})
                 rows.append([NAMES[scheme], layers, seconds, resident / GIB, peak / GIB])
     measured = table(["frozen weights", "layers", "median s", "resident GiB", "peak GiB"], rows)
+    text = f"{tokens} tokens, rank 16 on attention and all experts, AdamW in 32 bits, gradient checkpointing"
+    if len(options.layers) < 2:
+        return {"tokens": tokens, "found": found}, f"{text}\n\n{measured}\n"
     whole = [
-        extrapolate(scheme, *(f["peak_bytes"] for f in found if f["scheme"] == scheme)) for scheme in options.schemes
+        extrapolate(scheme, {f["layers"]: f["peak_bytes"] for f in found if f["scheme"] == scheme})
+        for scheme in options.schemes
     ]
     names = ["outside layers", "a layer", "its weights", "what trains", "activations", *MODELS]
     extrapolated = table(["GiB", *names], [[NAMES[w["scheme"]], *(w[n] / GIB for n in names)] for w in whole])
-    text = f"{tokens} tokens, rank 16 on attention and all experts, AdamW in 32 bits, gradient checkpointing"
     return {"tokens": tokens, "found": found, "whole": whole}, f"{text}\n\n{measured}\n\n{extrapolated}\n"
 
 
@@ -192,14 +195,15 @@ MODELS = {
 }
 
 
-def extrapolate(scheme: str, two: int, four: int) -> dict[str, Any]:
-    """Bytes of whole models from the peaks with 2 and with 4 layers.
+def extrapolate(scheme: str, peaks: dict[int, int]) -> dict[str, Any]:
+    """Bytes of whole models from the peaks by number of layers, the fewest and the most.
 
     What a layer adds is its weights and what trains on them, which are counted, and its activations, the remainder,
     which double with the width of the 235B.
     """
-    layer = (four - two) / 2
-    outside = two - 2 * layer
+    few, many = min(peaks), max(peaks)
+    layer = (peaks[many] - peaks[few]) / (many - few)
+    outside = peaks[few] - few * layer
     counted = {name: per_layer(shape, scheme) for name, shape in MODELS.items()}
     weights, trained = counted["Qwen3-30B-A3B"]
     activations = layer - weights - trained
@@ -225,6 +229,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--tokens", type=int, nargs="*")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--layers", type=int, nargs="*", default=(2, 4), help="of `memory`")
     parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=SCHEMES, help="`none`, which is 16 bit, first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print JSON")
