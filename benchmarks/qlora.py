@@ -127,7 +127,7 @@ def load(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
     ):
         model = Path(name) / "model"
-        pool.apply(train_step.write_model, (model, 2, "290MB"))
+        pool.apply(train_step.write_model, (model, 2, "250MB"))
         shards = len(list(model.glob("*.safetensors")))
         loaded = {NAMES[scheme]: pool.apply(load_once, (str(model), scheme)) for scheme in options.schemes}
     rows = [

@@ -1,5 +1,7 @@
 """Adapters made here, with a plan of experts: saved, merged, verified, and read by stock PEFT."""
 
+import re
+
 import pytest
 import torch
 
@@ -110,6 +112,23 @@ def test_experts_outside_the_plan_keep_their_bits(tmp_path, mode):
     assert changed == {("0", "0"), ("0", "3"), ("1", "2")}
     assert report.tensors_changed == 9
     verify(path, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("to", ["peft", "peft-per-expert", "vllm", "sglang"])
+def test_an_export_changes_the_experts_of_the_plan_alone(tmp_path, to):
+    base = write_base(tmp_path / "base", MIXED)
+    plan = ExpertPlan({0: (0, 3), 2: (1,)}, 5)
+    adapter = train(base, tmp_path / "adapter", {**ALL, "rank": 2}, plan)
+    export_adapter(adapter, tmp_path / "out", to, dtype="fp32")
+    merge(adapter, tmp_path / "merged")
+    merge(tmp_path / "out", tmp_path / "merged-out", base=base)
+    before, merged, exported = (read_all(tmp_path / name) for name in ("base", "merged", "merged-out"))
+    for name, weight in exported.items():
+        torch.testing.assert_close(weight, merged[name], atol=1e-6, rtol=0)
+        if match := re.search(r"layers\.(\d+)\.mlp\.experts\.(\d+)", name):
+            trains = int(match[2]) in plan.experts_by_layer[int(match[1])]
+            assert torch.equal(weight, before[name]) is not trains, name
+    assert (plain_logits(tmp_path / "merged-out") - stock_logits(base, adapter)).abs().max() <= 1e-4
 
 
 def test_base_that_changed_since_training(tmp_path):
