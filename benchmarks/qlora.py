@@ -110,12 +110,11 @@ def step(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             measured = train_step.measure(builders, rounds=options.rounds or 5, warmup=2, threads=options.threads)
             case = f"2 layers of Qwen3-30B-A3B's width, rank 16, {tokens} tokens"
             rows = [
-                [name, 1e3 * c["median_s"], c["time_over"]["16 bit"], c["resident_bytes"] / GIB,
-                 (c["resident_bytes"] + c["extra_peak_bytes"]) / GIB]
+                [name, 1e3 * c["median_s"], c["time_over"]["16 bit"], c["peak_bytes"] / GIB]
                 for name, c in measured["contestants"].items()
-            ]  # fmt: skip
+            ]
             found.append({"case": case, "tokens": tokens, **measured})
-            header = ["frozen weights", "median ms", "time / 16 bit", "resident GiB", "peak GiB"]
+            header = ["frozen weights", "median ms", "time / 16 bit", "peak GiB"]
             texts.append(f"{case}, {options.threads} threads\n\n{table(header, rows)}\n")
     return {"steps": found}, "\n".join(texts)
 
@@ -179,12 +178,11 @@ def memory(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 build = partial(train_step.Training, *arguments, checkpointing=True)
                 with Contest({scheme: build}, options.threads) as contest:
                     seconds = statistics.median(contest.run(options.rounds or 3, warmup=2)[scheme])
-                    resident = contest.ask(scheme, "facts")["resident_bytes"]
-                    peak = resident + contest.memory()[scheme]
-                case = {"layers": layers, "scheme": scheme, "seconds": seconds, "resident_bytes": resident}
-                found.append({**case, "peak_bytes": peak})
-                rows.append([NAMES[scheme], layers, seconds, resident / GIB, peak / GIB])
-    measured = table(["frozen weights", "layers", "median s", "resident GiB", "peak GiB"], rows)
+                    peak = contest.peak()[scheme]
+                found.append({"layers": layers, "scheme": scheme, "seconds": seconds, "peak_bytes": peak})
+                first = next(f for f in found if f["layers"] == layers)
+                rows.append([NAMES[scheme], layers, seconds, peak / GIB, peak / first["peak_bytes"]])
+    measured = table(["frozen weights", "layers", "median s", "peak GiB", "peak / the first's"], rows)
     text = f"{tokens} tokens, rank 16 on attention and all experts, AdamW in 32 bits, gradient checkpointing"
     if len(options.layers) < 2:
         return {"tokens": tokens, "found": found}, f"{text}\n\n{measured}\n"

@@ -55,7 +55,7 @@ class Contest:
         self._stack.close()
 
     def ask(self, name: str, question: str, *arguments: Any) -> Any:
-        """`step` a case (seconds), `memory` of a case (bytes added to resident memory at its peak), or `facts`."""
+        """`step` a case (seconds), `memory` or `peak` of a case (bytes, see those methods), or `facts`."""
         self._pipes[name].send((question, *arguments))
         answer = self._pipes[name].recv()
         if isinstance(answer, BaseException):
@@ -79,6 +79,12 @@ class Contest:
         return {
             name: int(statistics.median(self.ask(name, "memory", case) for case in range(rounds)))
             for name in self._pipes
+        }
+
+    def peak(self, rounds: int = 3) -> dict[str, int]:
+        """Most resident bytes during a step of each contestant, as the system sees its process; median over cases."""
+        return {
+            name: int(statistics.median(self.ask(name, "peak", case) for case in range(rounds))) for name in self._pipes
         }
 
 
@@ -106,6 +112,10 @@ def _answer(contestant: Contestant, question: str, case: int = 0) -> Any:
     contestant.prepare(case)
     if question == "memory":
         return extra_peak_bytes(contestant.step)
+    if question == "peak":
+        reset_peak()
+        contestant.step()
+        return status_bytes("VmHWM")
     start = time.perf_counter()
     contestant.step()
     return time.perf_counter() - start

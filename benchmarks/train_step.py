@@ -237,6 +237,7 @@ def measure(builders: dict[str, Any], *, rounds: int, warmup: int, threads: int)
     """Seconds, memory and losses of every contestant, and time ratios to every other."""
     with Contest(builders, threads) as contest:
         times = contest.run(rounds, warmup)
+        peaks = contest.peak()  # before `memory`, which frees what the allocator holds
         memory = contest.memory()
         facts = {name: contest.ask(name, "facts") for name in builders}
     first = [facts[name]["losses"][0] for name in builders]
@@ -248,6 +249,7 @@ def measure(builders: dict[str, Any], *, rounds: int, warmup: int, threads: int)
         "contestants": {
             name: {
                 "median_s": statistics.median(times[name]),
+                "peak_bytes": peaks[name],
                 "extra_peak_bytes": memory[name],
                 "resident_bytes": facts[name]["resident_bytes"],
                 "first_loss": facts[name]["losses"][0],

@@ -141,6 +141,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.report.routing_table import render_choice
     from finetune.routing.expert_files import ExpertFiles
     from finetune.training.experts import choose_experts
+    from finetune.training.memory import hold_little_memory
     from finetune.training.processes import is_main_process, load_device
     from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
@@ -150,6 +151,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
+    if recipe.quantize.scheme != "none":
+        hold_little_memory(recipe.data.max_length * recipe.train.batch_size)
     model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
     with rows_done(console, "profiling") as advance:
         choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)

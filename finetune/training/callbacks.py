@@ -38,8 +38,8 @@ class GradientCheck(TrainerCallback):
 class FreeMemory(TrainerCallback):
     """For models that hardly fit: buffers of ever other sizes leave holes, which would add up from step to step."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called once per optimizer step."""
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called once per optimizer step, after all that was done between steps."""
         release_free_memory()
 
 
