@@ -126,6 +126,10 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         "experts_per_token": _size(path, config, "num_experts_per_tok") if moe else 0,
         "expert_intermediate": _size(path, config, "moe_intermediate_size") if moe else 0,
     }
+    if sizes["experts_per_token"] > sizes["experts"]:
+        hint = f"there are {sizes['experts']} experts; copy the file from the checkpoint again"
+        what = "asks for more experts than there are"
+        raise ModelError(Problem(f"{path}: num_experts_per_tok", what, hint, sizes["experts_per_token"]))
     return ModelShape(
         model_type=model_type,
         layers=layers,

@@ -82,7 +82,7 @@ def load_quantized(
         section = packed.settings.settle(section)
         check_settings(packed.settings, section, path)
         return _load_packed(packed, section, skeleton(folder, dtype, attention_implementation), device, progress)
-    check_source(path, section)
+    _check_resident(path, section)
     checkpoint = _open(folder, trust_remote_code)
     model = skeleton(folder, dtype, attention_implementation)
     parts = _plan(model, section)
@@ -101,7 +101,13 @@ def check_source(path: str | Path, section: QuantizeSection) -> None:
         check_settings(packed, section, path)
         if problems := folder_problems(path, read_model_shape(path), packed.section):
             raise ModelError(*problems)
-    elif section.resident == "mmap":
+    elif Path(path).is_dir():  # what a name on the hub stands for is known when it is here
+        _check_resident(path, section)
+
+
+def _check_resident(path: str | Path, section: QuantizeSection) -> None:
+    """A model that is not packed has no codes to leave on disk."""
+    if section.resident == "mmap":
         hint = f"run `finetune quantize {path} --output DIR` once, and give DIR as model.path"
         raise ModelError(Problem("quantize.resident", "is mmap, but model.path is not a packed model", hint, str(path)))
 
@@ -123,6 +129,7 @@ def quantize_model(
         hint = "name a folder elsewhere; a model's own folder is never written to"
         raise UserError(Problem(str(output), "lies in the folder of the model", hint))
     checkpoint = _open(folder, False)
+    read_model_shape(folder)  # sizes that contradict each other
     parts = _plan(skeleton(folder, torch.bfloat16), section)
     check_parts(checkpoint, parts)
     stream = read_parts(checkpoint, parts, section, None, progress)

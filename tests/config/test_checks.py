@@ -177,6 +177,7 @@ def test_model_folders_that_are_not_there(folder, path, what, hint):
         ("[" * 100_000, "config.json cannot be read"),
         (json.dumps(MOE | {"num_experts": "many"}), "num_experts must be a positive whole number"),
         (json.dumps(MOE | {"hidden_size": -1}), "hidden_size must be a positive whole number"),
+        (json.dumps(MOE | {"num_experts_per_tok": 10**6}), "asks for more experts than there are"),
         (json.dumps({key: MOE[key] for key in MOE if key != "vocab_size"}), "vocab_size is missing"),
         (json.dumps(MOE | {"mlp_only_layers": "0"}), "mlp_only_layers must be a list"),
         (json.dumps(MOE | {"num_hidden_layers": 10**12}), "num_hidden_layers must be a positive whole number"),

@@ -24,7 +24,7 @@ from finetune.models.loading import load_model
 from finetune.quant import nf4
 from finetune.quant.experts import Fp8Projection, PackedExperts, count_weights
 from finetune.quant.linear import is_linear_4bit
-from finetune.quant.load import load_quantized, quantize_model
+from finetune.quant.load import check_source, load_quantized, quantize_model
 from tests.export.test_fp8 import to_fp8
 from tests.tiny import hub_tensors, save_as_hub, save_tokenizer, tiny_dense, tiny_moe, token_ids
 
@@ -241,6 +241,26 @@ def test_a_truncated_shard_is_refused(hub, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ModelError, match="past the end of the file"):
         load(base)
+
+
+def test_a_packed_model_on_the_hub_is_known_when_it_is_here(hub, tmp_path, monkeypatch):
+    packed = tmp_path / "packed"
+    quantize_model(hub, packed, section())
+    check_source("owner/packed", section(resident="mmap"))
+    monkeypatch.setattr("finetune.quant.load.find_checkpoint", lambda path, *_, **__: packed)
+    assert load("owner/packed", section(resident="mmap")).model.layers[0].mlp.experts.down_proj.codes is None
+    monkeypatch.setattr("finetune.quant.load.find_checkpoint", lambda path, *_, **__: Path(hub))
+    with pytest.raises(ModelError, match=r"is mmap, but model\.path is not a packed model"):
+        load("owner/plain", section(resident="mmap"))
+
+
+def test_more_experts_per_token_than_there_are_are_refused(hub, tmp_path):
+    shutil.copytree(hub, tmp_path / "hub")
+    path = tmp_path / "hub" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_experts_per_tok": 99}))
+    with pytest.raises(ModelError, match="num_experts_per_tok: asks for more experts than there are"):
+        quantize_model(tmp_path / "hub", tmp_path / "packed", section())
+    assert not (tmp_path / "packed").exists()
 
 
 def test_packed_folders_are_checked(hub, tmp_path):
