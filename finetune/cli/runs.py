@@ -77,9 +77,11 @@ def train(
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; continue with: finetune train {recipe} --resume", err=True)
         raise typer.Exit(130) from None
-    from finetune.training.processes import is_main_process
+    from finetune.training.processes import is_main_process, part
 
-    if not is_main_process():
+    main = is_main_process()
+    part()
+    if not main:
         return
     if as_json:
         print_json(run.summary)

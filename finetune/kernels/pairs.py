@@ -81,7 +81,7 @@ EXACT = Rounding((1, 1, 1, 1, 1), (1, 1, 1, 1, 1))
 ALIGNED = Rounding((1, 8, 8, 8, 8), (1, 1, 1, 1, 1))
 """Batched float32 products of 153 rows take longer than of 160."""
 
-FEW_SIZES = Rounding((1, 8, 32, 64, 256), (1, 4, 8, 16, 32))
+FEW_SIZES = Rounding((1, 8, 16, 64, 256), (1, 4, 8, 16, 32))
 """On CPU, 16-bit products are compiled for each new shape, which takes longer than a small product itself; there are
 more products with a block's size in them than with one expert's rows."""
 

@@ -19,3 +19,10 @@ def load_device() -> torch.device | None:
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return bool(processes().is_main_process)
+
+
+def part() -> None:
+    """Wait for the other processes and leave them: one that ends without now and then dies of its open connections."""
+    if (state := processes()).num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()

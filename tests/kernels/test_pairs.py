@@ -74,7 +74,7 @@ def test_few_sizes_waste_little_and_are_few():
     assert max(size / count for count, size in used.items()) <= 12 / 9
     assert max(size / count for count, size in sizes.items()) <= 16 / 9
     assert len(set(sizes.values())) < 60
-    assert [sizes[count] for count in (1, 7, 9, 40, 65, 257, 1025)] == [1, 7, 16, 40, 96, 320, 1280]
+    assert [sizes[count] for count in (1, 7, 9, 40, 65, 257, 1025)] == [1, 7, 16, 40, 80, 320, 1280]
     assert [used[count] for count in (1, 7, 9, 41, 257, 1025)] == [1, 7, 12, 44, 272, 1056]
 
 

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
+from finetune.training.processes import part
 from tests.training.runs import run_of
 
 if __name__ == "__main__":
     run_of(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    part()
