@@ -19,8 +19,8 @@ from results import save, table
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from finetune.adapters.attach import attach
+from finetune.architecture.names import layer_index
 from finetune.config.schema import SelectRule
-from finetune.models.qwen3 import layer_index
 from finetune.routing.collect import profile_routing
 from finetune.routing.score import shares
 from finetune.routing.select import apply_rule

@@ -151,7 +151,7 @@ def train(recipe: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def gradient_norms(model: Any) -> list[float]:
     """Norm of the adapters' gradient in each layer."""
-    from finetune.models.qwen3 import layer_index
+    from finetune.architecture.names import layer_index
 
     squares: dict[int, float] = {}
     for name, parameter in model.named_parameters():

@@ -30,7 +30,7 @@ from layers import LAYERS, SHAPES, Ours, Shape
 from results import GIB, save, table
 from rounds import Contest, status_bytes
 
-from finetune.config.model_shape import ModelShape
+from finetune.architecture.shape import ModelShape, shape_of
 from finetune.config.packed_folder import frozen_bytes
 from finetune.config.schema import AdapterSection, QuantizeSection
 
@@ -195,9 +195,14 @@ def memory(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"tokens": tokens, "found": found, "whole": whole}, f"{text}\n\n{measured}\n\n{extrapolated}\n"
 
 
+def _moe_shape(layers: int, hidden: int, heads: int, width: int) -> ModelShape:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "head_dim": 128}
+    return shape_of({"model_type": "qwen3_moe", **sizes, "moe_intermediate_size": width}, "config.json")
+
+
 MODELS = {
-    "Qwen3-30B-A3B": ModelShape("qwen3_moe", 2048, 48, 32, 4, 128, 6144, 151_936, False, False, 48, 128, 8, 768),
-    "Qwen3-235B-A22B": ModelShape("qwen3_moe", 4096, 94, 64, 4, 128, 12288, 151_936, False, False, 94, 128, 8, 1536),
+    "Qwen3-30B-A3B": _moe_shape(48, 2048, 32, 768),
+    "Qwen3-235B-A22B": _moe_shape(94, 4096, 64, 1536),
 }
 
 
@@ -224,7 +229,7 @@ def per_layer(shape: ModelShape, scheme: str) -> tuple[float, float]:
     held = frozen_bytes(shape, QuantizeSection(scheme=scheme), "bfloat16")  # type: ignore[arg-type]
     adapter = AdapterSection(experts=("gate_up_proj", "down_proj"), rank=16)
     factors = shape.experts * adapter.expert_parameters(shape.hidden, shape.expert_intermediate)
-    return (held.packed + held.rest) / shape.layers, 16 * (factors + shape.trainable_outside(adapter) / shape.layers)
+    return (held.packed + held.rest) / shape.layers, 16 * (factors + adapter.parameters_outside(shape) / shape.layers)
 
 
 PARTS = {"layer": layer, "step": step, "load": load, "memory": memory}

@@ -2,12 +2,12 @@
 
 Live and on disk differ in how targets are spelled, because stock PEFT wraps parameters where we wrap modules:
 
-    live target_modules        on disk
-    experts                    target_parameters: mlp.experts.gate_up_proj, mlp.experts.down_proj (those targeted)
-    model.layers.3.mlp.experts target_parameters: model.layers.3.mlp.experts.gate_up_proj, ...
-    mlp.gate_proj (in a MoE)   target_parameters: mlp.gate_proj.weight
-    mlp.gate                   target_parameters: mlp.gate.weight
-    q_proj, ...                target_modules: q_proj, ...
+    live target_modules                  on disk
+    experts                              target_parameters: the projections targeted of every bank
+    a bank by its full name              target_parameters: the projections targeted of that bank
+    a dense MLP's projection (in a MoE)  target_parameters: its weight
+    a router                             target_parameters: its weight
+    others                               target_modules: the same
 
 Whole experts are in no layout that stock PEFT knows. With them its peft_type is one it refuses, and their targets are
 in the sidecar alone.
@@ -30,17 +30,10 @@ from finetune.adapters.expert_lora import LoraExperts
 from finetune.adapters.files import FORMAT_VERSION, SIDECAR, read_sidecar
 from finetune.adapters.router_lora import LoraRouter
 from finetune.adapters.stock_config import ADAPTER_CONFIG, WHOLE_EXPERTS, read_json_object
+from finetune.architecture.names import EXPERT_PROJECTIONS, EXPERTS, MLP, bank_name, is_bank, layer_index
 from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
-from finetune.models.qwen3 import (
-    EXPERT_PROJECTIONS,
-    EXPERTS,
-    MLP,
-    PackedBank,
-    expert_bank_class,
-    layer_index,
-    router_class,
-)
+from finetune.models.live import PackedBank, bank_classes, router_classes
 from finetune.routing.plan import ExpertPlan
 
 _BANK_PARAMETER = re.compile(rf"(?:(?P<bank>.*\b{EXPERTS})\.)?(?P<projection>{'|'.join(EXPERT_PROJECTIONS)})")
@@ -48,9 +41,9 @@ _PLAIN_PARAMETER = re.compile(rf"(?:.*\.)?{MLP}\.(?:\w+_proj|gate)\.weight")
 
 
 class PlainTarget(str):
-    """`mlp.gate_proj` and its like as targets in a mixture-of-experts model: its dense layers, and `mlp.gate`, routers.
+    """A projection of the dense layers of a mixture-of-experts model as a target, or a router.
 
-    PEFT takes every target of a Qwen3-MoE that ends in `.gate_proj` for a fused expert parameter of an older
+    PEFT takes every target that is named as a matrix of an expert for a fused expert parameter of an older
     transformers and rewrites it. It asks the string, and this one says no.
     """
 
@@ -69,14 +62,14 @@ class ExpertLoraConfig(LoraConfig):
     expert_plan: which experts; all of the targeted layers when None.
     expert_dropout: rate on the input of the experts' factors.
     expert_mode: `lora`, or `full` to train the weights of the experts in the plan.
-    router: `lora`, or `full` for factors of full rank of which A alone trains; read where `mlp.gate` is targeted.
+    router: `lora`, or `full` for factors of full rank of which A alone trains; read where routers are targeted.
     section: the recipe's adapter section this came from, for the record.
     base_fingerprint: see `models.checkpoint.base_fingerprint`; None when the base is not on disk.
     thinking: whether the rows trained it to reason before it answers; None where that is not known.
     quantize: the recipe's quantize section with which the base was packed; None for a base in 16 bit.
     packed_in: folder of that packed base, where it came from one.
 
-    rank_pattern and alpha_pattern match `...mlp.experts.gate_up_proj` and `...down_proj`, as stock PEFT's do.
+    rank_pattern and alpha_pattern match the projections of banks by name, as stock PEFT's do.
     """
 
     expert_targets: tuple[str, ...] = ()
@@ -102,8 +95,8 @@ class ExpertLoraConfig(LoraConfig):
             raise AdapterError(
                 Problem("init_lora_weights", "is not supported with experts", hint, self.init_lora_weights)
             )
-        banks: dict[type, type] = {expert_bank_class(): LoraExperts, PackedBank: LoraExperts}
-        self._register_custom_module({**banks, router_class(): LoraRouter})
+        banks: dict[type, type] = dict.fromkeys((*bank_classes(), PackedBank), LoraExperts)
+        self._register_custom_module({**banks, **dict.fromkeys(router_classes(), LoraRouter)})
 
     def rank_and_alpha(self, key: str) -> tuple[int, float]:
         """Rank and alpha of a module or bank parameter by its full name, matched as PEFT does."""
@@ -197,7 +190,7 @@ class ExpertLoraConfig(LoraConfig):
         if sidecar.get("experts") is not None:
             options["expert_plan"] = plan = ExpertPlan.from_dict(sidecar["experts"])
             if sidecar.get("expert_mode") == "full":
-                banks = [f"model.layers.{layer}.{EXPERTS}" for layer in plan.experts_by_layer]
+                banks = [bank_name(layer) for layer in plan.experts_by_layer]
                 options["target_modules"] = [*(options.get("target_modules") or []), *banks]
                 options["expert_mode"], experts = "full", tuple(sidecar["expert_targets"])
         if "dropout" in sidecar:
@@ -209,7 +202,7 @@ class ExpertLoraConfig(LoraConfig):
 
 
 def _is_bank(target: str) -> bool:
-    return target == "experts" or str.endswith(target, EXPERTS)
+    return target == "experts" or is_bank(str(target))
 
 
 def _as_plan(value: Any) -> ExpertPlan | None:

@@ -16,7 +16,7 @@ from finetune.adapters.delta import Delta
 from finetune.adapters.factor import Factor
 from finetune.errors import AdapterError, Problem
 from finetune.kernels.ops import Deltas, Factors
-from finetune.models.qwen3 import PackedBank
+from finetune.models.live import PackedBank
 
 if TYPE_CHECKING:
     from finetune.adapters.config import ExpertLoraConfig

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from finetune.adapters.expert_factors import ExpertFactors
+from finetune.architecture.names import DOWN, GATE_UP
 from finetune.errors import AdapterError, Problem
 from finetune.kernels.ops import Backend, Dropout, expert_mlp
-from finetune.models.qwen3 import EXPERT_PROJECTIONS
 
 if TYPE_CHECKING:
     from finetune.adapters.config import ExpertLoraConfig
-
-GATE_UP, DOWN = EXPERT_PROJECTIONS
 
 
 class LoraExperts(ExpertFactors):

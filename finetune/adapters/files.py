@@ -20,6 +20,7 @@ from finetune.adapters.change import Change, LowRank, WholeDelta
 from finetune.adapters.layouts import ExpertBanks, pack_a, pack_b, unpack_a, unpack_b
 from finetune.adapters.pairs import Pair, Slot, WholeExperts, read_pairs
 from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
+from finetune.architecture.names import HEAD, expert_matrix, is_router
 from finetune.config.packed_folder import read_packed_settings
 from finetune.errors import AdapterError, Problem
 from finetune.models.tensor_file import TensorFile
@@ -50,8 +51,8 @@ WEIGHTS = "adapter_model.safetensors"
 class AdapterFiles:
     """A saved adapter, checked, with its tensors still on disk.
 
-    pairs: hub weight name -> the factors or the slot that change it.  num_experts: per fused bank (`...mlp.experts`)
-    the number of experts it was made for.  sidecar: content of finetune_adapter.json, None for adapters made elsewhere.
+    pairs: hub weight name -> the factors or the slot that change it.  num_experts: per fused bank the number of experts
+    it was made for.  sidecar: content of finetune_adapter.json, None for adapters made elsewhere.
     """
 
     path: Path
@@ -100,7 +101,8 @@ class AdapterFiles:
     @property
     def has_single_experts(self) -> bool:
         """Whether experts have factors of their own, as older versions of transformers and servers name them."""
-        return any(pair.expert is None and ".mlp.experts." in name for name, pair in self.pairs.items())
+        plain = (name.removesuffix(".weight") for name, pair in self.pairs.items() if pair.expert is None)
+        return any(expert_matrix(module) is not None for module in plain)
 
     @property
     def has_whole_experts(self) -> bool:
@@ -127,13 +129,13 @@ class AdapterFiles:
         lost, has_single_experts = [], self.has_single_experts
         for name in base_weights:
             module = name.removesuffix(".weight")
-            bank, _, rest = module.partition(".mlp.experts.")
-            if rest and not has_single_experts:
-                leaf = "down_proj" if rest.endswith("down_proj") else "gate_up_proj"
-                wanted = self.config.targets_parameter(f"{bank}.mlp.experts.{leaf}")
+            found = expert_matrix(module)
+            if found is not None and not has_single_experts:
+                wanted = self.config.targets_parameter(f"{found.bank}.{found.projection}")
             else:
                 wanted = self.config.targets_module(module) or self.config.targets_parameter(name)
-            if wanted and name not in self.pairs and name.endswith(("_proj.weight", ".gate.weight", "lm_head.weight")):
+            hosted = module.endswith("_proj") or is_router(module) or module == HEAD
+            if wanted and hosted and name not in self.pairs:
                 lost.append(name)
         return lost
 

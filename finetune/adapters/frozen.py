@@ -14,7 +14,7 @@ from finetune.adapters.files import SIDECAR, AdapterFiles
 from finetune.config.packed_folder import PackedSettings, read_packed_settings
 from finetune.config.schema import QuantizeSection
 from finetune.errors import AdapterError, Problem
-from finetune.models.qwen3 import PackedBank
+from finetune.models.live import PackedBank
 from finetune.quant.linear import is_linear_4bit
 
 BaseWeights = Literal["packed", "original"]

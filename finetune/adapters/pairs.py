@@ -8,12 +8,20 @@ from typing import Any
 
 from finetune.adapters.layouts import b_order
 from finetune.adapters.stock_config import StockConfig
+from finetune.architecture.names import (
+    EXPERT_MATRICES,
+    EXPERT_PROJECTIONS,
+    EXPERTS,
+    GATE_UP,
+    bank_name,
+    expert_module,
+)
 from finetune.errors import AdapterError, Problem
 from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
 from finetune.routing.plan import ExpertPlan
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A|B|delta)\.weight")
-_BANK = re.compile(r"(?P<experts>(?:.+\.)?mlp\.experts)(?P<inner>\.base_layer)?")
+_BANK = re.compile(rf"(?P<experts>(?:.+\.)?{re.escape(EXPERTS)})(?P<inner>\.base_layer)?")
 _FIRST_PACKING = (0, 19)
 
 
@@ -58,7 +66,7 @@ class WholeExperts:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Every pair or slot of a file by hub weight name, and per fused bank (`...mlp.experts`) its number of experts."""
+    """Every pair or slot of a file by hub weight name, and per fused bank its number of experts."""
 
     by_weight: dict[str, Pair | Slot]
     num_experts: dict[str, int]
@@ -154,11 +162,11 @@ class _PairReader:
             for name in found.values():
                 self._refuse(name, "holds whole experts, but the sidecar does not say which", "save the adapter again")
             return
-        targets = [target for target in ("gate_up_proj", "down_proj") if target in self.whole.targets]
+        targets = [target for target in EXPERT_PROJECTIONS if target in self.whole.targets]
         for layer, experts in self.whole.plan.experts_by_layer.items():
-            bank = f"model.layers.{layer}.mlp.experts"
+            bank = bank_name(layer)
             for target in targets:
-                module = f"{bank}.base_layer" if len(targets) == 2 and target == "gate_up_proj" else bank
+                module = f"{bank}.base_layer" if len(targets) == 2 and target == GATE_UP else bank
                 if module in found:
                     self._read_slots(found.pop(module), bank, target, experts)
                 else:
@@ -170,7 +178,7 @@ class _PairReader:
 
     def _read_slots(self, name: str, bank: str, target: str, experts: tuple[int, ...]) -> None:
         info = self.file.tensors[name]
-        parts = ("gate_proj", "up_proj") if target == "gate_up_proj" else ("down_proj",)
+        parts = EXPERT_MATRICES[target]
         if info.dtype not in WEIGHT_DTYPES or len(info.shape) != 3 or len(experts) != info.shape[0]:
             what = f"is not one matrix for each of {len(experts)} experts: {info.dtype} {list(info.shape)}"
             self._refuse(name, what, "save the adapter again")
@@ -178,7 +186,9 @@ class _PairReader:
         for slot, expert in enumerate(experts):
             for index, part in enumerate(parts):
                 shape = (info.shape[1] // len(parts), info.shape[2])
-                self._add(f"{bank}.{expert}.{part}.weight", Slot(name, shape, slot, expert, (index, len(parts))))
+                self._add(
+                    f"{expert_module(bank, expert, part)}.weight", Slot(name, shape, slot, expert, (index, len(parts)))
+                )
         self.consumed.add(name)
 
     def _check_factors(self, a_name: str, a: TensorInfo, b_name: str, b: TensorInfo) -> bool:
@@ -208,10 +218,10 @@ class _PairReader:
             self.consumed |= {a_name, b_name}
 
     def _fused_parameter(self, module: str, bank: re.Match[str], modules: dict[str, Any]) -> str | None:
-        """Which parameter the factors of `...mlp.experts[.base_layer]` belong to, by target_parameters alone."""
+        """Which parameter the factors of a bank or its `base_layer` belong to, by target_parameters alone."""
         experts = bank["experts"]
         levels = [level for level in (experts, f"{experts}.base_layer") if level in modules]
-        targets = [name for name in ("gate_up_proj", "down_proj") if self.config.targets_parameter(f"{experts}.{name}")]
+        targets = [name for name in EXPERT_PROJECTIONS if self.config.targets_parameter(f"{experts}.{name}")]
         if len(levels) == len(targets) == 2:
             return targets[0] if bank["inner"] else targets[1]
         if len(levels) == len(targets) == 1 and not bank["inner"]:
@@ -234,7 +244,7 @@ class _PairReader:
             what = f"is for {num_experts} experts, but the other factors of the bank are for {known}"
             self._refuse(a_name, what, _RANK_HINT)
             return
-        parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("down_proj",)
+        parts = EXPERT_MATRICES[parameter]
         height, odd = divmod(b.shape[0], len(parts))
         if odd:
             self._refuse(b_name, f"has {b.shape[0]} rows, which is not gate and up of one size", "save it again")
@@ -243,7 +253,7 @@ class _PairReader:
             for index, part in enumerate(parts):
                 shape = (height, a.shape[1])
                 pair = Pair(a_name, b_name, shape, rank, scale, expert, (index, len(parts)))
-                self._add(f"{experts}.{expert}.{part}.weight", pair)
+                self._add(f"{expert_module(experts, expert, part)}.weight", pair)
         self.consumed |= {a_name, b_name}
 
     def _add(self, name: str, pair: Pair | Slot) -> None:

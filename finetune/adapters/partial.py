@@ -12,6 +12,7 @@ from torch import nn
 
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
+from finetune.architecture.names import EXPERT_MATRICES, expert_matrix
 from finetune.errors import AdapterError, Problem
 
 
@@ -20,7 +21,7 @@ def attach_part(
 ) -> PeftModel | None:
     """`part` with the adapters' factors under the module `prefix`, all of them active, their sum computed.
 
-    part: a model in which only `prefix`, such as `model.layers.3`, is real.  shares: factor of each adapter's delta.
+    part: a model in which only `prefix`, a decoder layer, is real.  shares: factor of each adapter's delta.
     Adapters with factors for single experts, which no live layer hosts, are added to the weights themselves.
     None when no other adapter has factors there. Raises AdapterError when a factor finds no place.
     """
@@ -71,13 +72,10 @@ def _add_(part: nn.Module, files: AdapterFiles, share: float, prefix: str) -> No
         if not name.startswith(f"{prefix}."):
             continue
         change = files.read(name)
-        bank, single, rest = name.partition(".mlp.experts.")
-        if single:
-            expert, projection, _ = rest.split(".")
-            parameter = f"{bank}.mlp.experts.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
-            weight = part.get_parameter(parameter)[int(expert)]
-            if projection != "down_proj":
-                weight = weight.chunk(2)[projection == "up_proj"]
+        if (found := expert_matrix(name.removesuffix(".weight"))) is not None:
+            matrices = EXPERT_MATRICES[found.projection]
+            bank_EOI = part.get_parameter(f"{found.bank}.{found.projection}")
+            weight = bank_EOI[found.expert].chunk(len(matrices))[matrices.index(found.matrix)]
         else:
             weight = part.get_parameter(name)
         weight.add_(change.rows(slice(None)), alpha=share)

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from finetune.models.qwen3 import route
+from finetune.models.live import route
 
 if TYPE_CHECKING:
     from finetune.adapters.config import ExpertLoraConfig

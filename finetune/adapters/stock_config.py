@@ -87,7 +87,7 @@ class StockConfig:
         )
 
     def rank_of(self, key: str) -> int:
-        """Rank of a module, or of an expert parameter such as `model.layers.0.mlp.experts.down_proj`."""
+        """Rank of a module, or of a projection of an expert bank, by its full name."""
         return _first_match(self.rank_pattern, key, self.rank)
 
     def scale_of(self, key: str) -> float:

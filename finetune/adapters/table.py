@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from finetune.adapters.expert_factors import ExpertFactors
 from finetune.adapters.router_lora import LoraRouter
+from finetune.architecture.names import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.errors import Problem, TrainingError
-from finetune.models.qwen3 import ATTENTION_PROJECTIONS
 from finetune.quant.experts import count_weights
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class TargetGroup:
     """All weights of one kind that train, mostly by factors.
 
-    name: room and projection, like `attention.q_proj`, `experts.gate_up_proj`, `mlp.up_proj`.
+    name: kind and projection, like `attention.o_proj`, `experts.down_proj`, `mlp.up_proj`.
     matched: weight matrices adapted; each trained expert of each layer counts.
     parameters: trainable parameters.
     share: of all parameters of the model, adapters included.
@@ -134,10 +134,10 @@ def _group(name: str, module: Any) -> str:
     return f"{'attention' if projection in ATTENTION_PROJECTIONS else 'mlp'}.{projection}"
 
 
-_ROOMS = ("attention", "mlp", "experts", "router")
-_PROJECTIONS = (*ATTENTION_PROJECTIONS, "gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_KINDS = ("attention", "mlp", "experts", "router")
+_PROJECTIONS = (*ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS[0], *MLP_PROJECTIONS)
 
 
 def _order(group: str) -> tuple[int, int]:
-    room, _, projection = group.partition(".")
-    return _ROOMS.index(room), _PROJECTIONS.index(projection) if projection in _PROJECTIONS else len(_PROJECTIONS)
+    kind, _, projection = group.partition(".")
+    return _KINDS.index(kind), _PROJECTIONS.index(projection) if projection in _PROJECTIONS else len(_PROJECTIONS)

@@ -9,23 +9,15 @@ from torch import nn
 
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.expert_lora import bank_problems
+from finetune.architecture.family import model_type
+from finetune.architecture.names import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, EXPERTS, MLP, ROUTER, layer_index
+from finetune.architecture.registry import FAMILIES, find_family, is_moe
 from finetune.config.findings import NOTHING, Finding, dotted
 from finetune.config.messages import findings_of
 from finetune.config.schema import AdapterSection, Section
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
-from finetune.models.qwen3 import (
-    EXPERTS,
-    MLP,
-    ROUTER,
-    expert_modules,
-    is_moe,
-    is_qwen3,
-    layer_index,
-    model_type,
-    projection_names,
-    router_layers,
-)
+from finetune.models.live import expert_modules, projection_names, router_layers
 from finetune.routing.plan import ExpertPlan
 
 ExpertMode = Literal["lora", "full"]
@@ -37,7 +29,7 @@ def parse_section(adapter: Any) -> AdapterSection:
     if isinstance(adapter, AdapterSection):
         return adapter
     if not isinstance(adapter, dict):
-        hint = 'give a dict like {"attention": ["q_proj"], "rank": 8}, or recipe.adapter'
+        hint = f'give a dict like {{"attention": ["{ATTENTION_PROJECTIONS[0]}"], "rank": 8}}, or recipe.adapter'
         raise AdapterError(Problem("adapter", "must be a dict or an AdapterSection", hint, type(adapter).__name__))
     tree = {"adapter": adapter}
     try:
@@ -130,26 +122,30 @@ def _bank_targets(model: nn.Module, experts: ExpertPlan | None) -> list[str]:
 
 
 def _misfits(model: Any, section: AdapterSection, experts: ExpertPlan | None) -> Any:
-    if not isinstance(model, nn.Module) or not is_qwen3(getattr(model, "config", None)):
-        hint = "give a Qwen3ForCausalLM or Qwen3MoeForCausalLM of transformers"
+    if not isinstance(model, nn.Module) or find_family(getattr(model, "config", None)) is None:
+        hint = f"give a causal language model of transformers of the type {' or '.join(FAMILIES)}"
         found = model_type(getattr(model, "config", None)) or type(model).__name__
-        yield Problem("model", "is not a Qwen3", hint, found)
+        yield Problem("model", "is not of a supported family", hint, found)
         return
     if hasattr(model, "peft_config"):
         yield Problem("model", "has adapters already", "give the model they are attached to, or use load_adapter")
         return
     banks = expert_modules(model)
-    for room, targets in (("attention", section.attention), ("mlp", section.mlp)):
+    for part, targets in (("attention", section.attention), ("mlp", section.mlp)):
         for target in targets:
             if not projection_names(model, [target]):
                 dense = "has no dense MLP: name its experts' projections in adapter.experts instead"
-                hint = f"this model {dense}" if room == "mlp" and banks else "look at print(model) for its modules"
-                yield Problem(f"adapter.{room}", "matches nothing in this model", hint, target)
+                hint = f"this model {dense}" if part == "mlp" and banks else "look at print(model) for its modules"
+                yield Problem(f"adapter.{part}", "matches nothing in this model", hint, target)
     if section.experts and not banks:
         hint = "this model is dense: name projections in adapter.mlp instead"
         yield Problem("adapter.experts", "matches nothing in this model", hint, section.experts)
     elif experts is not None and not section.experts:
-        yield Problem("experts", "a plan is given but adapter.experts is empty", "name gate_up_proj, down_proj or both")
+        yield Problem(
+            "experts",
+            "a plan is given but adapter.experts is empty",
+            f"name {' or '.join(EXPERT_PROJECTIONS)}, or both",
+        )
     elif section.experts:
         for name, bank in banks.items():
             yield from bank_problems(bank, name)

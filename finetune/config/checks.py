@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from os.path import normpath
 
+from finetune.architecture.names import EXPERT_PROJECTIONS
 from finetune.config.files import find_in_files
 from finetune.config.findings import FieldPath, Finding, Places
 from finetune.config.schema import QuantizeSection, Recipe
@@ -43,7 +44,7 @@ def _adapter(recipe: Recipe) -> Iterator[Finding]:
             yield _clash(
                 f"adapter.{name}",
                 "is given, but adapter.experts is empty",
-                "write experts: [gate_up_proj, down_proj] to train the experts, or remove the line",
+                f"write experts: [{', '.join(EXPERT_PROJECTIONS)}] to train the experts, or remove the line",
                 "adapter.experts",
             )
 
@@ -57,7 +58,7 @@ def _experts(recipe: Recipe) -> Iterator[Finding]:
     if experts.reselect is not None:
         yield from _reselect(recipe)
     if experts.select is not None and not recipe.adapter.experts:
-        hint = "write adapter.experts: [gate_up_proj, down_proj], or remove experts.select"
+        hint = f"write adapter.experts: [{', '.join(EXPERT_PROJECTIONS)}], or remove experts.select"
         yield _clash("experts.select", "chooses experts, but adapter.experts is empty", hint, "adapter.experts")
     if experts.score == "contrast" and experts.against is None:
         hint = "name the routing profile to contrast with: against: general/routing.json"

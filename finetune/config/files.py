@@ -8,9 +8,10 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from finetune.architecture.names import EXPERT_PROJECTIONS, MLP_PROJECTIONS
+from finetune.architecture.shape import ModelShape, read_model_shape
 from finetune.config.advice import close_to, sentence
 from finetune.config.findings import FieldPath, Finding
-from finetune.config.model_shape import ModelShape, read_model_shape
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.values import parameters_in
@@ -96,7 +97,7 @@ def _targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
     adapter, model = recipe.adapter, ("model", "path")
     if adapter.experts and not shape.moe_layers:
         what = f"names expert projections, but {recipe.model.path} is dense"
-        hint = "write mlp: [gate_proj, up_proj, down_proj] instead of experts"
+        hint = f"write mlp: [{', '.join(MLP_PROJECTIONS)}] instead of experts"
         yield Finding(("adapter", "experts"), what, hint, list(adapter.experts), with_paths=(model,))
     if not shape.moe_layers:
         for name in ("train", "kl_to_base"):
@@ -106,7 +107,7 @@ def _targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
                 yield Finding(("router", name), what, "remove the line", value, with_paths=(model,))
     if adapter.mlp and not shape.dense_layers:
         what = f"names projections of dense layers, but every layer of {recipe.model.path} has experts"
-        hint = "write experts: [gate_up_proj, down_proj] instead of mlp"
+        hint = f"write experts: [{', '.join(EXPERT_PROJECTIONS)}] instead of mlp"
         yield Finding(("adapter", "mlp"), what, hint, list(adapter.mlp), with_paths=(model,))
 
 

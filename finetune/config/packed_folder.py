@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from finetune.config.model_shape import ModelShape
+from finetune.architecture.shape import ModelShape
 from finetune.config.schema import QuantizeSection, Recipe
 from finetune.errors import ModelError, Problem
 

@@ -11,6 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from finetune.architecture.names import (
+    ATTENTION_PROJECTIONS,
+    EXPERT_MATRICES,
+    AttentionProjection,
+    ExpertProjection,
+    MlpProjection,
+)
+from finetune.architecture.shape import ModelShape
 from finetune.config.values import (
     Amount,
     Count,
@@ -27,12 +35,9 @@ from finetune.config.values import (
     refusal,
 )
 
-AttentionTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
-MlpTarget = Literal["gate_proj", "up_proj", "down_proj"]
-ExpertTarget = Literal["gate_up_proj", "down_proj"]
-AttentionTargets = Annotated[tuple[AttentionTarget, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
-MlpTargets = Annotated[tuple[MlpTarget, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
-ExpertTargets = Annotated[tuple[ExpertTarget, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
+AttentionTargets = Annotated[tuple[AttentionProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
+MlpTargets = Annotated[tuple[MlpProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
+ExpertTargets = Annotated[tuple[ExpertProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
 
 
 class Section(BaseModel):
@@ -77,7 +82,7 @@ class QuantizeSection(Section):
     )
 
     def packs(self, kind: str) -> bool:
-        """Whether weights of a kind, see `model_shape.Weights`, are quantized."""
+        """Whether weights of a kind, see `architecture.shape.Weights`, are quantized."""
         return self.packs_experts if kind == "experts" else self.packs_attention and kind in ("attention", "mlp")
 
     @property
@@ -100,7 +105,7 @@ class AdapterSection(Section):
     """The trainable part: LoRA on attention, experts and dense MLPs."""
 
     attention: AttentionTargets = Field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj"), description="attention projections that get LoRA"
+        default=ATTENTION_PROJECTIONS, description="attention projections that get LoRA"
     )
     experts: ExpertTargets = Field(default=(), description="expert projections that get LoRA (MoE layers)")
     mlp: MlpTargets = Field(default=(), description="MLP projections that get LoRA (dense layers)")
@@ -121,7 +126,7 @@ class AdapterSection(Section):
         if not (self.attention or self.experts or self.mlp):
             raise refusal(
                 "attention, experts and mlp are all empty: nothing would train",
-                "name projections in at least one of them, such as attention: [q_proj, v_proj]",
+                f"name projections in at least one of them, such as attention: [{', '.join(ATTENTION_PROJECTIONS)}]",
             )
         return self
 
@@ -132,8 +137,14 @@ class AdapterSection(Section):
 
     def expert_parameters(self, hidden: int, intermediate: int) -> int:
         """Parameters of the factors of one expert of one layer: rank * (in + out) per projection."""
-        height = {"gate_up_proj": 2 * intermediate, "down_proj": intermediate}
-        return self.rank_of_experts * sum(hidden + height[name] for name in self.experts)
+        matrices = EXPERT_MATRICES
+        return self.rank_of_experts * sum(hidden + len(matrices[name]) * intermediate for name in self.experts)
+
+    def parameters_outside(self, shape: ModelShape) -> int:
+        """Parameters of the factors on attention and dense MLPs: rank * (in + out) per matrix."""
+        mlp = shape.mlp(shape.intermediate)
+        per_rank = shape.layers * sum(sum(shape.attention[name]) for name in self.attention)
+        return self.rank * (per_rank + shape.dense_layers * sum(sum(mlp[name]) for name in self.mlp))
 
     @property
     def alpha_of_experts(self) -> float:
@@ -333,8 +344,7 @@ class Recipe(Section):
         """Trainable parameters that one expert of one layer costs."""
         if self.experts.mode == "lora":
             return self.adapter.expert_parameters(hidden, intermediate)
-        matrices = {"gate_up_proj": 2, "down_proj": 1}
-        return hidden * intermediate * sum(matrices[name] for name in self.adapter.experts)
+        return hidden * intermediate * sum(len(EXPERT_MATRICES[name]) for name in self.adapter.experts)
 
     model: ModelSection
     quantize: QuantizeSection = QuantizeSection()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune.architecture.shape import ModelShape, find_model_shape
 from finetune.config.files import kind_of
-from finetune.config.model_shape import ModelShape, find_model_shape
 from finetune.config.packed_folder import frozen_bytes, read_packed_settings, settled
 from finetune.config.schema import DataFile, Recipe
 
@@ -90,7 +90,7 @@ def _trainable(recipe: Recipe, shape: ModelShape) -> int | None:
     if (hot := recipe.experts.hot) is not None:
         hot_experts = min(hot.rule.count_of(shape.experts), trained)
         per_layer += hot_experts * price // recipe.adapter.rank_of_experts * (hot.rank - recipe.adapter.rank_of_experts)
-    return shape.trainable_outside(recipe.adapter) + shape.moe_layers * per_layer
+    return recipe.adapter.parameters_outside(shape) + shape.moe_layers * per_layer
 
 
 def _adapter(recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Group
 from rich.text import Text
 
+from finetune.architecture.names import expert_matrix
 from finetune.errors import Problem, UserError
 from finetune.export import gguf_lora, peft_files
 from finetune.export.factors import Factors
@@ -119,7 +120,9 @@ def _plan(factors: Factors, to: str, dtype: str) -> tuple[OutputFile, dict[str, 
 
 def _zero_filled(factors: Factors) -> int:
     """Experts that had no factors of their own and are written as zeros."""
-    trained = {name.rpartition(".mlp.experts.")[0] + name.split(".mlp.experts.")[1].split(".")[0]
-               for name in factors.ranks if ".mlp.experts." in name
-               and factors.plan.read(name) is not None}  # fmt: skip
+    trained = {
+        (matrix.bank, matrix.expert)
+        for name in factors.ranks
+        if (matrix := expert_matrix(name.removesuffix(".weight"))) is not None and factors.plan.read(name) is not None
+    }
     return len(factors.banks) * factors.num_experts - len(trained)

@@ -65,17 +65,17 @@ def dequantized(checkpoint: Checkpoint, adapters: Sequence[AdapterFiles]) -> See
 
 
 def quantization_errors(plan: MergePlan) -> dict[str, QuantizationError]:
-    """By family of weights, for those that the run packed and the adapters change; empty for a base in 16 bit."""
+    """By kind of weight, for those that the run packed and the adapters change; empty for a base in 16 bit."""
     section = packing_of(plan.adapters)
     if section is None:
         return {}
     seen = SeenCheckpoint.of(plan.base, section)
-    families: dict[str, list[str]] = {}
-    for name, family in plan.families.items():
+    kinds: dict[str, list[str]] = {}
+    for name, kind in plan.kinds.items():
         if seen.packs(name):
-            families.setdefault(family, []).append(name)
-    found = {family: _measure(plan, seen, names) for family, names in sorted(families.items())}
-    return {family: error for family, error in found.items() if error is not None}
+            kinds.setdefault(kind, []).append(name)
+    found = {kind: _measure(plan, seen, names) for kind, names in sorted(kinds.items())}
+    return {kind: error for kind, error in found.items() if error is not None}
 
 
 def _measure(plan: MergePlan, seen: SeenCheckpoint, names: list[str]) -> QuantizationError | None:

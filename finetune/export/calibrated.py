@@ -2,13 +2,14 @@
 
 AutoRound finds the rounding, in a process of its own. What it gives back is believed only after it was compared with
 the model: every matrix that config.json calls for, of the right shape, close to the weight it stands for. Everything
-else (router, embeddings, norms, lm_head) is written from the model itself.
+else (router, embeddings, norms, head) is written from the model itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from finetune.architecture.names import HEAD, ROUTER, is_router
 from finetune.config.schema import DataSection
 from finetune.data.dataset import prepare
 from finetune.errors import ExportError, Problem, UserError
@@ -70,12 +72,13 @@ class Rounded:
 
     def config(self, source: Checkpoint) -> dict[str, Any]:
         """What config.json gets as quantization_config."""
-        routers = [name.removesuffix(".weight") for name in source.weights if name.endswith(".mlp.gate.weight")]
+        modules = [name.removesuffix(".weight") for name in source.weights]
+        routers = [module for module in modules if is_router(module)]
         common = {"bits": BITS, "group_size": self.group, "quant_method": self.to}
         if self.to == "awq":
-            return {**common, "version": "gemm", "zero_point": True, "modules_to_not_convert": ["lm_head", *routers]}
-        excluded: dict[str, Any] = {"dynamic": {r"-:.*\.mlp\.gate$": {}}} if routers else {}
-        return {**common, "sym": True, "desc_act": False, "lm_head": False, "checkpoint_format": "gptq", **excluded}
+            return {**common, "version": "gemm", "zero_point": True, "modules_to_not_convert": [HEAD, *routers]}
+        excluded: dict[str, Any] = {"dynamic": {rf"-:.*\.{re.escape(ROUTER)}$": {}}} if routers else {}
+        return {**common, "sym": True, "desc_act": False, HEAD: False, "checkpoint_format": "gptq", **excluded}
 
     def _packed(self, name: str, shape: tuple[int, int]) -> list[Tensor]:
         stem = name.removesuffix("weight")

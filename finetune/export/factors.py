@@ -1,6 +1,6 @@
 """What adapter exports have in common: the factors of every weight, shaped as one file wants them.
 
-Names of modules are those of a hub checkpoint without `.weight`; experts are `...mlp.experts.3.up_proj`.
+Names of modules are those of a hub checkpoint without `.weight`; each matrix of an expert is a module.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from torch import Tensor
 
 from finetune.adapters.change import LowRank
 from finetune.adapters.pairs import Pair
+from finetune.architecture.names import EXPERT_MATRICES, GATE_UP, expert_matrix, expert_module
 from finetune.errors import AdapterError, Problem
-from finetune.export.plan import EXPERT, MergePlan
-
-PARTS = ("gate_proj", "up_proj", "down_proj")
+from finetune.export.plan import MergePlan
 
 
 @dataclass(frozen=True)
 class Factors:
     """The factors of a plan.
 
-    plain: modules outside of expert banks.  banks: banks (`model.layers.0.mlp.experts`) of which some expert has
+    plain: modules outside of expert banks.  banks: modules of all experts of a layer, of which some expert has
     factors.  num_experts: of every bank.  ranks: rank of each weight that has factors.
     scale: what all of them share, None when they differ.
     """
@@ -46,15 +45,13 @@ class Factors:
             what = "trained the weights of whole experts, which no format of adapters can hold"
             raise AdapterError(Problem(str(files.path), what, hint))
         pairs = {name: pair for name, pair in files.pairs.items() if isinstance(pair, Pair)}
-        matches = {name: EXPERT.fullmatch(name) for name in pairs}
-        plain = tuple(name.removesuffix(".weight") for name, match in matches.items() if match is None)
-        banks = tuple(dict.fromkeys(match["bank"] for match in matches.values() if match is not None))
-        config = plan.base.config
-        num_experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
+        matrices = {module: expert_matrix(module) for module in (name.removesuffix(".weight") for name in pairs)}
+        plain = tuple(module for module, matrix in matrices.items() if matrix is None)
+        banks = tuple(dict.fromkeys(matrix.bank for matrix in matrices.values() if matrix is not None))
         scales = {pair.scale for pair in pairs.values()}
         ranks = {name: pair.rank for name, pair in pairs.items()}
         scale = scales.pop() if len(scales) == 1 else None
-        return cls(plan, plain, banks, num_experts, ranks, scale)
+        return cls(plan, plain, banks, plan.shape.experts, ranks, scale)
 
     @property
     def max_rank(self) -> int:
@@ -66,9 +63,9 @@ class Factors:
         out, width = self.plan.base.tensors[f"{module}.weight"].shape
         return out, width
 
-    def expert_modules(self, bank: str, part: str) -> list[str]:
-        """Modules of one projection of a bank, in the order of the experts."""
-        return [f"{bank}.{expert}.{part}" for expert in range(self.num_experts)]
+    def expert_modules(self, bank: str, matrix: str) -> list[str]:
+        """Modules of one matrix of every expert of a bank, in their order."""
+        return [expert_module(bank, expert, matrix) for expert in range(self.num_experts)]
 
     def padded(self, module: str, rank: int, *, fold: float | None) -> tuple[Tensor, Tensor]:
         """A (rank, in) and B (out, rank) of a module: zero beyond its own rank, and where it has no factors.
@@ -94,7 +91,8 @@ class Factors:
         """Whether gate and up of every expert have the same A, as in a fused bank."""
         files = self.plan.adapters[0]
         for expert in range(self.num_experts):
-            gate, up = (files.pairs.get(f"{bank}.{expert}.{part}.weight") for part in PARTS[:2])
+            matrices = (expert_module(bank, expert, matrix) for matrix in EXPERT_MATRICES[GATE_UP])
+            gate, up = (files.pairs.get(f"{module}.weight") for module in matrices)
             if (gate is None) != (up is None):
                 return False
             if gate is None or up is None or gate.a_name == up.a_name:

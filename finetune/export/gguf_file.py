@@ -1,43 +1,20 @@
-"""GGUF files of Qwen3: names, header, and where each tensor lies. The `gguf` package writes the header.
+"""GGUF files: names, header, and where each tensor lies. The `gguf` package writes the header.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.architecture.family import Family
+from finetune.architecture.names import in_layer, layer_index, place_in_layer
 from finetune.errors import Problem, UserError
 from finetune.export.stream import Output, OutputFile, Place
-from finetune.models.checkpoint import Checkpoint
-
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.experts.gate_proj": "ffn_gate_exps",
-    "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
-}
-_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
-_EXPERT = re.compile(r"mlp\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -77,20 +54,15 @@ def load_gguf() -> Any:
     return gguf
 
 
-def tensor_name(name: str) -> str:
+def tensor_name(name: str, family: Family) -> str:
     """The name of a hub weight in a GGUF; all experts of a projection have one. Raises UserError for unknown ones."""
     module, _, kind = name.rpartition(".")
-    match = _LAYER.fullmatch(module)
-    known = _NAMES.get(_EXPERT.sub("mlp.experts.", match["rest"]) if match else module)
+    block = f"blk.{layer_index(module)}." if in_layer(module) else ""
+    known = family.gguf_names.get(place_in_layer(module))
     if known is None or kind != "weight":
-        hint = "only the tensors of Qwen3 and Qwen3-MoE have a place in a GGUF"
+        hint = f"only the tensors of {family.title} have a place in a GGUF"
         raise UserError(Problem(name, "has no name in a GGUF", hint))
-    return f"blk.{match['layer']}.{known}.weight" if match else f"{known}.weight"
-
-
-def architecture(checkpoint: Checkpoint) -> str:
-    """What llama.cpp calls the model."""
-    return "qwen3moe" if checkpoint.config.get("model_type") == "qwen3_moe" else "qwen3"
+    return f"{block}{known}.weight"
 
 
 def plan_gguf(

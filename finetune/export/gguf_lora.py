@@ -6,9 +6,12 @@ from functools import partial
 
 import torch
 
+from finetune.architecture.family import Family
+from finetune.architecture.names import MLP_PROJECTIONS
+from finetune.architecture.registry import FAMILIES
 from finetune.errors import AdapterError, Problem
-from finetune.export.factors import PARTS, Factors
-from finetune.export.gguf_file import GgufTensor, architecture, plan_gguf, tensor_name
+from finetune.export.factors import Factors
+from finetune.export.gguf_file import GgufTensor, plan_gguf, tensor_name
 from finetune.export.stream import OutputFile, Place
 from finetune.models.tensor_file import TORCH_DTYPES
 
@@ -33,8 +36,8 @@ def plan_lora(factors: Factors, dtype: str) -> OutputFile:
         out, width = factors.shape(module)
         tensors += _pair(factors, [module], rank, alpha, dtype, ((rank, width), (out, rank)))
     for bank in factors.banks:
-        for part in PARTS:
-            modules = factors.expert_modules(bank, part)
+        for matrix in MLP_PROJECTIONS:
+            modules = factors.expert_modules(bank, matrix)
             rank = max(factors.ranks.get(f"{module}.weight", 0) for module in modules)
             if rank:
                 out, width = factors.shape(modules[0])
@@ -47,7 +50,11 @@ def plan_lora(factors: Factors, dtype: str) -> OutputFile:
         "adapter.lora.alpha": alpha,
         "general.name": factors.plan.adapters[0].path.name,
     }
-    return plan_gguf(FILE, architecture(factors.plan.base), settings, tensors)
+    return plan_gguf(FILE, _family(factors).gguf, settings, tensors)
+
+
+def _family(factors: Factors) -> Family:
+    return FAMILIES[factors.plan.shape.model_type]
 
 
 def _pair(
@@ -63,7 +70,7 @@ def _pair(
                 raise AdapterError(Problem(module, f"is not finite as {dtype}", hint))
             place.append(values)
 
-    name = tensor_name(f"{modules[0]}.weight")
+    name = tensor_name(f"{modules[0]}.weight", _family(factors))
     return [
         GgufTensor(f"{name}.lora_{letter}", dtype, size, partial(fill, side), 4 * torch.Size(size).numel())
         for side, (letter, size) in enumerate(zip("ab", sizes, strict=True))

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.architecture.names import HEAD, ExpertMatrix, expert_matrix
+from finetune.architecture.registry import FAMILIES
+from finetune.architecture.shape import ModelShape, shape_of
 from finetune.errors import ModelError, Problem, UserError
 from finetune.export import ggml
-from finetune.export.gguf_file import GgufTensor, architecture, load_gguf, plan_gguf, tensor_bytes, tensor_name
-from finetune.export.plan import EXPERT
+from finetune.export.gguf_file import GgufTensor, load_gguf, plan_gguf, tensor_bytes, tensor_name
 from finetune.export.shards import row_ranges
 from finetune.export.stream import OutputFile, Place
-from finetune.models.checkpoint import Checkpoint
-from finetune.models.shapes import Shapes
+from finetune.models.checkpoint import CONFIG, Checkpoint
 
 FILE = "model.gguf"
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, **ggml.FILE_TYPES}
@@ -29,19 +30,22 @@ def plan_model(source: Checkpoint, kind: str, name: str) -> OutputFile:
     Matrices whose rows are no whole number of blocks are stored as Q8_0 (in a mix of K types) or F16.
     Raises ModelError when the tokenizer or a setting is missing.
     """
-    experts: dict[str, list[str]] = {}
+    shape = shape_of(source.config, str(source.path / CONFIG))
+    family = FAMILIES[shape.model_type]
+    experts: dict[str, dict[int, str]] = {}
+    single = []
     for weight in source.weights:
-        if EXPERT.fullmatch(weight):
-            experts.setdefault(tensor_name(weight), []).append(weight)
-    single = [weight for weight in source.weights if not EXPERT.fullmatch(weight)]
-    tensors = [_tensor(source, tensor_name(weight), [weight], kind) for weight in single]
+        if (matrix := _expert(weight)) is None:
+            single.append(weight)
+        else:
+            experts.setdefault(tensor_name(weight, family), {})[matrix.expert] = weight
+    tensors = [_tensor(source, shape, tensor_name(weight, family), [weight], kind) for weight in single]
     for stacked, weights in experts.items():
-        ordered = sorted(weights, key=lambda weight: int(_expert_id(weight)))
-        if [int(_expert_id(weight)) for weight in ordered] != list(range(_num_experts(source))):
+        if sorted(weights) != list(range(shape.experts)):
             hint = "config.json and weights do not belong together"
-            raise ModelError(Problem(f"{source.path}: {stacked}", "lacks some experts", hint, len(ordered)))
-        tensors.append(_tensor(source, stacked, ordered, kind))
-    return plan_gguf(FILE, architecture(source), partial(_add_settings, source, kind, name), _in_order(tensors))
+            raise ModelError(Problem(f"{source.path}: {stacked}", "lacks some experts", hint, len(weights)))
+        tensors.append(_tensor(source, shape, stacked, [weights[expert] for expert in sorted(weights)], kind))
+    return plan_gguf(FILE, family.gguf, partial(_add_settings, source, shape, kind, name), _in_order(tensors))
 
 
 def _in_order(tensors: list[GgufTensor]) -> list[GgufTensor]:
@@ -54,28 +58,22 @@ def _in_order(tensors: list[GgufTensor]) -> list[GgufTensor]:
     return sorted(tensors, key=key)
 
 
-def _expert_id(weight: str) -> str:
-    match = EXPERT.fullmatch(weight)
-    assert match is not None
-    return match["expert"]
+def _expert(weight: str) -> ExpertMatrix | None:
+    return expert_matrix(weight.removesuffix(".weight"))
 
 
-def _num_experts(source: Checkpoint) -> int:
-    return int(source.config.get("num_experts") or source.config.get("num_local_experts") or 0)
-
-
-def _tensor(source: Checkpoint, name: str, weights: list[str], kind: str) -> GgufTensor:
+def _tensor(source: Checkpoint, shape: ModelShape, name: str, weights: list[str], kind: str) -> GgufTensor:
     info = source.tensors[weights[0]]
     if len(info.shape) < 2 or ".ffn_gate_inp." in name:
         kind = "F32"
     elif kind in ggml.MIXES:
-        tied = "lm_head.weight" not in source.tensors
-        kind = ggml.type_in_mix(kind, name, int(source.config["num_hidden_layers"]), tied=tied)
+        tied = f"{HEAD}.weight" not in source.tensors
+        kind = ggml.type_in_mix(kind, name, shape.layers, tied=tied)
     while len(info.shape) > 1 and info.shape[-1] % _block(kind):
         kind = "Q8_0" if kind.endswith("_K") else "F16"
-    shape = (len(weights), *info.shape) if len(weights) > 1 or EXPERT.fullmatch(weights[0]) else info.shape
+    size = info.shape if _expert(weights[0]) is None else (len(weights), *info.shape)
     read_bytes = sum(source.tensors[weight].num_bytes for weight in weights)
-    return GgufTensor(name, kind, shape, partial(_fill, source, weights, kind), read_bytes)
+    return GgufTensor(name, kind, size, partial(_fill, source, weights, kind), read_bytes)
 
 
 def _block(kind: str) -> int:
@@ -108,12 +106,11 @@ def _encode(rows: torch.Tensor, kind: str, where: str) -> torch.Tensor:
     return torch.from_numpy(packed)
 
 
-def _add_settings(source: Checkpoint, kind: str, name: str, writer: Any) -> None:
+def _add_settings(source: Checkpoint, shape: ModelShape, kind: str, name: str, writer: Any) -> None:
     config = source.config
-    where = f"{source.path / 'config.json'}"
+    where = str(source.path / CONFIG)
     rope = _rope(config, where)
     values = {**config, "rope_theta": config.get("rope_theta", rope.get("rope_theta"))}
-    values.setdefault("head_dim", Shapes.of(config, where).sizes["head_dim"])
     problems = [
         Problem(f"{where}: {key}", "is no positive number", "the checkpoint is damaged: download it again", value)
         for key in _settings(writer)
@@ -123,16 +120,24 @@ def _add_settings(source: Checkpoint, kind: str, name: str, writer: Any) -> None
         raise ModelError(*problems)
     for key, add in _settings(writer).items():
         add(values[key])
+    writer.add_block_count(shape.layers)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.intermediate)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_vocab_size(shape.vocabulary)
     writer.add_type("model")
     writer.add_name(name)
     _add_rope_scaling(where, config.get("rope_scaling") or rope, writer)
-    if architecture(source) == "qwen3moe":
-        writer.add_expert_count(_num_experts(source))
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_per_token)
+        writer.add_expert_feed_forward_length(shape.expert_intermediate)
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(load_gguf().GGML_QUANT_VERSION)
-    _add_tokenizer(source, writer)
+    _add_tokenizer(source, shape.vocabulary, writer)
 
 
 def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -151,16 +156,9 @@ def _is_number(value: Any, *, whole: bool) -> bool:
 
 def _settings(writer: Any) -> dict[str, Callable[[Any], None]]:
     return {
-        "num_hidden_layers": writer.add_block_count,
         "max_position_embeddings": writer.add_context_length,
-        "hidden_size": writer.add_embedding_length,
-        "intermediate_size": writer.add_feed_forward_length,
-        "num_attention_heads": writer.add_head_count,
-        "num_key_value_heads": writer.add_head_count_kv,
-        "head_dim": lambda size: (writer.add_key_length(size), writer.add_value_length(size)),
         "rms_norm_eps": writer.add_layer_norm_rms_eps,
         "rope_theta": lambda theta: writer.add_rope_freq_base(float(theta)),
-        "vocab_size": writer.add_vocab_size,
     }
 
 
@@ -181,15 +179,14 @@ def _add_rope_scaling(where: str, scaling: dict[str, Any], writer: Any) -> None:
         )
 
 
-def _add_tokenizer(source: Checkpoint, writer: Any) -> None:
-    """Vocabulary, merges, special tokens and chat template of a byte-level BPE as Qwen3 has it."""
+def _add_tokenizer(source: Checkpoint, size: int, writer: Any) -> None:
+    """Vocabulary of `size`, merges, special tokens and chat template of a byte-level BPE as Qwen3 has it."""
     gguf = load_gguf()
     content, settings = _read_json(source, "tokenizer.json"), _read_json(source, "tokenizer_config.json")
     model = content.get("model") or {}
     if model.get("type") != "BPE":
         hint = "only the byte-level BPE of Qwen3 can be written"
         raise ModelError(Problem(f"{source.path / 'tokenizer.json'}", "is no BPE", hint, model.get("type")))
-    size = int(source.config["vocab_size"])
     tokens = [f"[PAD{index}]" for index in range(size)]  # embedding rows that no token uses
     types = [gguf.TokenType.UNUSED] * size
     entries = [(index, token, gguf.TokenType.NORMAL) for token, index in model["vocab"].items()]

@@ -29,6 +29,8 @@ from finetune.adapters.files import WEIGHTS
 from finetune.adapters.layouts import b_order
 from finetune.adapters.pairs import packs_as_now
 from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
+from finetune.architecture.names import EXPERT_PROJECTIONS, EXPERTS, GATE_UP
+from finetune.architecture.shape import CONFIG, shape_of
 from finetune.errors import AdapterError, Problem, UserError
 from finetune.export import peft_files
 from finetune.export.factors import Factors
@@ -129,21 +131,21 @@ def import_adapter(
 
 def _find_banks(config: StockConfig, file: TensorFile, source: Checkpoint) -> list[_Bank]:
     """Every packed pair, with the shapes its weight has in the base."""
-    hidden, wide = int(source.config["hidden_size"]), int(source.config.get("moe_intermediate_size") or 0)
-    experts = int(source.config.get("num_experts") or source.config.get("num_local_experts") or 0)
+    shape = shape_of(source.config, str(source.path / CONFIG))
+    hidden, wide, experts = shape.hidden, shape.expert_intermediate, shape.experts
     banks = []
     for name in file.tensors:
         for inner in (".base_layer", ""):
-            ending = f".mlp.experts{inner}.lora_A.weight"
+            ending = f".{EXPERTS}{inner}.lora_A.weight"
             if not name.endswith(ending):
                 continue
-            bank = name.removeprefix("base_model.model.").removesuffix(ending) + ".mlp.experts"
-            targets = [key for key in ("gate_up_proj", "down_proj") if config.targets_parameter(f"{bank}.{key}")]
+            bank = f"{name.removeprefix('base_model.model.').removesuffix(ending)}.{EXPERTS}"
+            targets = [key for key in EXPERT_PROJECTIONS if config.targets_parameter(f"{bank}.{key}")]
             if not targets:
                 hint = "the file or its settings are incomplete"
                 raise AdapterError(Problem(f"{file.path}: {name}", "is not named by target_parameters", hint))
             key = targets[0] if inner or len(targets) == 1 else targets[1]
-            out, width = (2 * wide, hidden) if key == "gate_up_proj" else (hidden, wide)
+            out, width = (2 * wide, hidden) if key == GATE_UP else (hidden, wide)
             b_name = name.replace(".lora_A.", ".lora_B.")
             if b_name not in file.tensors:
                 raise AdapterError(Problem(f"{file.path}: {name}", "has no lora_B beside it", "save the adapter again"))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapters.partial import attach_part
+from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_module, is_bank, layer_name
 from finetune.errors import ModelError, Problem, UserError
 from finetune.export.plan import MergePlan
 from finetune.models import fp8
@@ -94,7 +95,7 @@ def check_logits(plan: MergePlan, merged: Checkpoint, prompts: Sequence[str] | N
     adapted, rounded, found = embedded, embedded, embedded
     differences = []
     for index in (*range(base.num_layers), None):
-        prefix = f"model.layers.{index}" if index is not None else "lm_head"
+        prefix = layer_name(index) if index is not None else HEAD
         part: Any = base.part(index)
         live = attach_part(part, plan.adapters, plan.shares, prefix)
         adapted = base.run(live or part, adapted)
@@ -152,13 +153,10 @@ def _round_weights_(part: nn.Module, merged: Checkpoint) -> None:
     for name, parameter in part.named_parameters():
         if parameter.is_meta:
             continue
+        module, _, projection = name.rpartition(".")
         stored = name
-        for fused, single in (
-            (".experts.gate_up_proj", ".experts.0.gate_proj"),
-            (".experts.down_proj", ".experts.0.down_proj"),
-        ):
-            if name.endswith(fused):
-                stored = f"{name.removesuffix(fused)}{single}.weight"
+        if is_bank(module):  # a checkpoint stores all experts alike
+            stored = f"{expert_module(module, 0, EXPERT_MATRICES[projection][0])}.weight"
         if stored not in merged.tensors:
             continue
         scales, block = merged.scales_of(stored), merged.fp8_block

@@ -132,7 +132,7 @@ def _report(
     tallies: dict[str, Tally] = {}
     for name in plan.base.tensors:
         if reported.get(name) is not None:
-            tallies.setdefault(plan.families[name], Tally()).merge(Tally.from_dict(reported[name]))
+            tallies.setdefault(plan.kinds[name], Tally()).merge(Tally.from_dict(reported[name]))
     retention = {family: tallies[family].retention() for family in sorted(tallies)}
     changed = {name for name, tally in reported.items() if tally is not None}
     changed |= {name for name in stored if plan.remakes(name)}

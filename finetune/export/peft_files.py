@@ -11,9 +11,21 @@ import torch
 
 from finetune.adapters.layouts import pack_a, pack_b
 from finetune.adapters.stock_config import ADAPTER_CONFIG
+from finetune.architecture.names import (
+    DOWN,
+    EXPERT_MATRICES,
+    EXPERT_PROJECTIONS,
+    EXPERTS,
+    GATE_UP,
+    MLP_PROJECTIONS,
+    expert_matrix,
+    expert_module,
+    in_attention,
+    in_mlp,
+    is_router,
+)
 from finetune.errors import AdapterError, Problem
-from finetune.export.factors import PARTS, Factors
-from finetune.export.plan import EXPERT
+from finetune.export.factors import Factors
 from finetune.export.safetensors_file import Tensor
 from finetune.export.stream import Place
 from finetune.models.tensor_file import TORCH_DTYPES
@@ -34,7 +46,7 @@ def per_expert(factors: Factors, dtype: str, *, served: bool) -> tuple[list[Tens
     scale = 1.0 if served or factors.scale is None else factors.scale
     modules = [*factors.plain]
     for bank in factors.banks:
-        modules += [module for part in PARTS for module in factors.expert_modules(bank, part)]
+        modules += [module for matrix in MLP_PROJECTIONS for module in factors.expert_modules(bank, matrix)]
     if served:
         _check_served(factors)
     tensors = [
@@ -68,9 +80,10 @@ def fused(factors: Factors, dtype: str) -> tuple[list[Tensor], dict[str, bytes]]
         levels = _levels(factors, bank, shared=shared)
         parameters += [f"{bank}.{parameter}" for parameter in levels]
         for parameter, own in levels.items():
-            nested = len(levels) == 2 and parameter == "gate_up_proj"
-            out, width = factors.shape(f"{bank}.0.{'gate_proj' if parameter == 'gate_up_proj' else 'down_proj'}")
-            out *= 2 if parameter == "gate_up_proj" else 1
+            nested = len(levels) == 2 and parameter == GATE_UP
+            matrices = EXPERT_MATRICES[parameter]
+            out, width = factors.shape(expert_module(bank, 0, matrices[0]))
+            out *= len(matrices)
             sizes = (own * factors.num_experts, width), (out, own * factors.num_experts)
             expert = partial(_expert_pair, factors, parameter, own, scale, shared)
             pack = partial(_pack_bank, [f"{bank}.{number}" for number in range(factors.num_experts)], expert)
@@ -90,15 +103,15 @@ def fused(factors: Factors, dtype: str) -> tuple[list[Tensor], dict[str, bytes]]
 
 def _levels(factors: Factors, bank: str, *, shared: bool) -> dict[str, int]:
     """Fused parameters of a bank that have factors -> the rank of their packed pair."""
-    ranks = {
-        part: max((factors.ranks.get(f"{m}.weight", 0) for m in factors.expert_modules(bank, part)), default=0)
-        for part in PARTS
+    ranks: dict[str, int] = {
+        matrix: max((factors.ranks.get(f"{m}.weight", 0) for m in factors.expert_modules(bank, matrix)), default=0)
+        for matrix in MLP_PROJECTIONS
     }
     levels = {}
-    if gate_up := max(ranks["gate_proj"], ranks["up_proj"]):
-        levels["gate_up_proj"] = gate_up if shared else ranks["gate_proj"] + ranks["up_proj"]
-    if ranks["down_proj"]:
-        levels["down_proj"] = ranks["down_proj"]
+    for parameter, matrices in EXPERT_MATRICES.items():
+        together = [ranks[matrix] for matrix in matrices]
+        if any(together):
+            levels[parameter] = max(together) if shared else sum(together)
     return levels
 
 
@@ -114,13 +127,13 @@ def _expert_pair(
     factors: Factors, parameter: str, rank: int, scale: float, shared: bool, expert: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of one expert in a bank; gate and up as one, with an A in common (`shared`) or one below the other."""
-    if parameter == "down_proj":
-        return factors.padded(f"{expert}.down_proj", rank, fold=scale)
-    gate_a, gate_b = factors.padded(f"{expert}.gate_proj", rank, fold=scale)
-    up_a, up_b = factors.padded(f"{expert}.up_proj", rank, fold=scale)
+    modules = [f"{expert}.{matrix}" for matrix in EXPERT_MATRICES[parameter]]
+    if parameter == DOWN:
+        return factors.padded(modules[0], rank, fold=scale)
+    (gate_a, gate_b), (up_a, up_b) = (factors.padded(module, rank, fold=scale) for module in modules)
     if shared:
         return gate_a, torch.cat([gate_b, up_b])
-    own = factors.ranks.get(f"{expert}.gate_proj.weight", 0)
+    own = factors.ranks.get(f"{modules[0]}.weight", 0)
     a_RI, b_OR = gate_a, torch.cat([gate_b, torch.zeros_like(up_b)])
     a_RI[own:] = up_a[: rank - own]
     b_OR[len(gate_b) :, own:] = up_b[:, : rank - own]
@@ -161,7 +174,7 @@ def _served_rank(factors: Factors) -> int:
 
 
 def _check_served(factors: Factors) -> None:
-    odd = [module for module in factors.plain if ".self_attn." not in module and not module.endswith(PARTS)]
+    odd = [module for module in factors.plain if not in_attention(module) and not module.endswith(MLP_PROJECTIONS)]
     if odd:
         hint = "merge it and serve the merged model"
         what = f"changes {odd[0]}, which the servers do not apply adapters to"
@@ -190,14 +203,14 @@ def _settings(factors: Factors, content: dict[str, Any]) -> dict[str, bytes]:
 
 def _is_parameter(factors: Factors, module: str) -> bool:
     """Whether PEFT wraps it as a parameter: the router, and the dense MLPs of a mixture of experts."""
-    return module.endswith(".mlp.gate") or (factors.num_experts > 0 and ".mlp." in module)
+    return is_router(module) or (factors.num_experts > 0 and in_mlp(module))
 
 
 def _targets(factors: Factors, modules: list[str]) -> list[str]:
     """Last names, where every module of that name in the base is meant; full names otherwise."""
     named = [name.removesuffix(".weight") for name in factors.plan.base.weights if name.endswith("weight")]
-    if not any(".mlp.experts." in module for module in modules):
-        named = [name for name in named if ".mlp.experts." not in name]
+    if not any(expert_matrix(module) for module in modules):
+        named = [name for name in named if not expert_matrix(name)]
     targets: list[str] = []
     for last in sorted({module.rpartition(".")[2] for module in modules}):
         meant = [module for module in modules if module.endswith(f".{last}") or module == last]
@@ -208,9 +221,10 @@ def _targets(factors: Factors, modules: list[str]) -> list[str]:
 
 def _common(factors: Factors, parameters: list[str]) -> list[str]:
     """Names without the layer, where every layer's bank is meant; full names otherwise."""
-    banks = {match["bank"] for name in factors.plan.base.weights if (match := EXPERT.fullmatch(name))}
+    matrices = (expert_matrix(name.removesuffix(".weight")) for name in factors.plan.base.weights)
+    banks = {matrix.bank for matrix in matrices if matrix is not None}
     common: list[str] = []
-    for last in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
+    for last in (f"{EXPERTS}.{parameter}" for parameter in EXPERT_PROJECTIONS):
         meant = [name for name in parameters if name.endswith(last)]
         common += [last] if meant and len(meant) == len(banks) else meant
     return sorted(common + [name for name in parameters if name.endswith(".weight")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,17 +10,18 @@ from pathlib import Path
 
 from finetune.adapters.change import Change, add_up
 from finetune.adapters.files import AdapterFiles
+from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_matrix, kind_of
+from finetune.architecture.registry import find_family, unknown_family
+from finetune.architecture.shape import ModelShape, shape_of
 from finetune.config.packed_folder import PackedSettings
 from finetune.errors import AdapterError, ModelError, Problem, UserError
 from finetune.export.base_weights import BaseWeights, dequantized
 from finetune.models import fp8
 from finetune.models.checkpoint import CONFIG, Checkpoint, base_fingerprint, find_checkpoint
-from finetune.models.shapes import Shapes, check_shapes
+from finetune.models.shape_check import check_shapes
 from finetune.models.tensor_file import WEIGHT_DTYPES
 from finetune.quant.seen import SeenCheckpoint
 
-MODEL_TYPES = ("qwen3", "qwen3_moe")
-EXPERT = re.compile(r"(?P<bank>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 _SHOWN = 8
 
 
@@ -29,15 +29,16 @@ _SHOWN = 8
 class MergePlan:
     """What merging will do: every pair of factors has its tensor in the base, and they fit.
 
-    adapters: one or several, whose deltas are added.  shares: the weight of each one's delta.
-    families: tensor name -> "attention", "expert gate", "expert up", "expert down", "mlp", "router" or "other".
+    shape: of the base.  adapters: one or several, whose deltas are added.  shares: the weight of each one's delta.
+    kinds: tensor name -> the group it is reported under, see `architecture.names.kind_of`.
     scales: scales of an FP8 weight -> that weight.  warnings: what does not stop a merge but should be read.
     """
 
     base: Checkpoint
+    shape: ModelShape
     adapters: tuple[AdapterFiles, ...]
     shares: tuple[float, ...]
-    families: dict[str, str]
+    kinds: dict[str, str]
     scales: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -82,7 +83,7 @@ def plan_merge(
     opened = tuple(AdapterFiles.open(path) for path in paths)
     checkpoint = Checkpoint.open(_find_base(opened, base))
     refuse_packed(checkpoint, "merge into that model: --base {base}")
-    check_model(checkpoint)
+    shape = check_model(checkpoint)
     problems = [
         problem
         for files in opened
@@ -92,11 +93,11 @@ def plan_merge(
     if problems:
         raise AdapterError(*problems)
     warnings = [text for files in opened for text in _check_identity(checkpoint, files, chosen=base is not None)]
-    families = {name: family_of(name) for files in opened for name in files.pairs}
+    kinds = {name: kind_of(name) for files in opened for name in files.pairs}
     scales = {scales: name for name in checkpoint.tensors if (scales := checkpoint.scales_of(name))}
     if base_weights == "dequantized":
         checkpoint = dequantized(checkpoint, opened)
-    return MergePlan(checkpoint, opened, shares, families, scales, tuple(warnings))
+    return MergePlan(checkpoint, shape, opened, shares, kinds, scales, tuple(warnings))
 
 
 def _check_shares(paths: Sequence[str | Path], shares: Sequence[float] | None) -> tuple[float, ...]:
@@ -108,17 +109,6 @@ def _check_shares(paths: Sequence[str | Path], shares: Sequence[float] | None) -
         hint = "give one number per adapter, in their order"
         raise UserError(Problem("--weights", f"is not one number for each of {len(paths)} adapters", hint, [*shares]))
     return tuple(float(share) for share in shares)
-
-
-def family_of(name: str) -> str:
-    """The group a weight is reported under."""
-    if match := EXPERT.fullmatch(name):
-        return f"expert {match['part']}"
-    if ".self_attn." in name:
-        return "attention"
-    if name.endswith(".mlp.gate.weight"):
-        return "router"
-    return "mlp" if ".mlp." in name else "other"
 
 
 def _find_base(opened: Sequence[AdapterFiles], base: str | Path | None) -> Path:
@@ -143,22 +133,21 @@ def refuse_packed(checkpoint: Checkpoint, remedy: str) -> None:
         raise ModelError(Problem(str(checkpoint.path), what, remedy.format(base=packed.base)))
 
 
-def check_model(base: Checkpoint) -> Shapes:
-    """Its sizes. Raises ModelError unless it is a Qwen3 in 16 or 32 bits or in FP8 blocks, as its config.json says."""
+def check_model(base: Checkpoint) -> ModelShape:
+    """Its sizes. Raises ModelError unless it is of a known family, in 16 or 32 bits or in FP8 blocks, and whole."""
     where = str(base.path / "config.json")
     problems = []
-    if base.config.get("model_type") not in MODEL_TYPES:
-        hint = f"the base must be one of {', '.join(MODEL_TYPES)}"
-        problems.append(Problem(f"{where}: model_type", "is not a Qwen3", hint, base.config.get("model_type")))
+    if find_family(base.config) is None:
+        problems.append(unknown_family(base.config, f"{where}: model_type"))
     if base.fp8_block is None and base.config.get("quantization_config"):
         method = base.config["quantization_config"]
         hint = "merge into the original 16-bit checkpoint with --base, then quantize the result"
         problems.append(Problem(f"{where}: quantization_config", "the base is quantized", hint, method))
     if problems:
         raise ModelError(*problems)
-    shapes = Shapes.of(base.config, where)
-    check_shapes(shapes, base.tensors, str(base.path))
-    return shapes
+    shape = shape_of(base.config, where)
+    check_shapes(shape, base.tensors, str(base.path))
+    return shape
 
 
 def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
@@ -178,18 +167,19 @@ def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
         elif info.dtype not in WEIGHT_DTYPES and not (info.dtype == fp8.DTYPE and base.scales_of(name)):
             what = f"changes {name}, which is stored quantized"
             problems.append(Problem(where, what, "merge into the original 16-bit checkpoint with --base", info.dtype))
-        elif name == "lm_head.weight" and tied:
-            what = "changes lm_head, which is the embedding as well in this model"
+        elif name == f"{HEAD}.weight" and tied:
+            what = f"changes {HEAD}, which is the embedding as well in this model"
             problems.append(Problem(where, what, "untie the two in a copy of the base first"))
     return _shorten(problems)
 
 
 def _check_experts(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
     """The adapter's number of experts is the base's, so that no expert is left without its factors."""
-    counts = Counter(match["bank"] for name in base.tensors if (match := EXPERT.fullmatch(name)))
+    matrices = (expert_matrix(name.removesuffix(".weight")) for name in base.tensors)
+    counts = Counter(matrix.bank for matrix in matrices if matrix is not None)
     problems = []
     for bank, num_experts in files.num_experts.items():
-        held, rest = divmod(counts[bank], 3)
+        held, rest = divmod(counts[bank], sum(map(len, EXPERT_MATRICES.values())))
         if held and (rest or held != num_experts):
             what = f"is for {num_experts} experts in {bank}, which has another number in the base"
             hint = f"the adapter is for another base than {base.path}; name the right one with --base"

@@ -4,11 +4,12 @@ fp8        e4m3 and one float32 scale per block of 128 x 128, as the hub's own F
 fp8-ct     e4m3 and one scale per row, compressed-tensors "float-quantized", activations quantized per token
 int4       8 values in an int32 and one scale per group of a row, compressed-tensors "pack-quantized"
 
-Router, embeddings, norms and lm_head stay as they are.
+Router, embeddings, norms and head stay as they are.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from finetune.architecture.names import HEAD, ROUTER
 from finetune.errors import ModelError, Problem
 from finetune.export.safetensors_file import Tensor
 from finetune.export.shards import copy, row_ranges
@@ -25,7 +27,7 @@ from finetune.models.checkpoint import Checkpoint
 from finetune.models.tensor_file import TORCH_DTYPES
 
 GROUP = 128
-_IGNORED = ["lm_head", r"re:.*mlp\.gate$"]
+_IGNORED = [HEAD, rf"re:.*{re.escape(ROUTER)}$"]
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -134,7 +136,7 @@ def fp8_blocks() -> Dialect:
         "fmt": "e4m3",
         "quant_method": "fp8",
         "weight_block_size": [*fp8.BLOCK],
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": [HEAD],
     }
     return Dialect(parts, config, rows=fp8.BLOCK[0])
 

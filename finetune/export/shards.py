@@ -78,7 +78,7 @@ def _header_of(source: TensorFile) -> bytes:
 def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any] | None:
     """Writes one tensor; its tally where the adapters change it."""
     weight = plan.scales.get(name, name)
-    factors = plan.read(weight) if weight in plan.families else None
+    factors = plan.read(weight) if weight in plan.kinds else None
     info = plan.base.tensors[name]
     if factors is None:  # W + 0 is W to the bit, also where it is -0.0
         if kept == info.dtype and not plan.remakes(name):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from finetune.adapters.change import Change
-from finetune.export.plan import MergePlan, family_of
+from finetune.architecture.names import kind_of
+from finetune.export.plan import MergePlan
 from finetune.export.shards import row_ranges
 from finetune.export.workers import exact_workers
 from finetune.models import fp8
@@ -69,8 +70,8 @@ def check_weights(plan: MergePlan, merged: Checkpoint) -> WeightCheck:
     with exact_workers() as workers:
         results = workers.map(lambda name: _compare(name, plan, merged), names)
         for name, (changed, error, share) in zip(names, results, strict=True):
-            family = family_of(name) if changed else _UNTOUCHED
-            agreement.setdefault(family, WeightAgreement()).add(name, error, share)
+            kind = kind_of(name) if changed else _UNTOUCHED
+            agreement.setdefault(kind, WeightAgreement()).add(name, error, share)
             if not share <= 1.0:
                 wrong[name] = f"differs from the base by up to {error:.3g}, although the adapter does not change it"
                 if changed:
@@ -95,7 +96,7 @@ def _header_mismatch(base: TensorInfo, merged: TensorInfo) -> str | None:
 
 def _compare(name: str, plan: MergePlan, merged: Checkpoint) -> tuple[bool, float, float]:
     """(has a delta, largest error, largest error / allowed error) of one tensor; NaN in the merged tensor gives inf."""
-    factors = plan.read(name) if name in plan.families else None
+    factors = plan.read(name) if name in plan.kinds else None
     compare = _error_without_delta if factors is None else partial(_error_with_delta, factors)
     block = (merged.fp8_block or plan.base.fp8_block or (1, 1))[0]
     worst_error = worst_share = 0.0

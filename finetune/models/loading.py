@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder or the hub: Qwen3 only, complete, and quiet."""
+"""Models and tokenizers from a folder or the hub: of a known family, complete, and quiet."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.architecture.names import EXPERTS
+from finetune.architecture.registry import find_family, is_moe, unknown_family
 from finetune.errors import ModelError, Problem
 from finetune.models.checkpoint import Checkpoint
-from finetune.models.qwen3 import EXPERTS, is_moe, is_qwen3, model_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,11 +28,11 @@ def load_model(
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """A Qwen3 or Qwen3-MoE causal language model in eval mode, weights in `dtype`, router auxiliary loss off.
+    """A causal language model of a known family in eval mode, weights in `dtype`, router auxiliary loss off.
 
     path: a checkpoint folder, or a name on the hub. device: CPU when None.
 
-    Raises ModelError when it is not there, not a Qwen3, stored quantized, truncated, or lacks a weight.
+    Raises ModelError when it is not there, of no known family, stored quantized, truncated, or lacks a weight.
     """
     from transformers import AutoModelForCausalLM
 
@@ -141,11 +142,10 @@ def _check_exists(path: str | Path) -> None:
 
 
 def check_config(path: str | Path, config: dict[str, Any], trust_remote_code: bool) -> None:
-    """Raises ModelError for a config.json that is no Qwen3's, or asks for what it may not."""
+    """Raises ModelError for a config.json of no known family, or that asks for what it may not."""
     problems = []
-    if not is_qwen3(config):
-        hint = "give a Qwen3 or Qwen3-MoE text model; others are not supported"
-        problems.append(Problem(str(path), "is not a Qwen3", hint, model_type(config)))
+    if find_family(config) is None:
+        problems.append(unknown_family(config, str(path)))
     if config.get("auto_map") and not trust_remote_code:
         hint = "set model.trust_remote_code: true if you trust that code, or remove auto_map from config.json"
         problems.append(Problem(str(path), "wants to run Python code that ships with it", hint, config["auto_map"]))

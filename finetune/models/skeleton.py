@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.architecture.registry import is_moe
 from finetune.models.loading import as_model_error
-from finetune.models.qwen3 import is_moe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.architecture.names import EMBEDDING, EXPERT_MATRICES, EXPERTS, HEAD, NORM, expert_module, layer_name
 from finetune.errors import ModelError, Problem
 from finetune.models.checkpoint import Checkpoint
-from finetune.models.qwen3 import EXPERT_MATRICES, EXPERTS
 from finetune.models.skeleton import skeleton
 
 _BANKS = {f"{EXPERTS}.{projection}": matrices for projection, matrices in EXPERT_MATRICES.items()}
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 class StreamedModel:
-    """A Qwen3 of transformers in which only the parts in use are real; everything is float32 on the CPU.
+    """A model of transformers in which only the parts in use are real; everything is float32 on the CPU.
 
     A model of `part(index)` has the names of the whole one, but decoder layer `index` alone computes; that of
     `part(None)` has no layer, but the final norm and the head. `run` calls either.
@@ -38,7 +37,10 @@ class StreamedModel:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings (S, H) of token ids (S,); reads their rows only."""
-        rows = {index: self.checkpoint.read_float(EMBEDDING, slice(index, index + 1)) for index in set(tokens.tolist())}
+        rows = {
+            index: self.checkpoint.read_float(f"{EMBEDDING}.weight", slice(index, index + 1))
+            for index in set(tokens.tolist())
+        }
         return torch.cat([rows[index] for index in tokens.tolist()])
 
     def part(self, index: int | None) -> nn.Module:
@@ -48,8 +50,8 @@ class StreamedModel:
         inner.layers = nn.ModuleList(skipped)
         inner.norm = _Skipped()
         if index is None:
-            inner.norm = self._load(self._norm, {"weight": self.checkpoint.read_float(NORM)})
-            name = HEAD if HEAD in self.checkpoint.tensors else EMBEDDING
+            inner.norm = self._load(self._norm, {"weight": self.checkpoint.read_float(f"{NORM}.weight")})
+            name = next(f"{name}.weight" for name in (HEAD, EMBEDDING) if f"{name}.weight" in self.checkpoint.tensors)
             self._model.lm_head = self._load(self._head, {"weight": self.checkpoint.read_float(name)})
         else:
             self._model.lm_head = nn.Identity()
@@ -80,15 +82,15 @@ class StreamedModel:
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         """The layer's tensors under the names of the live module: experts of a layer in two banks."""
         wanted = self._layers[index].state_dict()
-        prefix = f"model.layers.{index}."
+        prefix = f"{layer_name(index)}."
         held = {name for name in self.checkpoint.weights if name.startswith(prefix)}
         tensors = {}
         for name, like in wanted.items():
             parts = _BANKS.get(name)
             sources = [[f"{prefix}{name}"]]
             if parts is not None:
-                experts = [f"{prefix}mlp.experts.{expert}" for expert in range(like.shape[0])]
-                sources = [[f"{expert}.{part}.weight" for part in parts] for expert in experts]
+                bank = f"{prefix}{EXPERTS}"
+                sources = [[f"{expert_module(bank, e, part)}.weight" for part in parts] for e in range(like.shape[0])]
             lacking = [source for row in sources for source in row if source not in held]
             if lacking:
                 hint = "config.json and weights do not belong together"

@@ -10,7 +10,7 @@ from torch import nn
 
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem, UserError
-from finetune.models.qwen3 import PackedBank
+from finetune.models.live import PackedBank
 from finetune.quant.experts import CodesOnDisk, Fp8Projection, Nf4Projection, PackedExperts, PackedProjection
 from finetune.quant.linear import is_linear_4bit, linear_4bit
 from finetune.quant.nf4 import Packed

@@ -14,7 +14,7 @@ from finetune.kernels.layer import new_handle
 from finetune.kernels.ops import expert_mlp
 from finetune.kernels.support import decodes_on
 from finetune.models import fp8
-from finetune.models.qwen3 import PackedBank
+from finetune.models.live import PackedBank
 from finetune.models.tensor_file import TORCH_DTYPES
 from finetune.quant import nf4
 from finetune.quant.nf4 import Packed

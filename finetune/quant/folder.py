@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from finetune.architecture.names import layer_index
 from finetune.config.packed_folder import AGAIN, CODES, PackedSettings
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem, RunError, UserError
 from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint, base_fingerprint
 from finetune.models.files import finished_folder, write_atomic, write_json_atomic
-from finetune.models.qwen3 import layer_index
 from finetune.models.tensor_file import METADATA, TORCH_DTYPES, TensorFile, TensorInfo
 from finetune.quant.experts import CodesOnDisk, packed_shapes
 from finetune.quant.parts import WHOLE, Fields, Part, Progress

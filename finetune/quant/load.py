@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.config.model_shape import read_model_shape
+from finetune.architecture.shape import read_model_shape
 from finetune.config.packed_folder import (
     QUANT_METHOD,
     check_settings,

@@ -14,12 +14,20 @@ from os import cpu_count
 import torch
 from torch import Tensor
 
+from finetune.architecture.names import (
+    EXPERT_MATRICES,
+    HEAD,
+    expert_matrix,
+    expert_module,
+    in_layer,
+    is_bank,
+    is_linear,
+)
 from finetune.config.packed_folder import CODES
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
-from finetune.models.qwen3 import ATTENTION_PROJECTIONS, EXPERT_MATRICES, EXPERTS, MLP_PROJECTIONS
 from finetune.models.tensor_file import WEIGHT_DTYPES
 from finetune.quant import nf4
 from finetune.quant.experts import packed_shapes
@@ -29,7 +37,6 @@ Fields = dict[str, Tensor]
 
 WHOLE = ""
 Progress = Callable[[str, int, int], None]
-HEAD = "lm_head.weight"
 _MISFIT = "config.json and weights do not belong together; download the checkpoint again"
 _MOST_PROBLEMS = 8
 
@@ -63,38 +70,35 @@ def plan_parts(shapes: Mapping[str, tuple[int, ...]], section: QuantizeSection, 
     """The parts of a live model whose weights have these names and shapes, in their order."""
     parts = []
     for name, shape in shapes.items():
-        if tied and name == HEAD:
+        if tied and name == f"{HEAD}.weight":
             continue
         module, _, projection = name.rpartition(".")
-        if module.endswith(EXPERTS):
-            matrices = EXPERT_MATRICES[projection]
-            sources = tuple(tuple(f"{module}.{e}.{matrix}.weight" for matrix in matrices) for e in range(shape[0]))
+        if is_bank(module):
+            sources = tuple(_sources(module, expert, projection) for expert in range(shape[0]))
             parts.append(Part(name, shape, sources, section.packs_experts))
         else:
-            packed = section.packs_attention and projection == "weight" and _is_projection(module)
+            packed = section.packs_attention and projection == "weight" and is_linear(module)
             parts.append(Part(name, shape, ((name,),), packed))
     return parts
 
 
 def packed_sources(name: str, section: QuantizeSection) -> tuple[str, ...]:
     """The hub weights that a hub weight is packed together with, itself among them; none when it is not packed."""
-    module, projection = name.removesuffix(".weight").rpartition(".")[::2]
-    if module.rpartition(".")[0].endswith(EXPERTS):
-        together = next(matrices for matrices in EXPERT_MATRICES.values() if projection in matrices)
-        return tuple(f"{module}.{matrix}.weight" for matrix in together) if section.packs_experts else ()
-    return (name,) if section.packs_attention and _is_projection(f"{module}.{projection}") else ()
+    module = name.removesuffix(".weight")
+    if (found := expert_matrix(module)) is not None:
+        return _sources(found.bank, found.expert, found.projection) if section.packs_experts else ()
+    return (name,) if section.packs_attention and is_linear(module) else ()
+
+
+def _sources(bank: str, expert: int, projection: str) -> tuple[str, ...]:
+    """The hub weights of one expert in a projection of a live bank."""
+    return tuple(f"{expert_module(bank, expert, matrix)}.weight" for matrix in EXPERT_MATRICES[projection])
 
 
 def pack_matrix(checkpoint: Checkpoint, sources: tuple[str, ...], section: QuantizeSection) -> Fields:
     """What one matrix, put together from its sources, is packed into."""
     reader = _Reader(checkpoint, Part("", (), (sources,), packed=True), section, torch.float32)
     return reader.pack(0)
-
-
-def _is_projection(module: str) -> bool:
-    parent, _, projection = module.rpartition(".")
-    rooms = {"self_attn": ATTENTION_PROJECTIONS, "mlp": MLP_PROJECTIONS}
-    return projection in rooms.get(parent.rpartition(".")[2], ())
 
 
 def check_parts(checkpoint: Checkpoint, parts: list[Part]) -> None:
@@ -113,7 +117,7 @@ def check_parts(checkpoint: Checkpoint, parts: list[Part]) -> None:
             elif info.dtype not in WEIGHT_DTYPES and checkpoint.scales_of(source) is None:
                 hint = "give a checkpoint in bfloat16, float16, float32, or FP8 with block scales"
                 problems.append(Problem(where, "is of a type that is no weight", hint, info.dtype))
-    left = sorted(name for name in checkpoint.weights if ".layers." in name and name not in used)
+    left = sorted(name for name in checkpoint.weights if in_layer(name) and name not in used)
     problems += [Problem(f"{checkpoint.path}: {name}", "has no place in the model", _MISFIT) for name in left]
     if problems:
         more = [Problem(str(checkpoint.path), f"{len(problems) - _MOST_PROBLEMS} more problems like these", _MISFIT)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune.errors import Problem, RoutingError
-from finetune.models.qwen3 import expert_layers
+from finetune.models.live import expert_layers
 from finetune.models.scoring import IGNORED
 from finetune.routing.profile import RoutingProfile
 

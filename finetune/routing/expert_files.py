@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetune.config.model_shape import ModelShape, find_model_shape
+from finetune.architecture.shape import ModelShape, find_model_shape
 from finetune.config.schema import Recipe
 from finetune.errors import Problem, RoutingError
 from finetune.routing.plan import ExpertPlan

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.architecture.names import EXPERT_PROJECTIONS
+from finetune.architecture.shape import read_model_shape
 from finetune.config.findings import NOTHING, dotted
 from finetune.config.messages import findings_of
-from finetune.config.model_shape import read_model_shape
 from finetune.config.schema import AdapterSection, ExpertsSection, Section, SelectRule
 from finetune.errors import Problem, RoutingError
 from finetune.routing.plan import ExpertPlan
@@ -90,7 +91,7 @@ def _section(experts: dict[str, Any]) -> ExpertsSection:
 
 
 def _price(profile: RoutingProfile, rank: int, model: str | Path | None) -> int | None:
-    adapter = AdapterSection(experts=("gate_up_proj", "down_proj"), rank=rank)
+    adapter = AdapterSection(experts=EXPERT_PROJECTIONS, rank=rank)
     if model is not None:
         shape = read_model_shape(model)
         return adapter.expert_parameters(shape.hidden, shape.expert_intermediate)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.models.qwen3 import expert_layers
+from finetune.models.live import expert_layers
 from finetune.routing.collect import Row, join_rows
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import Concentration, Counts, Sums, load_share

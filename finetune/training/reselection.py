@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 from finetune.adapters.delta import Delta
 from finetune.adapters.expert_factors import ExpertFactors
 from finetune.adapters.factor import Factor
+from finetune.architecture.names import layer_index
 from finetune.config.schema import Reselect
 from finetune.models.files import write_json_atomic
-from finetune.models.qwen3 import layer_index
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import load_share
 from finetune.routing.select import reselect

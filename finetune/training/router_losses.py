@@ -20,7 +20,7 @@ from trl import SFTTrainer
 
 from finetune.config.schema import RouterSection
 from finetune.errors import Problem, RoutingError
-from finetune.models.qwen3 import router_layers
+from finetune.models.live import router_layers
 from finetune.routing.losses import balance_loss, kl_to_base, z_loss
 
 Batch = dict[str, Any]

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
 from finetune.data.packing import packed
-from finetune.models.qwen3 import expert_layers
+from finetune.models.live import expert_layers
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpoints import newest_complete, step_of

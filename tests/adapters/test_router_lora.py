@@ -6,7 +6,7 @@ import torch
 from finetune.adapters.attach import attach, check_same_plan, load_adapter, save_adapter
 from finetune.adapters.table import check_gradients, target_table
 from finetune.errors import AdapterError, TrainingError
-from finetune.models.qwen3 import route, router_layers
+from finetune.models.live import route, router_layers
 from tests.adapters.models import BOTH, SOME, logits, randomize, tensors_of
 from tests.tiny import tiny_dense, tiny_moe, token_ids
 

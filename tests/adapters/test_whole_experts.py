@@ -10,7 +10,7 @@ from finetune.adapters.attach import attach, check_same_plan, load_adapter, save
 from finetune.adapters.files import AdapterFiles
 from finetune.adapters.table import check_gradients, target_table
 from finetune.errors import AdapterError, TrainingError
-from finetune.models.qwen3 import expert_modules
+from finetune.models.live import expert_modules
 from finetune.routing.plan import ExpertPlan
 from tests.adapters.models import BOTH, SOME, logits, tensors_of
 from tests.tiny import tiny_moe, token_ids

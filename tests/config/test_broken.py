@@ -206,7 +206,7 @@ NAMES = {
         swap("experts: [gate_up_proj, down_proj]", "attention: []"),
         "r.yaml:3: adapter",
         "nothing would train",
-        "attention: [q_proj, v_proj]",
+        "attention: [q_proj, k_proj, v_proj, o_proj]",
     ),
     "two rules": (
         GOOD + "experts:\n  select:\n    top_p: 0.5\n    top_fraction: 0.5\n",

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune.__main__ import main
+from finetune.architecture.shape import read_model_shape
 from finetune.config.load import load_recipe, parse_recipe, recipe_to_yaml
-from finetune.config.model_shape import read_model_shape
 from finetune.config.packed_folder import folder_problems, frozen_bytes, read_packed_settings, settled
 from finetune.config.schema import QuantizeSection
 from finetune.config.summary import summarize

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.architecture.shape import ModelShape, read_model_shape
 from finetune.config.load import load_recipe
-from finetune.config.model_shape import ModelShape, read_model_shape
 from finetune.config.schema import AdapterSection
 from finetune.config.summary import summarize
 
@@ -52,7 +52,7 @@ def test_parameters_of_the_published_models(config, parameters, tmp_path):
 
 def trainable(shape, adapter):
     per_expert = adapter.expert_parameters(shape.hidden, shape.expert_intermediate)
-    return shape.trainable_outside(adapter) + shape.moe_layers * shape.experts * per_expert
+    return adapter.parameters_outside(shape) + shape.moe_layers * shape.experts * per_expert
 
 
 def test_trainable_parameters_are_rank_times_in_plus_out(tmp_path):

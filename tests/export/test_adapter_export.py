@@ -62,7 +62,7 @@ def sources(tmp_path_factory):
 def deltas(adapter, base):
     """Weight -> its change in float64, for changes that are not zero."""
     plan = plan_merge(adapter, base)
-    found = {name: plan.read(name) for name in plan.families}
+    found = {name: plan.read(name) for name in plan.kinds}
     return {name: low.scale * low.b.double() @ low.a.double() for name, low in found.items() if low is not None}
 
 

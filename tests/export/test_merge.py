@@ -440,7 +440,7 @@ class TestWrongBase:
     def test_not_a_qwen3(self, adapter, tmp_path):
         base = write_base(tmp_path / "base", MOE)
         edit_json(base / "config.json", model_type="llama")
-        with pytest.raises(ModelError, match="not a Qwen3"):
+        with pytest.raises(ModelError, match="is of a model type that is not supported"):
             merge(adapter, tmp_path / "merged", base=base)
 
     def test_missing_shard(self, adapter, tmp_path):

@@ -78,8 +78,8 @@ def test_version():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "llama"}, "is not a Qwen3, got 'llama'"),
-        ({"model_type": None}, "is not a Qwen3"),
+        ({"model_type": "llama"}, "is of a model type that is not supported, got 'llama'"),
+        ({"model_type": None}, "is of a model type that is not supported"),
         ({"auto_map": {"AutoModelForCausalLM": "theirs.Model"}}, "wants to run Python code that ships with it"),
         ({"quantization_config": {"quant_method": "fp8"}}, "is stored quantized, got 'fp8'"),
         ({"num_experts": 8}, "gate_up_proj: has another shape than config.json says"),

@@ -2,21 +2,11 @@
 
 import pytest
 
+from finetune.architecture.names import layer_index
 from finetune.errors import ModelError
-from finetune.models.qwen3 import expert_modules, is_moe, is_qwen3, layer_index, model_type, projection_names
+from finetune.models.live import expert_modules, projection_names
 from tests.adapters.models import adapted
 from tests.tiny import tiny_dense, tiny_moe
-
-
-def test_kinds_of_config():
-    assert is_moe(tiny_moe().config)
-    assert not is_moe(tiny_dense().config)
-    assert is_qwen3(tiny_dense().config)
-    assert is_moe({"model_type": "qwen3_moe"})
-    assert not is_qwen3({"model_type": "qwen2_moe"})
-    assert not is_qwen3({})
-    assert not is_qwen3(None)
-    assert model_type({"model_type": 3}) is None
 
 
 def test_expert_banks_in_layer_order():

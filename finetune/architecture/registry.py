@@ -1,0 +1,36 @@
+"""The families that are known, and which of them a config is of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.architecture.family import Family, model_type
+from finetune.architecture.qwen3 import QWEN3, QWEN3_MOE
+from finetune.errors import ModelError, Problem
+
+FAMILIES = {family.model_type: family for family in (QWEN3, QWEN3_MOE)}
+
+
+def find_family(config: Any) -> Family | None:
+    """The family of a config, be it an object or the content of config.json; None for an unknown one."""
+    return FAMILIES.get(model_type(config) or "")
+
+
+def family_of(config: Any, where: str) -> Family:
+    """As `find_family`. Raises ModelError with the known ones; `where` names the config."""
+    family = find_family(config)
+    if family is None:
+        raise ModelError(unknown_family(config, where))
+    return family
+
+
+def unknown_family(config: Any, where: str) -> Problem:
+    """What is wrong with a config of none of the families."""
+    hint = f"supported are text models of the types {' and '.join(FAMILIES)}"
+    return Problem(where, "is of a model type that is not supported", hint, model_type(config))
+
+
+def is_moe(config: Any) -> bool:
+    """Whether a config, be it an object or the content of config.json, is of a known mixture of experts."""
+    family = find_family(config)
+    return family is not None and family.is_moe

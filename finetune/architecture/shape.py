@@ -1,0 +1,241 @@
+"""Sizes of a model from its config.json alone: the one reader of them, and what follows from them. Loads no model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune.architecture import names
+from finetune.architecture.family import Family
+from finetune.architecture.registry import family_of
+from finetune.errors import ModelError, Problem
+
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 1024 * 1024
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000
+_SPELLINGS = {"num_experts": ("num_experts", "num_local_experts")}
+_HINT = "copy the file from the checkpoint again"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that share a shape; the experts of a layer are one of (E, out, in).
+
+    kind: "attention", "mlp" or "experts" for those that can be packed, "rest" for all others.
+    matrices: of the hub's, one above the other in each.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    count: int
+    matrices: int = 1
+
+    @property
+    def parameters(self) -> int:
+        """Of all of them."""
+        return self.count * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Widths and counts; all expert numbers are 0 in a dense model, and so is `intermediate` where no layer is dense.
+
+    sparse_layers: indices of the layers with experts.
+    """
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    attention_bias: bool
+    sparse_layers: frozenset[int]
+    experts: int
+    experts_per_token: int
+    expert_intermediate: int
+
+    @property
+    def moe_layers(self) -> int:
+        """How many layers have experts."""
+        return len(self.sparse_layers)
+
+    @property
+    def dense_layers(self) -> int:
+        """How many have an ordinary MLP."""
+        return self.layers - self.moe_layers
+
+    @cached_property
+    def attention(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each attention projection."""
+        hidden, wide, narrow = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (wide, hidden),
+            "k_proj": (narrow, hidden),
+            "v_proj": (narrow, hidden),
+            "o_proj": (hidden, wide),
+        }
+
+    def mlp(self, width: int) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix of a dense MLP or an expert, `width` wide inside."""
+        return {"gate_proj": (width, self.hidden), "up_proj": (width, self.hidden), "down_proj": (self.hidden, width)}
+
+    def parameters(self) -> int:
+        """All weights of the model; a tied head counts once."""
+        return sum(weights.parameters for weights in self.weights())
+
+    def weights(self) -> list[Weights]:
+        """Every weight of the live model, grouped."""
+        hidden = self.hidden
+        rest = [((hidden,), 2), ((self.head_dim,), 2)]
+        if self.attention_bias:
+            rest += [((out,), 1) for out, _ in self.attention.values()]
+        found = [Weights("attention", shape, self.layers) for shape in self.attention.values()]
+        found += [Weights("rest", shape, count * self.layers) for shape, count in rest]
+        if self.moe_layers:
+            both, inner = 2 * self.expert_intermediate, self.expert_intermediate
+            found.append(Weights("experts", (self.experts, both, hidden), self.moe_layers, matrices=2))
+            found.append(Weights("experts", (self.experts, hidden, inner), self.moe_layers))
+            found.append(Weights("rest", (self.experts, hidden), self.moe_layers))
+        if self.dense_layers:
+            found += [Weights("mlp", shape, self.dense_layers) for shape in self.mlp(self.intermediate).values()]
+        found.append(Weights("rest", (self.vocabulary, hidden), 1 if self.tied else 2))
+        return [*found, Weights("rest", (hidden,), 1)]
+
+    @property
+    def num_linears(self) -> int:
+        """The hub's matrices in attention, MLPs and experts; routers, embeddings and head not counted."""
+        return 4 * self.layers + 3 * self.dense_layers + 3 * self.experts * self.moe_layers
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name on the hub -> (out, in) of each of them."""
+        made: dict[str, tuple[int, int]] = {}
+        for layer in range(self.layers):
+            at = names.layer_name(layer)
+            made |= {f"{at}.{names.ATTENTION}.{name}.weight": shape for name, shape in self.attention.items()}
+            modules, width = [f"{at}.{names.MLP}"], self.intermediate
+            if layer in self.sparse_layers:
+                modules = [f"{names.bank_name(layer)}.{expert}" for expert in range(self.experts)]
+                width = self.expert_intermediate
+            for module in modules:
+                made |= {f"{module}.{name}.weight": shape for name, shape in self.mlp(width).items()}
+        return made
+
+    def smallest_side(self, experts: bool) -> int:
+        """The smallest in or out size of an adapted matrix; a rank above it buys nothing."""
+        if experts:
+            return min(self.hidden, self.expert_intermediate)
+        return min(self.hidden, self.kv_heads * self.head_dim)
+
+
+def find_model_shape(path: str | Path) -> ModelShape | None:
+    """The shape of the model in a folder; None when no known model is there."""
+    try:
+        return read_model_shape(path)
+    except ModelError:
+        return None
+
+
+def read_model_shape(folder: str | Path) -> ModelShape:
+    """The shape that `folder`/config.json describes. Raises ModelError when it is missing or no known model's."""
+    path = Path(folder) / CONFIG
+    return shape_of(_read_config(path), str(path))
+
+
+def shape_of(config: dict[str, Any], where: str) -> ModelShape:
+    """The shape that the content of a config.json describes, with transformers' own defaults for what it leaves out.
+
+    where: names the file. Raises ModelError with every size that is of no use, or for a model that is not known.
+    """
+    return _Reader(config, where).shape(family_of(config, where))
+
+
+class _Reader:
+    """Reads sizes and collects problems instead of stopping at the first."""
+
+    def __init__(self, config: dict[str, Any], where: str) -> None:
+        self._config, self._where = config, where
+        self._problems: list[Problem] = []
+
+    def shape(self, family: Family) -> ModelShape:
+        sizes = {name: self._size(name, default) for name, default in family.sizes.items()}
+        layers = sizes["num_hidden_layers"]
+        sparse = self._sparse_layers(layers, sizes["decoder_sparse_step"]) if family.is_moe else frozenset()
+        flags = {name: self._flag(name) for name in ("tie_word_embeddings", "attention_bias")}
+        used, held = sizes.get("num_experts_per_tok", 0), sizes.get("num_experts", 0)
+        if not self._problems and used > held:
+            self._refuse(
+                "num_experts_per_tok", "asks for more experts than there are", f"there are {held} experts; {_HINT}"
+            )
+        if self._problems:
+            raise ModelError(*self._problems)
+        return ModelShape(
+            model_type=family.model_type,
+            hidden=sizes["hidden_size"],
+            layers=layers,
+            heads=sizes["num_attention_heads"],
+            kv_heads=sizes["num_key_value_heads"],
+            head_dim=sizes["head_dim"] or sizes["hidden_size"] // sizes["num_attention_heads"],
+            intermediate=sizes["intermediate_size"],
+            vocabulary=sizes["vocab_size"],
+            tied=flags["tie_word_embeddings"],
+            attention_bias=flags["attention_bias"],
+            sparse_layers=sparse,
+            experts=held,
+            experts_per_token=used,
+            expert_intermediate=sizes.get("moe_intermediate_size", 0),
+        )
+
+    def _size(self, name: str, default: int | None) -> int:
+        """A positive whole number; the default where the config has none, 0 for one that follows from others."""
+        given = [spelling for spelling in _SPELLINGS.get(name, (name,)) if spelling in self._config]
+        if not given:
+            return default or 0
+        values = [self._config[spelling] for spelling in given]
+        largest = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+        for spelling, value in zip(given, values, strict=True):
+            if type(value) is not int or not 0 < value <= largest:
+                self._refuse(spelling, f"must be a whole number from 1 to {largest:,}")
+        if len(set(map(repr, values))) > 1:
+            self._refuse(given[0], f"contradicts {given[1]}, which is {values[1]!r}")
+        return values[0] if type(values[0]) is int else 0
+
+    def _flag(self, name: str) -> bool:
+        value = self._config.get(name, False)
+        if type(value) is not bool:
+            self._refuse(name, "must be true or false")
+        return value is True
+
+    def _sparse_layers(self, layers: int, step: int) -> frozenset[int]:
+        """Every `step`-th layer that the config does not list as dense."""
+        dense = self._config.get("mlp_only_layers") or []
+        if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+            self._refuse("mlp_only_layers", "must be a list of layer numbers")
+        if self._problems:
+            return frozenset()
+        return frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)
+
+    def _refuse(self, name: str, what: str, hint: str = _HINT) -> None:
+        self._problems.append(Problem(f"{self._where}: {name}", what, hint, self._config.get(name)))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES)
+        config = json.loads(content)
+    except FileNotFoundError:
+        hint = "a checkpoint folder has config.json, model*.safetensors and a tokenizer"
+        raise ModelError(Problem(str(path), "does not exist", hint)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(Problem(str(path), f"cannot be read ({error})", _HINT)) from None
+    if not isinstance(config, dict):
+        raise ModelError(Problem(str(path), "is not a JSON object", _HINT))
+    return config

@@ -1,0 +1,70 @@
+"""Where things are in a live model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.architecture.names import is_bank, is_router, layer_index, linear_suffixes
+from finetune.architecture.registry import FAMILIES
+
+
+def bank_classes() -> tuple[type[nn.Module], ...]:
+    """The modules that hold all experts of a layer: gate_up_proj (E, 2I, H), down_proj (E, H, I)."""
+    return _classes("bank")
+
+
+def router_classes() -> tuple[type[nn.Module], ...]:
+    """The modules that send tokens to experts: weight (E, H)."""
+    return _classes("router")
+
+
+def _classes(kind: str) -> tuple[type[nn.Module], ...]:
+    lives = [family.live for family in FAMILIES.values() if family.live is not None]
+    return tuple(getattr(import_module(live.module), getattr(live, kind)) for live in lives)
+
+
+class PackedBank(nn.Module):
+    """What takes the place of a bank when its weights are packed; gate_up_proj and down_proj are no parameters."""
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer's expert bank by module name, in layer order; empty for a dense model."""
+    banks: tuple[type[nn.Module], ...] = (*bank_classes(), PackedBank)
+    return {name: module for name, module in model.named_modules() if isinstance(module, banks)}
+
+
+def expert_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Whatever answers for the experts of each decoder layer that has any, by its index, in layer order.
+
+    That is the bank of a plain model, its packed form, or the adapters around either: all are called with tokens
+    (T, H), expert ids (T, K) and routing weights (T, K).
+    """
+    return {layer_index(name): module for name, module in model.named_modules() if is_bank(name)}
+
+
+def router_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Whatever answers for the router of each decoder layer that has one, by its index, in layer order.
+
+    All return logits (T, E), routing weights (T, K) and expert ids (T, K).
+    """
+    return {layer_index(name): module for name, module in model.named_modules() if is_router(name)}
+
+
+def route(router: Any, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `router` makes of other logits than its own: logits (T, E), routing weights (T, K), expert ids (T, K)."""
+    probabilities_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    weights_TK, index_TK = torch.topk(probabilities_TE, router.top_k, dim=-1)
+    if router.norm_topk_prob:
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    return logits_TE, weights_TK.to(logits_TE.dtype), index_TK
+
+
+def projection_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers called `targets` in attention and dense MLPs, in model order; never experts."""
+    suffixes = linear_suffixes(targets)
+    return [name for name, _ in model.named_modules() if name.endswith(suffixes)] if suffixes else []

@@ -1,0 +1,98 @@
+"""Sizes from config.json: what transformers makes of the same file, left-out fields included."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from finetune.architecture.registry import FAMILIES
+from finetune.architecture.shape import shape_of
+from finetune.errors import ModelError
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"intermediate_size": 96, "vocab_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+SMALL |= {"moe_intermediate_size": 32, "head_dim": 24, "decoder_sparse_step": 1}
+
+
+def live(config, tmp_path):
+    """The model that transformers builds from the same config.json, without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+
+
+def check(config, tmp_path):
+    shape, model = shape_of(config, "config.json"), live(config, tmp_path)
+    assert shape.parameters() == sum(p.numel() for p in model.parameters()), config
+    matrices = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
+    kept = {name: size for name, size in shape.linears().items() if name in matrices}
+    assert kept == {name: matrices[name] for name in kept}
+    banks = [p for p in model.parameters() if p.ndim == 3]
+    assert shape.moe_layers * 2 == len(banks)
+    assert shape.num_linears == len(shape.linears()) == len(kept) + 3 * shape.experts * shape.moe_layers
+    if banks:
+        assert banks[0].shape == (shape.experts, 2 * shape.expert_intermediate, shape.hidden)
+        assert model.model.layers[min(shape.sparse_layers)].mlp.gate.top_k == shape.experts_per_token
+
+
+def sizes_of(model_type):
+    return {"model_type": model_type, **{name: SMALL[name] for name in FAMILIES[model_type].sizes}}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_default_is_that_of_transformers(model_type, tmp_path):
+    full = sizes_of(model_type)
+    check(full, tmp_path)
+    for name in full:
+        if name != "model_type":
+            check({key: value for key, value in full.items() if key != name}, tmp_path)
+    check({"model_type": model_type}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tie_word_embeddings": True},
+        {"attention_bias": True},
+        {"mlp_only_layers": [1]},
+        {"mlp_only_layers": None},
+        {"decoder_sparse_step": 2},
+        {"decoder_sparse_step": 5},
+        {"num_key_value_heads": 4, "head_dim": 16},
+    ],
+)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_other_settings_that_change_the_shape(model_type, change, tmp_path):
+    if not FAMILIES[model_type].is_moe:
+        change = {key: value for key, value in change.items() if key in (*FAMILIES[model_type].sizes, "attention_bias")}
+    check(sizes_of(model_type) | change, tmp_path)
+
+
+def test_the_two_spellings_of_the_number_of_experts(tmp_path):
+    config = sizes_of("qwen3_moe")
+    spelled = {key: value for key, value in config.items() if key != "num_experts"} | {"num_local_experts": 8}
+    check(spelled, tmp_path)
+    assert shape_of(spelled, "c") == shape_of(config, "c") == shape_of(config | {"num_local_experts": 8}, "c")
+    with pytest.raises(ModelError, match="num_experts: contradicts num_local_experts, which is 4, got 8"):
+        shape_of(config | {"num_local_experts": 4}, "c")
+    with pytest.raises(ModelError, match=r"num_experts: must be a whole number .*, got None"):
+        shape_of(spelled | {"num_experts": None}, "c")  # transformers refuses it as well
+
+
+def test_all_problems_at_once():
+    with pytest.raises(ModelError) as caught:
+        shape_of(sizes_of("qwen3_moe") | {"hidden_size": "64", "num_hidden_layers": 10**6, "attention_bias": 1}, "c")
+    places = [problem.where for problem in caught.value.problems]
+    assert places == ["c: hidden_size", "c: num_hidden_layers", "c: attention_bias"]
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "llama"}, {"model_type": 3}])
+def test_unknown_types_are_told_the_known_ones(config):
+    with pytest.raises(ModelError, match="is of a model type that is not supported") as caught:
+        shape_of(config, "config.json")
+    (problem,) = caught.value.problems
+    assert "qwen3 and qwen3_moe" in problem.hint
