@@ -335,6 +335,7 @@ def _load_frozen(recipe: Recipe, console: Console, device: Any = None) -> Any:
     """The model of a recipe as it is before adapters, where it will run when `device` is None."""
     import torch
 
+    from finetune.kernels.prepare import prepare_experts
     from finetune.quant.load import load_frozen
 
     section = recipe.model
@@ -345,7 +346,9 @@ def _load_frozen(recipe: Recipe, console: Console, device: Any = None) -> Any:
         "trust_remote_code": section.trust_remote_code,
     }
     with bytes_done(console, "loading") as progress:
-        return load_frozen(section.path, recipe.quantize, **options, device=device, progress=progress)
+        model = load_frozen(section.path, recipe.quantize, **options, device=device, progress=progress)
+    prepare_experts(model, recipe.train.expert_backend)
+    return model
 
 
 def _torch_dtype(name: str | None) -> Any:

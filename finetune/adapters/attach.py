@@ -19,6 +19,7 @@ from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_section
 from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
+from finetune.kernels.prepare import prepare_experts
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.files import finished_folder
 from finetune.models.loading import load_tokenizer
@@ -125,7 +126,9 @@ def load(
     if not (Path(path) / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise ModelError(Problem(str(path), "is a model, and has no base", "leave the base out", str(base)))
-        return load_frozen(path, dtype=dtype, device=device), load_tokenizer(path)
+        model = load_frozen(path, dtype=dtype, device=device)
+        prepare_experts(model)
+        return model, load_tokenizer(path)
     files = AdapterFiles.open(path)
     chosen = choose_base(files, base, base_weights, dtype)
     model = load_frozen(chosen.path, chosen.section, dtype=dtype, revision=chosen.revision, device=device)
@@ -133,7 +136,9 @@ def load(
     if known is not None and known != base_fingerprint(Checkpoint.open(find_checkpoint(chosen.path, chosen.revision))):
         hint = "put the original base back; or load a model yourself and use load_adapter to run on another base"
         raise AdapterError(Problem(chosen.path, "is not the model the adapter was trained on", hint))
-    return load_adapter(model, path), load_tokenizer(chosen.path, revision=chosen.revision)
+    adapted = load_adapter(model, path)
+    prepare_experts(adapted)
+    return adapted, load_tokenizer(chosen.path, revision=chosen.revision)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ With one target alone there is one layer, LoraExperts with that target's factors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from finetune.adapters.expert_factors import ExpertFactors
 from finetune.architecture.names import DOWN, GATE_UP
 from finetune.errors import AdapterError, Problem
-from finetune.kernels.ops import Backend, Dropout, expert_mlp
+from finetune.kernels.ops import Backend, Deltas, Dropout, ExpertLayer, Factors, expert_mlp, prepare
 
 if TYPE_CHECKING:
     from finetune.adapters.config import ExpertLoraConfig
@@ -74,10 +75,7 @@ class LoraExperts(ExpertFactors):
             hint = "run one batch per adapter and switch with set_adapter"
             raise AdapterError(Problem("adapter_names", "expert adapters cannot be mixed in one batch", hint))
         bank: Any = self.get_base_layer()
-        levels = {level.projection: level for level in self._active()}
-        names = self.active_adapters
-        factors = {projection: level.active_factors(names) for projection, level in levels.items()}
-        deltas = {projection: level.active_deltas(names) for projection, level in levels.items()}
+        factors, deltas = self._trained(self._active())
         return expert_mlp(
             hidden_states,
             top_k_index,
@@ -92,6 +90,27 @@ class LoraExperts(ExpertFactors):
             backend=self.backend,
             recompute=self.recompute,
         )
+
+    def prepare_products(self) -> None:
+        """Choose and check the products of forward before it is called, with adapters and without."""
+        bank: Any = self.get_base_layer()
+        for levels in (self.levels, list[ExpertFactors]()):
+            factors, deltas = self._trained(levels)
+            layer = ExpertLayer(
+                bank.gate_up_proj,
+                bank.down_proj,
+                factors.get(GATE_UP),
+                factors.get(DOWN),
+                gate_up_delta=deltas.get(GATE_UP),
+                down_delta=deltas.get(DOWN),
+            )
+            prepare(layer, self.backend)
+
+    def _trained(self, levels: Sequence[ExpertFactors]) -> tuple[dict[str, Factors | None], dict[str, Deltas | None]]:
+        """What the active adapters add to each projection: factors and whole changes."""
+        names = self.active_adapters
+        factors = {level.projection: level.active_factors(names) for level in levels}
+        return factors, {level.projection: level.active_deltas(names) for level in levels}
 
     def _active(self) -> list[ExpertFactors]:
         """The levels to compute with."""

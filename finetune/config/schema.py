@@ -322,6 +322,9 @@ class TrainSection(Section):
     activation_offload: bool = Field(
         default=False, description="keep what backward needs in host memory meanwhile (on a GPU, for long sequences)"
     )
+    expert_backend: Literal["auto", "reference", "torch", "triton"] = Field(
+        default="auto", description="kernels of the expert layers; auto takes the fastest that is right on this device"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="seed of initialization, order and dropout"
     )

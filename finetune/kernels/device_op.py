@@ -115,13 +115,28 @@ def expert_mlp(
     return out_TH
 
 
+def with_gradients(
+    x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, layer: ExpertLayer, d_out_TH: Tensor, products: str
+) -> list[Tensor | None]:
+    """The output and the gradients of x, the weights, gate_up's A and B, down's A and B, without any autograd."""
+    with torch.no_grad():
+        call = _Call.of(x_TH, weights_TK, layer, products)
+        needs = [t is not None and t.requires_grad for t in call.differentiable]
+        out_TH, gate_up_PG, pair_P, row_P, end_E = _run_forward(call, index_TK, True)
+        grads = _run_backward(call, d_out_TH, gate_up_PG, pair_P, row_P, end_E, needs)
+    return [out_TH, *(grad if need else None for grad, need in zip(grads, needs, strict=True))]
+
+
 @torch.library.custom_op(
     "finetune::expert_mlp", mutates_args=(),
     schema=f"({CALL}, Tensor index, bool keep_gate_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run_forward(_Call(*inputs[:-2]), *inputs[-2:])
+
+
+def _run_forward(call: _Call, index_TK: Tensor, keep_gate_up: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, the gate_up output (empty unless kept), and the rows' order: pair, row, end."""
-    call, (index_TK, keep_gate_up) = _Call(*inputs[:-2]), inputs[-2:]
     if index_TK.numel() == 0:
         return _outputs(call, index_TK, keep_gate_up)
     with _on_device_of(call.x_TH):
@@ -154,8 +169,13 @@ def _outputs(call: _Call, index_TK: Tensor, keep_gate_up: bool) -> tuple[Tensor,
     schema=f"(Tensor d_out, Tensor kept, Tensor pair, Tensor row, Tensor end, {CALL}, bool[] needs) -> Tensor[]",
 )  # fmt: skip
 def _backward(d_out_TH: Tensor, gate_up_PG: Tensor, pair_P: Tensor, row_P: Tensor, end_E: Tensor, *rest: Any) -> Any:
+    return _run_backward(_Call(*rest[:-1]), d_out_TH, gate_up_PG, pair_P, row_P, end_E, rest[-1])
+
+
+def _run_backward(
+    call: _Call, d_out_TH: Tensor, gate_up_PG: Tensor, pair_P: Tensor, row_P: Tensor, end_E: Tensor, needs: list[bool]
+) -> list[Tensor]:
     """One gradient for each differentiable input, empty where none is needed."""
-    call, needs = _Call(*rest[:-1]), rest[-1]
     if pair_P.numel() == 0:
         return _gradients(call, needs)
     with _on_device_of(call.x_TH):

@@ -16,10 +16,24 @@ from finetune.kernels.blocks import make_room_, room_of, rounded_rank
 from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors, PackedStack, Stack
 from finetune.kernels.support import triton_fault
 
-__all__ = ["Backend", "Deltas", "Dropout", "Factors", "PackedStack", "expert_mlp", "make_room_"]
+__all__ = [
+    "Backend",
+    "Deltas",
+    "Dropout",
+    "ExpertLayer",
+    "Factors",
+    "PackedStack",
+    "expert_mlp",
+    "make_room_",
+    "prepare",
+]
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 BACKENDS = ("reference", "torch", "triton")
+GO_ON = (
+    "install a torch and a Triton that know this card; or go on at a fraction of the speed, one product per expert: "
+    "name the backend, `train.expert_backend: torch` in a recipe, `backend='torch'` in Python"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +83,15 @@ def expert_mlp(
     return torch_path.expert_mlp(x_TH, top_k_index_TK, top_k_weights_TK, layer, recompute)
 
 
+def prepare(layer: ExpertLayer, backend: Backend = "auto") -> str:
+    """Choose and check the products of a layer before its first call; the way it will go.
+
+    Also inside the autocast that the calls will be in. A first call that nothing prepared does the same by itself.
+    Raises AdapterError as `expert_mlp` does.
+    """
+    return _choose(backend, layer)
+
+
 def _choose(backend: Backend, layer: ExpertLayer) -> str:
     """`reference`, `slices`, or one of device_op.PRODUCTS."""
     if backend not in ("auto", *BACKENDS):
@@ -106,20 +129,35 @@ def _products(backend: Backend, packed: bool, device: str, dtype: torch.dtype, *
 
 @cache
 def _choose_products(backend: Backend, case: self_check.Case, packed: bool = False) -> str:
-    """The products for an accelerator. A fault is loud, and an error when the backend was asked for by name."""
-    ways = {"torch": ["grouped"], "triton": [], "auto": []}[backend]
-    if backend != "torch":
-        ways = ["hybrid" if case.room and not packed else "triton", "grouped"][: 2 if backend == "auto" else 1]
-    for way in ways:
+    """The products for an accelerator: the first way that is right there.
+
+    By name, `triton` is Triton's or an error. `torch` is torch's: grouped where they are right, else one product per
+    expert, loudly. `auto` never ends at products per expert: that is an error that says what failed.
+    """
+    triton = "hybrid" if case.room and not packed else "triton"
+    faults = {}
+    for way in {"triton": [triton], "torch": ["grouped"], "auto": [triton, "grouped"]}[backend]:
         fault = triton_fault(case.device) if way != "grouped" else None
-        fault = fault or self_check.fault(replace(case, products=way, room=0 if way == "triton" else case.room))
+        fault = fault or _checked(replace(case, products=way, room=0 if way == "triton" else case.room))
         if fault is None:
             return _log_once(way)
-        if backend == "triton":
-            hint = f"use one of {', '.join(BACKENDS[:2])}, or auto"
-            raise AdapterError(Problem("backend", f"cannot run here: {fault}", hint, backend))
-        logger.warning("expert MLP: %s products are not used on %s: %s", way, case.device, fault)
-    return _log_once("slices")
+        faults[way] = fault
+        if backend == "auto":
+            logger.warning("expert MLP: %s products are not used on %s: %s", way, case.device, fault)
+    told = "; ".join(f"{way} products: {fault}" for way, fault in faults.items())
+    if backend == "torch":
+        logger.warning("expert MLP: one product per expert, slow and with host waits, on %s: %s", case.device, told)
+        return _log_once("slices")
+    hint = GO_ON if backend == "auto" else f"use one of {', '.join(BACKENDS[:2])}, or auto"
+    raise AdapterError(Problem("backend", f"cannot run here: {told}", hint, backend))
+
+
+def _checked(case: self_check.Case) -> str | None:
+    """`self_check.fault`, which reads results to the host: not while a CUDA graph is captured."""
+    if case.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        hint = "call finetune.kernels.ops.prepare or run one step before the capture"
+        raise AdapterError(Problem("expert MLP", "is called for the first time while a CUDA graph is captured", hint))
+    return self_check.fault(case)
 
 
 @cache

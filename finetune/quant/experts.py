@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.config.packed_folder import CODES, packed_fields
 from finetune.kernels.layer import new_handle
-from finetune.kernels.ops import expert_mlp
+from finetune.kernels.ops import Backend, ExpertLayer, expert_mlp, prepare
 from finetune.kernels.support import decodes_on
 from finetune.models import fp8
 from finetune.models.live import PackedBank
@@ -175,8 +175,10 @@ class PackedExperts(PackedBank):
 
     gate_up_proj: (E, 2I, H), gate first. down_proj: (E, H, I).
     config: the model's.
+    backend: kernel backend, see `kernels.ops`.
     """
 
+    backend: Backend = "auto"
     gate_up_proj: PackedProjection
     down_proj: PackedProjection
 
@@ -191,7 +193,12 @@ class PackedExperts(PackedBank):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output (T, H) for tokens (T, H), expert ids and routing weights (T, K)."""
-        return expert_mlp(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+        banks = (self.gate_up_proj, self.down_proj)
+        return expert_mlp(hidden_states, top_k_index, top_k_weights, *banks, backend=self.backend)
+
+    def prepare_products(self) -> None:
+        """Choose and check the products of forward before it is called."""
+        prepare(ExpertLayer(self.gate_up_proj, self.down_proj), self.backend)
 
 
 def count_weights(model: nn.Module) -> int:

@@ -31,6 +31,8 @@ def native_decode(device: str, dtype: torch.dtype) -> NativeDecode | None:
 
 
 def _decode(codes: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float16:  # how it rounds to float16 differs from processor to processor; torch rounds to nearest
+        return _decode(codes, scales, block, torch.float32).to(dtype)
     shape = (scales.numel(), block)  # on CPU it looks for the scales of each row apart, so a row is a block
     decoded: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         codes.reshape(-1), scales.reshape(-1), block, "nf4", shape, dtype

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
 from finetune.data.packing import packed
+from finetune.kernels.prepare import prepare_experts
 from finetune.models.live import expert_layers
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
@@ -67,6 +68,8 @@ def train_sft(
     train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
     trainer = RouterLossTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
+    with trainer.accelerator.autocast():
+        prepare_experts(model, recipe.train.expert_backend)
     if trainer.accelerator.device.type == "cpu":
         score_by_tiles(model)
     if recipe.router.has_losses:

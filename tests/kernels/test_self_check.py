@@ -14,8 +14,6 @@ CASE = self_check.Case("grouped", torch.device("cpu"), torch.float32, 16, 8, 4, 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    for cached in (self_check.fault, ops._choose_products, ops._log_once):
-        getattr(cached, "__wrapped__", cached)
     self_check.fault.cache_clear()
     ops._choose_products.cache_clear()
     ops._log_once.cache_clear()
@@ -69,7 +67,7 @@ def test_whatever_is_raised_is_a_fault(error, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(self_check.device_op, "expert_mlp", fail)
+    monkeypatch.setattr(self_check.device_op, "with_gradients", fail)
     assert self_check.fault(CASE) == f"{type(error).__name__}: {error}"
 
 
@@ -77,7 +75,7 @@ def test_want_of_memory_is_no_fault(monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(self_check.device_op, "expert_mlp", fail)
+    monkeypatch.setattr(self_check.device_op, "with_gradients", fail)
     with pytest.raises(torch.OutOfMemoryError):
         self_check.fault(CASE)
 
@@ -92,19 +90,33 @@ def test_what_cannot_be():
     assert "torch.float64" in self_check.fault(replace(CASE, dtype=torch.float64))
 
 
-def test_a_fault_is_said_aloud_and_the_slices_take_over(monkeypatch, caplog):
+def test_auto_is_an_error_that_says_what_failed_and_how_to_go_on(monkeypatch):
     monkeypatch.setattr(grouped, "grouped_mm", missing)
     monkeypatch.setattr(ops, "triton_fault", lambda device: "no compiler")
+    with pytest.raises(AdapterError, match=r"train\.expert_backend: torch") as caught:
+        ops._choose_products("auto", CASE)
+    assert "hybrid products: no compiler; grouped products: RuntimeError: grouped gemm" in str(caught.value)
+
+
+def test_auto_says_aloud_when_the_second_way_is_taken(monkeypatch, caplog):
+    monkeypatch.setattr(ops, "triton_fault", lambda device: "no compiler")
     with caplog.at_level(logging.WARNING, logger="finetune"):
-        assert ops._choose_products("auto", CASE) == "slices"
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+        assert ops._choose_products("auto", CASE) == "grouped"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "hybrid products are not used on cpu: no compiler" in caplog.text
-    assert "grouped products are not used on cpu: RuntimeError: grouped gemm" in caplog.text
+
+
+def test_torch_means_products_in_torch_and_says_which(monkeypatch, caplog):
+    monkeypatch.setattr(grouped, "grouped_mm", missing)
+    with caplog.at_level(logging.WARNING, logger="finetune"):
+        assert ops._choose_products("torch", CASE) == "slices"
+    assert "one product per expert" in caplog.text
+    assert "RuntimeError: grouped gemm is not supported" in caplog.text
 
 
 def test_a_backend_asked_for_by_name_fails(monkeypatch):
     monkeypatch.setattr(ops, "triton_fault", lambda device: "no compiler")
-    with pytest.raises(AdapterError, match="backend: cannot run here: no compiler"):
+    with pytest.raises(AdapterError, match="backend: cannot run here: hybrid products: no compiler"):
         ops._choose_products("triton", CASE)
 
 
@@ -120,5 +132,6 @@ def test_packed_experts_run_on_triton_though_grouped_products_make_room(monkeypa
     checked = []
     monkeypatch.setattr(self_check, "fault", lambda case: checked.append((case.products, case.room)) or "broken")
     monkeypatch.setattr(ops, "triton_fault", lambda device: None)
-    assert ops._choose_products("auto", replace(CASE, room=8), packed=True) == "slices"
+    with pytest.raises(AdapterError, match="triton products: broken; grouped products: broken"):
+        ops._choose_products("auto", replace(CASE, room=8), packed=True)
     assert checked == [("triton", 0), ("grouped", 8)]
