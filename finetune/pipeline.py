@@ -137,6 +137,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.table import render_table, target_table
     from finetune.config.packed_folder import settled
+    from finetune.models.attention import check_attention, explain_attention
     from finetune.quant.load import check_source
     from finetune.report.routing_table import render_choice
     from finetune.routing.expert_files import ExpertFiles
@@ -148,6 +149,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
 
     console, recipe = console or Console(stderr=True), settled(recipe)
     files = ExpertFiles.read(recipe)
+    check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
@@ -162,6 +164,10 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_table(target_table(adapted)))
+        attention = explain_attention(
+            recipe.model.attention_implementation, model.config, model.device, _compute_dtype(recipe)
+        )
+        console.print(f"attention: {attention}", highlight=False)
     rows = Rows(prepared.train, prepared.eval)
     progress_line = TrainingProgress(console)
     train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
@@ -349,6 +355,11 @@ def _load_frozen(recipe: Recipe, console: Console, device: Any = None) -> Any:
         model = load_frozen(section.path, recipe.quantize, **options, device=device, progress=progress)
     prepare_experts(model, recipe.train.expert_backend)
     return model
+
+
+def _compute_dtype(recipe: Recipe) -> Any:
+    """The type that products of a run are made in."""
+    return _torch_dtype(recipe.train.precision)
 
 
 def _torch_dtype(name: str | None) -> Any:

@@ -130,11 +130,11 @@ def _precision(recipe: Recipe) -> Iterator[Finding]:
     if precision == "fp32" and dtype != "float32":
         hint = "write model.dtype: float32, or train.precision: bf16"
         yield _clash("train.precision", f"is fp32, but model.dtype is {dtype}", hint, "model.dtype")
-    if precision == "fp32" and recipe.model.attention_implementation == "flash_attention_2":
+    if precision == "fp32" and recipe.model.attention_implementation.startswith("flash_attention"):
         yield _clash(
             "model.attention_implementation",
             "needs 16 bits, but train.precision is fp32",
-            "write attention_implementation: sdpa, or train.precision: bf16",
+            "write attention_implementation: auto, or train.precision: bf16",
             "train.precision",
         )
 
@@ -192,12 +192,6 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if data.eval and data.eval_fraction:
         hint = "keep one: files to evaluate on, or a share of the training rows"
         yield _clash("data.eval_fraction", "is given, and so is data.eval", hint, "data.eval")
-    if data.packing and train.batch_size > 1:
-        hint = (
-            f"write batch_size: 1 and gradient_accumulation: {train.gradient_accumulation * train.batch_size}; "
-            "blocks of one batch are joined, and attention memory grows with the square of their length"
-        )
-        yield _clash("train.batch_size", "must be 1 with data.packing", hint, "data.packing")
     if train.eval_every is not None and not (data.eval or data.eval_fraction):
         hint = "name held-out files in data.eval, or hold out a share: data.eval_fraction: 0.02"
         yield _clash("train.eval_every", "is given, but there is nothing to evaluate on", hint, "data.eval")

@@ -54,8 +54,9 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="type the frozen weights are held in"
     )
-    attention_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        default="sdpa", description="attention kernel of transformers"
+    attention_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
+        default="auto",
+        description="attention kernel; auto: torch's own, which packed rows need no mask for",
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that ships with the checkpoint")
 

@@ -137,6 +137,12 @@ def _warnings(recipe: Recipe, shape: ModelShape | None) -> list[str]:
         warnings.append(f"{recipe.output.dir} exists: train needs --resume or --overwrite, or another output.dir")
     if kind_of(recipe.model.path) is None:
         warnings.append(f"{recipe.model.path} is not a folder here: train fetches it from the hub")
+    implementation = recipe.model.attention_implementation
+    if recipe.data.packing and recipe.train.batch_size > 1 and implementation in ("sdpa", "eager"):
+        warnings.append(
+            f"model.attention_implementation {implementation} masks the blocks of a batch as one, which costs the "
+            "square of their length: auto needs no mask"
+        )
     if recipe.data.train_empty_think and recipe.data.loss_on == "all":
         warnings.append("data.train_empty_think changes nothing with loss_on: all")
     for name in ("save_every", "eval_every"):

@@ -13,6 +13,7 @@ import torch
 from finetune.architecture.names import EXPERTS
 from finetune.architecture.registry import find_family, is_moe, unknown_family
 from finetune.errors import ModelError, Problem
+from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def load_model(
     """A causal language model of a known family in eval mode, weights in `dtype`, router auxiliary loss off.
 
     path: a checkpoint folder, or a name on the hub. device: CPU when None.
+    attention_implementation: as in a recipe; `auto` is for packed rows, and `sdpa` for those who have none.
 
     Raises ModelError when it is not there, of no known family, stored quantized, truncated, or lacks a weight.
     """
@@ -39,11 +41,12 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_config(path, read_config(path, revision), trust_remote_code)
     where = {} if device is None else {"device_map": {"": device}}
+    attention = transformers_name(attention_implementation)
     with _quiet(), as_model_error(path):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=attention_implementation,
+            attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # _check_complete names them
             **options,
@@ -54,7 +57,7 @@ def load_model(
     if is_moe(model.config):
         model.config.output_router_logits = False
         _leave_files_(model)
-    return model.eval()
+    return prepare_packed_rows(model).eval()
 
 
 def _leave_files_(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.architecture.registry import is_moe
+from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.loading import as_model_error
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ def skeleton(folder: str | Path, dtype: torch.dtype, attention_implementation: s
         config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    attention = transformers_name(attention_implementation)
     with as_model_error(folder), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_implementation)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     inner: Any = model.model
     inner.rotary_emb = type(inner.rotary_emb)(config=config)  # computed from the config, and not among the weights
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if is_moe(config):
         model.config.output_router_logits = False
-    return model.eval().requires_grad_(False)
+    return prepare_packed_rows(model).eval().requires_grad_(False)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune.errors import Problem, RoutingError
+from finetune.models.attention import layout_of
 from finetune.models.live import expert_layers
 from finetune.models.scoring import IGNORED
 from finetune.routing.profile import RoutingProfile
@@ -98,6 +99,12 @@ class Block:
     labels_T: Tensor
     positions_T: Tensor
     first_half_T: Tensor
+    lengths: tuple[int, ...]
+
+    def layout(self, device: torch.device) -> dict[str, Any]:
+        """Arguments of a model that tell where rows begin and end."""
+        layout = layout_of(self.lengths).items()
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in layout}
 
 
 def _blocks(rows: Sequence[Row], block_tokens: int) -> Iterator[tuple[int, Block]]:
@@ -122,6 +129,7 @@ def join_rows(rows: Sequence[Row], indices: Sequence[int]) -> Block:
         torch.cat([torch.as_tensor(part["labels"], dtype=torch.long) for part in parts]),
         torch.cat([torch.arange(int(length)) for length in lengths]),
         torch.repeat_interleave(torch.tensor(list(indices)) % 2 == 0, lengths),
+        tuple(lengths.tolist()),
     )
 
 
@@ -163,9 +171,8 @@ class _Tally:
         embeds_1TH = causal.get_input_embeddings()(block.ids_T.to(self._device)[None])
         if self._measure.gradient:
             embeds_1TH = embeds_1TH.detach().requires_grad_()
-        positions_1T = block.positions_T.to(self._device)[None]
         hidden_1TH = causal.model(
-            inputs_embeds=embeds_1TH, position_ids=positions_1T, use_cache=False
+            inputs_embeds=embeds_1TH, **block.layout(self._device), use_cache=False
         ).last_hidden_state
         if self._measure.gradient:
             _loss(causal.lm_head, hidden_1TH[0], block.labels_T.to(self._device), block.positions_T).backward()

@@ -88,8 +88,8 @@ class Probe:
         device, training = next(decoder.parameters()).device, decoder.training
         decoder.eval()
         try:
-            ids, positions = (part.to(device)[None] for part in (self._block.ids_T, self._block.positions_T))
-            decoder(input_ids=ids, position_ids=positions, use_cache=False)
+            ids_1T = self._block.ids_T.to(device)[None]
+            decoder(input_ids=ids_1T, **self._block.layout(device), use_cache=False)
         finally:
             decoder.train(training)
             for handle in handles:

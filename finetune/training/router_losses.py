@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from finetune.config.schema import RouterSection
 from finetune.errors import Problem, RoutingError
+from finetune.models.attention import LAYOUT
 from finetune.models.live import router_layers
 from finetune.routing.losses import balance_loss, kl_to_base, z_loss
 
@@ -105,8 +106,8 @@ class RouterLosses:
     def _read(self, batch: Batch) -> list[Tensor]:
         """Logits of a forward pass without gradients and dropout."""
         inputs = {
-            name: batch[name].to(self._accelerator.device)
-            for name in ("input_ids", "attention_mask", "position_ids")
+            name: batch[name].to(self._accelerator.device) if isinstance(batch[name], Tensor) else batch[name]
+            for name in ("input_ids", "attention_mask", *LAYOUT)
             if name in batch
         }
         training = self._decoder.training

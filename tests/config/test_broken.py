@@ -317,12 +317,6 @@ CONTRADICTIONS = {
         "adapter.experts is empty",
         "write experts: [gate_up_proj, down_proj]",
     ),
-    "packed batches": (
-        under("train", "batch_size: 4"),
-        "r.yaml:9: train.batch_size",
-        "must be 1",
-        "gradient_accumulation: 32",
-    ),
     "bf16 over float16": (
         under("model", "dtype: float16"),
         "r.yaml:2: model.dtype",
@@ -336,7 +330,7 @@ CONTRADICTIONS = {
         ),
         "r.yaml:3: model.attention_implementation",
         "needs 16 bits",
-        "sdpa",
+        "auto",
     ),
     "quantize without a scheme": (
         GOOD + "quantize: {experts: true, resident: mmap}\n",

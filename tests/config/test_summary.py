@@ -126,6 +126,8 @@ def test_warnings(recipe_file):
             "adapter.expert_rank=1024",
             "adapter.rank=4096",
             "train.save_every=6",
+            "train.batch_size=2",
+            "model.attention_implementation=sdpa",
             "experts={select: {top_p: 0.2}, reselect: {every: 6}}",
         )
     )["warnings"]
@@ -135,6 +137,7 @@ def test_warnings(recipe_file):
         "adapter.rank 4096",
         "adapter.expert_rank 1024",
         "train.save_every 6",
+        "model.attention_implementation sdpa masks",
         "experts.reselect.every 6",
     ):
         assert sum(part in warning for warning in warnings) == 1, warnings

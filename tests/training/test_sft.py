@@ -93,6 +93,15 @@ def test_accumulation_sums_to_the_larger_batch(models, tmp_path):
     assert losses(small) == pytest.approx(losses(large), rel=1e-4)
 
 
+def test_packed_blocks_train_as_with_a_mask_and_in_batches_as_one_by_one(models, tmp_path):
+    auto = train(recipe(models["moe"], tmp_path / "auto"), console=QUIET)
+    masked = train(recipe(models["moe"], tmp_path / "masked", "model.attention_implementation=sdpa"), console=QUIET)
+    one_batch = ("train.batch_size=2", "train.gradient_accumulation=1")
+    batches = train(recipe(models["moe"], tmp_path / "batches", *one_batch), console=QUIET)
+    assert losses(auto) == pytest.approx(losses(masked), rel=1e-4)
+    assert losses(auto) == pytest.approx(losses(batches), rel=1e-4)
+
+
 def test_gradient_checkpointing_changes_no_number(models, tmp_path):
     plain = train(recipe(models["moe"], tmp_path / "plain"), console=QUIET)
     checkpointed = train(recipe(models["moe"], tmp_path / "ck", "train.gradient_checkpointing=true"), console=QUIET)
