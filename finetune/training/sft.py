@@ -18,11 +18,11 @@ from finetune.models.qwen3 import expert_layers
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpoints import newest_complete, step_of
-from finetune.training.cpu_loss import score_by_tiles
 from finetune.training.reselection import Reselection
 from finetune.training.router_losses import RouterLosses, RouterLossTrainer
 from finetune.training.routing_monitor import RoutingMonitor
 from finetune.training.run_folder import RunFolder
+from finetune.training.token_loss import NamesScored, score_by_tiles
 
 
 class Progress(Protocol):
@@ -67,8 +67,8 @@ def train_sft(
     train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
     trainer = RouterLossTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
-    if trainer.accelerator.device.type == "cpu":
-        score_by_tiles(model)
+    score_by_tiles(model)
+    trainer.data_collator = NamesScored(trainer.data_collator)
     if recipe.router.has_losses:
         trainer.router = RouterLosses(model, recipe.router, trainer.accelerator)
     total_steps = _total_steps(trainer, recipe)
