@@ -52,6 +52,8 @@ class ModelShape:
     experts: int
     experts_per_token: int
     expert_intermediate: int
+    positions: int = 0
+    """That its config.json allows, scaled or not; 0 where it does not say."""
 
     @property
     def dense_layers(self) -> int:
@@ -136,6 +138,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         tied=config.get("tie_word_embeddings") is True,
         attention_bias=config.get("attention_bias") is True,
         moe_layers=_moe_layers(path, config, layers) if moe else 0,
+        positions=_positions(config),
         **sizes,
     )
 
@@ -168,6 +171,18 @@ def _size(path: Path, config: dict[str, Any], *names: str, default: int | None =
     if default is not None:
         return default
     raise ModelError(Problem(f"{path}: {names[0]}", "is missing", "copy the file from the checkpoint again"))
+
+
+def _positions(config: dict[str, Any]) -> int:
+    """Positions with the scaling that is in the file, in either spelling."""
+    positions = config.get("max_position_embeddings")
+    found = positions if type(positions) is int else 0
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "yarn":
+        factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+        if isinstance(factor, (int, float)) and isinstance(original, int):
+            found = max(found, int(factor * original))
+    return found
 
 
 def _moe_layers(path: Path, config: dict[str, Any], layers: int) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from finetune.adapters.change import Change, add_up
 from finetune.adapters.files import AdapterFiles
 from finetune.config.packed_folder import PackedSettings
+from finetune.config.rope import RopeScaling, scaled
 from finetune.errors import AdapterError, ModelError, Problem, UserError
 from finetune.export.base_weights import BaseWeights, dequantized
 from finetune.models import fp8
@@ -40,6 +41,11 @@ class MergePlan:
     families: dict[str, str]
     scales: dict[str, str]
     warnings: tuple[str, ...]
+
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        """What the adapters were trained with in the place of the base's own positions."""
+        return self.adapters[0].rope_scaling
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -94,9 +100,21 @@ def plan_merge(
     warnings = [text for files in opened for text in _check_identity(checkpoint, files, chosen=base is not None)]
     families = {name: family_of(name) for files in opened for name in files.pairs}
     scales = {scales: name for name in checkpoint.tensors if (scales := checkpoint.scales_of(name))}
+    checkpoint = replace(checkpoint, config=scaled(checkpoint.config, _rope_scaling(opened)))
     if base_weights == "dequantized":
         checkpoint = dequantized(checkpoint, opened)
     return MergePlan(checkpoint, opened, shares, families, scales, tuple(warnings))
+
+
+def _rope_scaling(opened: Sequence[AdapterFiles]) -> RopeScaling | None:
+    """What all adapters were trained with. Raises AdapterError when they differ."""
+    first = opened[0].rope_scaling
+    for files in opened:
+        if files.rope_scaling != first:
+            what = f"was trained with other positions than {opened[0].path}"
+            hint = "merge adapters that were trained with one model.rope_scaling"
+            raise AdapterError(Problem(f"{files.path}: rope_scaling", what, hint, files.rope_scaling))
+    return first
 
 
 def _check_shares(paths: Sequence[str | Path], shares: Sequence[float] | None) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.config.rope import RopeScaling
 from finetune.errors import ModelError, Problem
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.qwen3 import EXPERTS, is_moe, is_qwen3, model_type
@@ -26,21 +27,26 @@ def load_model(
     attention_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
+    rope_scaling: RopeScaling | None = None,
 ) -> PreTrainedModel:
     """A Qwen3 or Qwen3-MoE causal language model in eval mode, weights in `dtype`, router auxiliary loss off.
 
     path: a checkpoint folder, or a name on the hub. device: CPU when None.
+    rope_scaling: in the place of what config.json says about positions.
 
     Raises ModelError when it is not there, not a Qwen3, stored quantized, truncated, or lacks a weight.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_config(path, read_config(path, revision), trust_remote_code)
     where = {} if device is None else {"device_map": {"": device}}
     with _quiet(), as_model_error(path):
+        config = AutoConfig.from_pretrained(path, **options)
+        scale_positions_(config, rope_scaling)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=dtype,
             attn_implementation=attention_implementation,
             output_loading_info=True,
@@ -49,11 +55,17 @@ def load_model(
             **where,
         )
     _check_complete(path, info)
-    model.base_revision = revision
+    model.base_revision, model.rope_scaled = revision, rope_scaling
     if is_moe(model.config):
         model.config.output_router_logits = False
         _leave_files_(model)
     return model.eval()
+
+
+def scale_positions_(config: Any, scaling: RopeScaling | None) -> None:
+    """A config of transformers before a model is built from it; left alone when None."""
+    if scaling is not None:
+        config.rope_parameters = {**config.rope_parameters, **scaling}
 
 
 def _leave_files_(model: PreTrainedModel) -> None:
