@@ -350,6 +350,7 @@ def _load_frozen(recipe: Recipe, console: Console, device: Any = None) -> Any:
         "revision": section.revision,
         "attention_implementation": section.attention_implementation,
         "trust_remote_code": section.trust_remote_code,
+        "rope_scaling": None if section.rope_scaling is None else section.rope_scaling.as_config,
     }
     with bytes_done(console, "loading") as progress:
         model = load_frozen(section.path, recipe.quantize, **options, device=device, progress=progress)

@@ -68,6 +68,7 @@ class ExpertLoraConfig(LoraConfig):
     thinking: whether the rows trained it to reason before it answers; None where that is not known.
     quantize: the recipe's quantize section with which the base was packed; None for a base in 16 bit.
     packed_in: folder of that packed base, where it came from one.
+    rope_scaling: in the place of what the base's config.json says about positions; None to leave that.
 
     rank_pattern and alpha_pattern match the projections of banks by name, as stock PEFT's do.
     """
@@ -81,6 +82,7 @@ class ExpertLoraConfig(LoraConfig):
     base_fingerprint: str | None = None
     quantize: dict[str, Any] | None = field(default=None)
     packed_in: str | None = None
+    rope_scaling: dict[str, Any] | None = field(default=None)
     thinking: bool | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -159,6 +161,7 @@ class ExpertLoraConfig(LoraConfig):
             "base_fingerprint": self.base_fingerprint,
             "quantize": self.quantize,
             "packed_in": self.packed_in,
+            "rope_scaling": self.rope_scaling,
             "thinking": self.thinking,
             "dropout": self.lora_dropout,
             "expert_dropout": self.expert_dropout,
@@ -197,7 +200,7 @@ class ExpertLoraConfig(LoraConfig):
             options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar["expert_dropout"]
         options["router"] = sidecar.get("router", "lora")
         options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
-        options |= {name: sidecar.get(name) for name in ("quantize", "packed_in", "thinking")}
+        options |= {name: sidecar.get(name) for name in ("quantize", "packed_in", "rope_scaling", "thinking")}
         return cls(**options, expert_targets=experts)
 
 

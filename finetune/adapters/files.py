@@ -99,6 +99,11 @@ class AdapterFiles:
         return (self.sidecar or {}).get("packed_in")
 
     @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """What it was trained with in the place of the base's own positions; None for those."""
+        return (self.sidecar or {}).get("rope_scaling")
+
+    @property
     def has_single_experts(self) -> bool:
         """Whether experts have factors of their own, as older versions of transformers and servers name them."""
         plain = (name.removesuffix(".weight") for name, pair in self.pairs.items() if pair.expert is None)

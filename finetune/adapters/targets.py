@@ -108,6 +108,7 @@ def lora_config(
         revision=getattr(model, "base_revision", None),
         quantize=getattr(model, "packed_as", None),
         packed_in=getattr(model, "packed_in", None),
+        rope_scaling=getattr(model, "rope_scaled", None),
     )
 
 

@@ -45,6 +45,7 @@ class ModelShape:
     """Widths and counts; all expert numbers are 0 in a dense model, and so is `intermediate` where no layer is dense.
 
     sparse_layers: indices of the layers with experts.
+    positions: that config.json allows, scaled or not.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class ModelShape:
     experts: int
     experts_per_token: int
     expert_intermediate: int
+    positions: int
 
     @property
     def moe_layers(self) -> int:
@@ -191,6 +193,7 @@ class _Reader:
             experts=held,
             experts_per_token=used,
             expert_intermediate=sizes.get("moe_intermediate_size", 0),
+            positions=self._positions(sizes["max_position_embeddings"]),
         )
 
     def _size(self, name: str, default: int | None) -> int:
@@ -221,6 +224,15 @@ class _Reader:
         if self._problems:
             return frozenset()
         return frozenset(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)
+
+    def _positions(self, stored: int) -> int:
+        """Positions with the scaling that is in the file, in either spelling."""
+        rope = self._config.get("rope_scaling") or self._config.get("rope_parameters")
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "yarn":
+            factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+            if isinstance(factor, (int, float)) and isinstance(original, int):
+                return max(stored, int(factor * original))
+        return stored
 
     def _refuse(self, name: str, what: str, hint: str = _HINT) -> None:
         self._problems.append(Problem(f"{self._where}: {name}", what, hint, self._config.get(name)))

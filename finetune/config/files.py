@@ -80,6 +80,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         shape = read_model_shape(path)
         yield from _targets(recipe, shape)
         yield from _budget(recipe, shape)
+        yield from _positions(recipe, shape)
         yield from _stored(recipe, shape)
     except ModelError as error:
         for problem in error.problems:
@@ -121,6 +122,24 @@ def _budget(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
         hint = f"give at least {least:,}: one expert in each of {shape.moe_layers} layers; or lower the rank"
         what = "does not pay for one expert in each layer"
         yield Finding(where, what, hint, select.budget, with_paths=(("model", "path"),))
+
+
+def _positions(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
+    """Blocks longer than the positions that the model has, scaled or not."""
+    scaling, length = recipe.model.rope_scaling, recipe.data.max_length
+    where, factor = ("data", "max_length"), ("model", "rope_scaling", "factor")
+    if scaling is not None and length > scaling.positions:
+        least = -(-length // scaling.original_max_position_embeddings)
+        what = f"gives {scaling.positions:,} positions, but data.max_length is {length:,}"
+        yield Finding(factor, what, f"write factor: {least}.0, or lower data.max_length", with_paths=(where,))
+    elif scaling is None and shape.positions and length > shape.positions:
+        least = -(-length // shape.positions)
+        what = f"is more than the {shape.positions:,} positions of {recipe.model.path}"
+        hint = (
+            f"write model.rope_scaling: {{type: yarn, factor: {least}.0, original_max_position_embeddings: "
+            f"{shape.positions}}} with the positions the model was made for (32768 for Qwen3), or lower it"
+        )
+        yield Finding(where, what, hint, length, with_paths=(("model", "path"),))
 
 
 def _stored(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:

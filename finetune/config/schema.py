@@ -7,7 +7,7 @@ Nothing here imports torch, so that a recipe is checked in a fraction of a secon
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -46,6 +46,27 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class RopeScalingSection(Section):
+    """Positions beyond those a model was made for, in config.json's own words."""
+
+    type: Literal["yarn"] = Field(description="how positions are scaled")
+    factor: Annotated[float, Field(gt=1.0, le=1024.0)] = Field(
+        description="positions it makes of each of `original_max_position_embeddings`"
+    )
+    original_max_position_embeddings: Count = Field(description="positions the model was made for; Qwen3: 32768")
+
+    @property
+    def as_config(self) -> dict[str, Any]:
+        """What config.json gets."""
+        positions = self.original_max_position_embeddings
+        return {"rope_type": self.type, "factor": self.factor, "original_max_position_embeddings": positions}
+
+    @property
+    def positions(self) -> int:
+        """Positions with the scaling."""
+        return int(self.factor * self.original_max_position_embeddings)
+
+
 class ModelSection(Section):
     """Which frozen model to start from."""
 
@@ -57,6 +78,9 @@ class ModelSection(Section):
     attention_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
         default="auto",
         description="attention kernel; auto: torch's own, which packed rows need no mask for",
+    )
+    rope_scaling: RopeScalingSection | None = Field(
+        default=None, description="YaRN, for blocks longer than the model's positions; as in config.json when null"
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that ships with the checkpoint")
 

@@ -89,7 +89,7 @@ class LogitAgreement:
 
 def check_logits(plan: MergePlan, merged: Checkpoint, prompts: Sequence[str] | None = None) -> LogitAgreement:
     """Runs the three side by side, layer by layer; one layer in float32 is in memory at a time."""
-    base, target = StreamedModel(plan.base), StreamedModel(merged)
+    base, target = StreamedModel(plan.base, rope_scaling=plan.rope_scaling), StreamedModel(merged)
     texts, tokens = _tokens(merged, prompts)
     embedded = [base.embed(ids) for ids in tokens]
     adapted, rounded, found = embedded, embedded, embedded

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from finetune.config.rope import with_scaling
 from finetune.errors import Problem, UserError
 from finetune.export.base_weights import BaseWeights, QuantizationError, quantization_errors
 from finetune.export.base_weights import advice as advice_on_base
@@ -21,7 +22,7 @@ from finetune.export.plan import Adapters, MergePlan, plan_merge
 from finetune.export.retention import Retention, Tally, advice
 from finetune.export.shards import num_bytes, plan_files, stored_dtypes
 from finetune.export.show import Shown, size_text, table, warnings
-from finetune.models.checkpoint import INDEX
+from finetune.models.checkpoint import CONFIG, INDEX
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -107,7 +108,8 @@ def merge(
         raise UserError(Problem("--base-weights", "dequantized weights would be rounded to the base's FP8", hint))
     stored = stored_dtypes(plan, DTYPES[dtype] if dtype else None)
     files = plan_files(plan, DTYPES[dtype] if dtype else None)
-    side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None) | _index(plan, stored)
+    config = with_scaling((plan.base.path / CONFIG).read_bytes(), plan.rope_scaling)
+    side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None, config) | _index(plan, stored)
     job = describe_job("merge", dtype, list(plan.shares), base_weights, folders=[plan.base.path, *plan.paths])
     reported = write_folder(Work(output, plan.base, tuple(files), side, job, resume), progress)
     return _report(plan, output, dtype, stored, reported, time.perf_counter() - started)

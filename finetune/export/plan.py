@@ -14,6 +14,7 @@ from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_matrix, ki
 from finetune.architecture.registry import find_family, unknown_family
 from finetune.architecture.shape import ModelShape, shape_of
 from finetune.config.packed_folder import PackedSettings
+from finetune.config.rope import RopeScaling, scaled
 from finetune.errors import AdapterError, ModelError, Problem, UserError
 from finetune.export.base_weights import BaseWeights, dequantized
 from finetune.models import fp8
@@ -41,6 +42,11 @@ class MergePlan:
     kinds: dict[str, str]
     scales: dict[str, str]
     warnings: tuple[str, ...]
+
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        """What the adapters were trained with in the place of the base's own positions."""
+        return self.adapters[0].rope_scaling
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -95,9 +101,21 @@ def plan_merge(
     warnings = [text for files in opened for text in _check_identity(checkpoint, files, chosen=base is not None)]
     kinds = {name: kind_of(name) for files in opened for name in files.pairs}
     scales = {scales: name for name in checkpoint.tensors if (scales := checkpoint.scales_of(name))}
+    checkpoint = replace(checkpoint, config=scaled(checkpoint.config, _rope_scaling(opened)))
     if base_weights == "dequantized":
         checkpoint = dequantized(checkpoint, opened)
     return MergePlan(checkpoint, shape, opened, shares, kinds, scales, tuple(warnings))
+
+
+def _rope_scaling(opened: Sequence[AdapterFiles]) -> RopeScaling | None:
+    """What all adapters were trained with. Raises AdapterError when they differ."""
+    first = opened[0].rope_scaling
+    for files in opened:
+        if files.rope_scaling != first:
+            what = f"was trained with other positions than {opened[0].path}"
+            hint = "merge adapters that were trained with one model.rope_scaling"
+            raise AdapterError(Problem(f"{files.path}: rope_scaling", what, hint, files.rope_scaling))
+    return first
 
 
 def _check_shares(paths: Sequence[str | Path], shares: Sequence[float] | None) -> tuple[float, ...]:

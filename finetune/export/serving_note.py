@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from finetune.config.rope import RopeScaling
 from finetune.export.plan import MergePlan
 
 NOTE = "SERVING.md"
@@ -30,7 +32,19 @@ def adapter_note(plan: MergePlan, to: str, output: Path, facts: dict[str, Any], 
         )
         + f"\nBASE.gguf: `finetune export {plan.base.path} --to gguf --output BASE`\n",
     }
-    return f"# {output.name}: adapter for {base}, as {to} reads it\n\n{commands[to]}\n{_thinking(to, thinking)}"
+    text = commands[to] + _positions(plan.rope_scaling)
+    return f"# {output.name}: adapter for {base}, as {to} reads it\n\n{text}\n{_thinking(to, thinking)}"
+
+
+def _positions(scaling: RopeScaling | None) -> str:
+    """How to give a base the positions that its adapter was trained with."""
+    if scaling is None:
+        return ""
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    return (
+        f'\nIt was trained with YaRN. Put `"rope_scaling": {json.dumps(scaling)}` into the base\'s config.json; '
+        f"llama-server takes `--rope-scaling yarn --rope-scale {factor} --yarn-orig-ctx {original}`.\n"
+    )
 
 
 def model_note(to: str, output: Path, *, thinking: bool) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from finetune.architecture.names import EXPERTS
 from finetune.architecture.registry import find_family, is_moe, unknown_family
+from finetune.config.rope import RopeScaling
 from finetune.errors import ModelError, Problem
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
@@ -28,23 +29,28 @@ def load_model(
     attention_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
+    rope_scaling: RopeScaling | None = None,
 ) -> PreTrainedModel:
     """A causal language model of a known family in eval mode, weights in `dtype`, router auxiliary loss off.
 
     path: a checkpoint folder, or a name on the hub. device: CPU when None.
     attention_implementation: as in a recipe; `auto` is for packed rows, and `sdpa` for those who have none.
+    rope_scaling: in the place of what config.json says about positions.
 
     Raises ModelError when it is not there, of no known family, stored quantized, truncated, or lacks a weight.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_config(path, read_config(path, revision), trust_remote_code)
     where = {} if device is None else {"device_map": {"": device}}
     attention = transformers_name(attention_implementation)
     with _quiet(), as_model_error(path):
+        config = AutoConfig.from_pretrained(path, **options)
+        scale_positions_(config, rope_scaling)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
@@ -53,11 +59,17 @@ def load_model(
             **where,
         )
     _check_complete(path, info)
-    model.base_revision = revision
+    model.base_revision, model.rope_scaled = revision, rope_scaling
     if is_moe(model.config):
         model.config.output_router_logits = False
         _leave_files_(model)
     return prepare_packed_rows(model).eval()
+
+
+def scale_positions_(config: Any, scaling: RopeScaling | None) -> None:
+    """A config of transformers before a model is built from it; left alone when None."""
+    if scaling is not None:
+        config.rope_parameters = {**config.rope_parameters, **scaling}
 
 
 def _leave_files_(model: PreTrainedModel) -> None:

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.architecture.registry import is_moe
+from finetune.config.rope import RopeScaling
 from finetune.models.attention import prepare_packed_rows, transformers_name
-from finetune.models.loading import as_model_error
+from finetune.models.loading import as_model_error, scale_positions_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def skeleton(folder: str | Path, dtype: torch.dtype, attention_implementation: str = "sdpa") -> PreTrainedModel:
+def skeleton(
+    folder: str | Path,
+    dtype: torch.dtype,
+    attention_implementation: str = "sdpa",
+    rope_scaling: RopeScaling | None = None,
+) -> PreTrainedModel:
     """The model of a checkpoint folder in eval mode, frozen, all its weights on the meta device.
 
     What its config.json says about quantization is left out: whoever brings the weights knows.
@@ -25,6 +31,7 @@ def skeleton(folder: str | Path, dtype: torch.dtype, attention_implementation: s
 
     with as_model_error(folder):
         config = AutoConfig.from_pretrained(folder)
+    scale_positions_(config, rope_scaling)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     attention = transformers_name(attention_implementation)
@@ -36,4 +43,5 @@ def skeleton(folder: str | Path, dtype: torch.dtype, attention_implementation: s
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if is_moe(config):
         model.config.output_router_logits = False
+    model.rope_scaled = rope_scaling
     return prepare_packed_rows(model).eval().requires_grad_(False)

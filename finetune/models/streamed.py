@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.architecture.names import EMBEDDING, EXPERT_MATRICES, EXPERTS, HEAD, NORM, expert_module, layer_name
+from finetune.config.rope import RopeScaling
 from finetune.errors import ModelError, Problem
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.skeleton import skeleton
@@ -24,9 +25,9 @@ class StreamedModel:
     `part(None)` has no layer, but the final norm and the head. `run` calls either.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, rope_scaling: RopeScaling | None = None) -> None:
         self.checkpoint = checkpoint
-        self._model: Any = skeleton(checkpoint.path, torch.float32)
+        self._model: Any = skeleton(checkpoint.path, torch.float32, rope_scaling=rope_scaling)
         inner = self._model.model
         self._layers, self._norm, self._head = list(inner.layers), inner.norm, self._model.lm_head
 

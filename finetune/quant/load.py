@@ -16,6 +16,7 @@ from finetune.config.packed_folder import (
     read_packed_settings,
     settings_of,
 )
+from finetune.config.rope import RopeScaling
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem, UserError
 from finetune.models.checkpoint import Checkpoint, find_checkpoint
@@ -43,7 +44,7 @@ def load_frozen(
 
     section: how to hold its weights. Without it a packed model is what it is, and FP8 blocks are multiplied out.
     dtype: of what is not packed; the one it is stored in when None.  device: `run_device()` when None.
-    options: attention_implementation and trust_remote_code, as for `load_model`.
+    options: attention_implementation, trust_remote_code and rope_scaling, as for `load_model`.
 
     Raises ModelError when it is damaged, incomplete, no Qwen3, or packed in another way than `section` says.
     """
@@ -63,6 +64,7 @@ def load_quantized(
     revision: str | None = None,
     attention_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    rope_scaling: RopeScaling | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
@@ -81,10 +83,12 @@ def load_quantized(
     if packed is not None:
         section = packed.settings.settle(section)
         check_settings(packed.settings, section, path)
-        return _load_packed(packed, section, skeleton(folder, dtype, attention_implementation), device, progress)
+        return _load_packed(
+            packed, section, skeleton(folder, dtype, attention_implementation, rope_scaling), device, progress
+        )
     _check_resident(path, section)
     checkpoint = _open(folder, trust_remote_code)
-    model = skeleton(folder, dtype, attention_implementation)
+    model = skeleton(folder, dtype, attention_implementation, rope_scaling)
     parts = _plan(model, section)
     check_parts(checkpoint, parts)
     fill(model, read_parts(checkpoint, parts, section, dtype, progress), section, device=device)

@@ -19,11 +19,11 @@ from finetune.models.live import expert_layers
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpoints import newest_complete, step_of
-from finetune.training.cpu_loss import score_by_tiles
 from finetune.training.reselection import Reselection
 from finetune.training.router_losses import RouterLosses, RouterLossTrainer
 from finetune.training.routing_monitor import RoutingMonitor
 from finetune.training.run_folder import RunFolder
+from finetune.training.token_loss import NamesScored, score_by_tiles
 
 
 class Progress(Protocol):
@@ -70,8 +70,8 @@ def train_sft(
     trainer.remove_callback(PrinterCallback)
     with trainer.accelerator.autocast():
         prepare_experts(model, recipe.train.expert_backend)
-    if trainer.accelerator.device.type == "cpu":
-        score_by_tiles(model)
+    score_by_tiles(model)
+    trainer.data_collator = NamesScored(trainer.data_collator)
     if recipe.router.has_losses:
         trainer.router = RouterLosses(model, recipe.router, trainer.accelerator)
     total_steps = _total_steps(trainer, recipe)

@@ -13,7 +13,7 @@ from finetune.errors import ModelError
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"intermediate_size": 96, "vocab_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
-SMALL |= {"moe_intermediate_size": 32, "head_dim": 24, "decoder_sparse_step": 1}
+SMALL |= {"moe_intermediate_size": 32, "head_dim": 24, "decoder_sparse_step": 1, "max_position_embeddings": 512}
 
 
 def live(config, tmp_path):
@@ -31,6 +31,7 @@ def check(config, tmp_path):
     matrices = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
     kept = {name: size for name, size in shape.linears().items() if name in matrices}
     assert kept == {name: matrices[name] for name in kept}
+    assert shape.positions == model.config.max_position_embeddings
     banks = [p for p in model.parameters() if p.ndim == 3]
     assert shape.moe_layers * 2 == len(banks)
     assert shape.num_linears == len(shape.linears()) == len(kept) + 3 * shape.experts * shape.moe_layers

@@ -238,3 +238,24 @@ def test_files_are_checked_although_the_text_is_broken_elsewhere(folder):
         "override adapter.rank=0",
         "override model.path=./no",
     ]
+
+
+def test_blocks_must_fit_the_positions(folder):
+    Path("models/moe/config.json").write_text(json.dumps({**MOE, "max_position_embeddings": 40960}))
+    assert problems("data.max_length=40960") == []
+    problem = one("data.max_length=131072")
+    assert "is more than the 40,960 positions" in problem
+    assert "factor: 4.0" in problem
+    yarn = "model.rope_scaling={type: yarn, factor: %s, original_max_position_embeddings: 32768}"
+    assert problems(yarn % 4.0, "data.max_length=131072") == []
+    assert "write factor: 4.0" in one(yarn % 2.0, "data.max_length=131072")
+    assert one(yarn % 0.5, "data.max_length=4096")
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+def test_positions_that_the_model_scales_itself_count(folder, field):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = {**MOE, "max_position_embeddings": 40960, field: rope}
+    Path("models/moe/config.json").write_text(json.dumps(config))
+    assert problems("data.max_length=131072") == []
+    assert one("data.max_length=131073")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.kernels.log_probs import log_probs
+from finetune.kernels.log_probs import log_probs, tile_tokens_for
 
 
 def case(tokens, dtype, *, hidden=48, vocabulary=97, seed=0):
@@ -61,3 +61,16 @@ def test_a_head_that_trains_is_refused():
     hidden_NH, head_VH, target_N = case(3, torch.float32)
     with pytest.raises(AssertionError, match="trained"):
         log_probs(hidden_NH, head_VH.requires_grad_(), target_N)
+
+
+def test_tiles_fit_the_memory_they_may_take_and_are_alike():
+    cuda = torch.device("cuda")
+    for tokens in (0, 1, 100, 4095, 5000, 16384):
+        for vocabulary in (320, 6336, 151_936, 10**9):
+            tile = tile_tokens_for(tokens, vocabulary, torch.bfloat16, cuda)
+            assert tile % 128 == 0
+            assert 0 < tile <= 8192
+            assert tile == 128 or tile * vocabulary * 2 <= 320 * 2**20
+    assert tile_tokens_for(4095, 151_936, torch.bfloat16, cuda) == 1024
+    assert tile_tokens_for(5000, 151_936, torch.bfloat16, cuda) == 1024
+    assert tile_tokens_for(1100, 151_936, torch.bfloat16, cuda) == 640

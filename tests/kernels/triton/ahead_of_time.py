@@ -26,6 +26,7 @@ from finetune.kernels.triton import (
     factor_grads,
     fp8,
     gate_up,
+    log_probs,
     nf4,
     project,
     routing,
@@ -115,6 +116,7 @@ def cases(rank: int, dtype_name: str) -> dict:
             {"stride_thin": rank, "stride_wide": H, "stride_gx": rank * H, "stride_gr": H, "stride_gn": 1, "width": H},
             {"num_warps": 4},
         ),
+        **_losses(real),
         **_decoders(),
     }  # fmt: skip
     for name in ("BUSY", "SPARSE", "DECODE"):
@@ -155,6 +157,19 @@ def cases(rank: int, dtype_name: str) -> dict:
             ),
         }  # fmt: skip
     return found
+
+
+def _losses(real: str) -> dict:
+    """Rows of logits at Qwen3's vocabulary, with and without the gradient."""
+    pointers = {"logits_ptr": real, "target_ptr": I64, "logp_ptr": FP32, "right_ptr": U8}
+    sizes = {"stride": 151_936, "width": 151_936}
+    return {
+        f"score_rows {'with' if gradient else 'without'} gradient": (
+            log_probs.score_rows, pointers, {"GRADIENT": gradient, "C": log_probs.COLUMNS}, sizes,
+            {"num_warps": log_probs.NUM_WARPS},
+        )
+        for gradient in (True, False)
+    }  # fmt: skip
 
 
 def _decoders() -> dict:

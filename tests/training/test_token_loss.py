@@ -1,11 +1,15 @@
-"""Our loss on a CPU in the place of TRL's: the same numbers, for any labels."""
+"""Our loss in the place of TRL's: the same numbers, for any labels, and no question to the device."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.adapters.attach import attach
-from finetune.training.cpu_loss import score_by_tiles
+from finetune.errors import TrainingError
+from finetune.training.token_loss import NamesScored, score_by_tiles, scored_places
 from tests.tiny import tiny_moe
 
 ADAPTER = {"attention": ["q_proj"], "experts": ["down_proj"], "rank": 4}
@@ -58,3 +62,46 @@ def test_other_calls_are_untouched(model):
     assert torch.equal(before.loss, after.loss)
     assert torch.equal(before.logits, after.logits)
     assert model.generate(inputs["input_ids"], max_new_tokens=2).shape == (2, 9)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 7])
+def test_places_from_the_collator_give_the_same(model, kept):
+    score_by_tiles(model)
+    inputs = batch(kept)
+    asked, asked_gradients = scores(model, inputs)
+    with counted_questions() as questions:
+        told, told_gradients = scores(model, NamesScored(lambda rows: rows)(inputs))
+    with counted_questions() as of_decoder:
+        model.get_base_model().model(inputs["input_ids"], inputs["attention_mask"], use_cache=False)
+    assert questions == ["aten::nonzero", *of_decoder]  # the collator's, on the host, and none of the loss
+    assert torch.equal(told.log_probs, asked.log_probs)
+    for one, other in zip(told_gradients, asked_gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@contextmanager
+def counted_questions():
+    """Operators whose result's shape or value the host waits for on a GPU."""
+    found = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.name().split(".")[0]
+            if name in ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::masked_scatter"):
+                found.append(name)
+            return func(*args, **(kwargs or {}))
+
+    with Listen():
+        yield found
+
+
+def test_labels_of_the_first_token_and_across_rows_are_not_scored():
+    labels = torch.tensor([[5, -100, 7], [9, 8, -100]])
+    assert scored_places(labels).tolist() == [1, 3]
+    assert scored_places(labels[:, :0]).tolist() == []
+
+
+def test_an_adapted_head_is_refused(model):
+    model.get_base_model().lm_head.weight.requires_grad_()
+    with pytest.raises(TrainingError, match="lm_head"):
+        score_by_tiles(model)

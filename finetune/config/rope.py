@@ -1,0 +1,34 @@
+"""YaRN in a config.json: positions beyond those a model was made for. Source: arXiv 2309.00071."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+RopeScaling = dict[str, Any]
+"""As config.json has it: rope_type, factor, original_max_position_embeddings."""
+_FIELD = re.compile(rb'"(rope_scaling|rope_parameters)"\s*:\s*(null|\{[^{}]*\})')
+
+
+def scaled(config: dict[str, Any], scaling: RopeScaling | None) -> dict[str, Any]:
+    """A config.json with positions scaled, in the field that it has for them; as it was when `scaling` is None."""
+    if scaling is None:
+        return config
+    if isinstance(config.get("rope_parameters"), dict):
+        return {**config, "rope_parameters": {**config["rope_parameters"], **scaling}}
+    return {**config, "rope_scaling": scaling}
+
+
+def with_scaling(content: bytes, scaling: RopeScaling | None) -> bytes:
+    """`scaled` for the bytes of a config.json: no other byte changes where the field is there."""
+    before = json.loads(content)
+    wanted = scaled(before, scaling)
+    if wanted == before:
+        return content
+    for match in _FIELD.finditer(content):
+        value = json.dumps(wanted.get(match[1].decode())).encode()
+        after = content[: match.start(2)] + value + content[match.end(2) :]
+        if json.loads(after) == wanted:
+            return after
+    return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
