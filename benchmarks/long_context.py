@@ -65,8 +65,8 @@ def write_rows(path: Path, model: str, tokens: int, document_tokens: int) -> Non
     sample = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
     wanted = document_tokens or tokens + 64
     count = int(wanted * len(words) / len(sample))
-    count = count if not document_tokens else int(0.97 * count)  # a little less, so that blocks can be filled
-    rows = STEPS * max(tokens // wanted, 1) + 2
+    count = count if not document_tokens else int(0.95 * count)  # a little less, so that blocks can be filled
+    rows = 2 * STEPS * max(tokens // wanted, 1) + 2
     with path.open("w") as file:
         for row in range(rows):
             text = " ".join(random.Random(row).choices(words, k=count))
@@ -153,7 +153,7 @@ def rows_of(found: list[dict[str, Any]]) -> list[list[object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--document-tokens", type=int, default=2048, help="0: a block is one document")
+    parser.add_argument("--document-tokens", type=int, default=512, help="0: a block is one document")
     parser.add_argument("--model", help="a model's folder or hub name; the embedded one when left out")
     parser.add_argument("--scheme", default="none", choices=["none", "nf4", "fp8"])
     parser.add_argument("--threads", type=int, default=2)

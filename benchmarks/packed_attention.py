@@ -22,6 +22,7 @@ from results import GIB, save, table
 from rounds import Contest
 
 WAYS = ("masked", "packed")
+WARM_TOKENS = 64
 
 
 def documents_of(tokens: int, documents: int) -> list[int]:
@@ -44,6 +45,8 @@ class Attention:
         drawn = [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for shape in shapes]
         self.operands, self.grad = [x.requires_grad_() for x in drawn[:3]], drawn[3]
         self.layout, self.checksum = layout_of(lengths), 0.0
+        if tokens > WARM_TOKENS:  # imports, and the first call of each kernel
+            Attention(way, [WARM_TOKENS], heads, head_dim, dtype).step()
 
     def prepare(self, case: int) -> None:
         """The same block each time."""
@@ -77,8 +80,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     lengths = documents_of(options.tokens, options.documents)
     build = partial(Attention, lengths=lengths, heads=options.heads, head_dim=options.head_dim, dtype=options.dtype)
     with Contest({way: partial(build, way) for way in WAYS}, options.threads) as contest:
-        for way in WAYS:
-            contest.ask(way, "step", 0)  # imports, and the first call of each kernel
         memory = contest.memory(1)
         checksums = [contest.ask(way, "facts")["checksum"] for way in WAYS]
         if not abs(checksums[0] - checksums[1]) <= 1e-2 * checksums[0]:

@@ -220,11 +220,11 @@ def test_check_files_false_reads_the_text_only(folder):
 
 def test_recipes_made_in_python_are_checked_alike(folder):
     values = {"model": {"path": "./no"}, "data": {"train": "no.jsonl"}, "output": {"dir": "runs"}}
-    recipe = Recipe.model_validate(values | {"train": {"batch_size": 2}})
+    recipe = Recipe.model_validate(values | {"router": {"aux_loss": 0.1}})
     with pytest.raises(RecipeError) as caught:
         check_recipe(recipe, "notebook")
     assert {problem.where for problem in caught.value.problems} == {
-        "notebook: train.batch_size",
+        "notebook: router.aux_loss",
         "notebook: model.path",
         "notebook: data.train.0.path",
     }
