@@ -214,17 +214,17 @@ def test_output_must_be_a_folder_of_its_own(folder):
 def test_check_files_false_reads_the_text_only(folder):
     recipe = load_recipe("r.yaml", "data.train=no.jsonl", "model.path=./no", "quantize.scheme=nf4", check_files=False)
     assert recipe.quantize.scheme == "nf4"
-    with pytest.raises(RecipeError, match="batch_size"):
-        load_recipe("r.yaml", "train.batch_size=2", check_files=False)
+    with pytest.raises(RecipeError, match="router is frozen"):
+        load_recipe("r.yaml", "router.aux_loss=0.1", check_files=False)
 
 
 def test_recipes_made_in_python_are_checked_alike(folder):
     values = {"model": {"path": "./no"}, "data": {"train": "no.jsonl"}, "output": {"dir": "runs"}}
-    recipe = Recipe.model_validate(values | {"train": {"batch_size": 2}})
+    recipe = Recipe.model_validate(values | {"router": {"aux_loss": 0.1}})
     with pytest.raises(RecipeError) as caught:
         check_recipe(recipe, "notebook")
     assert {problem.where for problem in caught.value.problems} == {
-        "notebook: train.batch_size",
+        "notebook: router.aux_loss",
         "notebook: model.path",
         "notebook: data.train.0.path",
     }
