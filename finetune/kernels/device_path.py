@@ -1,7 +1,7 @@
 """The expert MLP with LoRA for accelerators: what is computed, in what order, with nothing read to the host.
 
 The products behind it are Triton's (`kernels.triton.products`) or torch's grouped_mm (`kernels.grouped`). Saved for
-backward: x, the gate_up output unless it is computed again, the order of the rows, and the routing weights.
+backward: x, the gate_up output unless it is computed again, gate_up's z, the order of the rows, the routing weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SwigluGradients(NamedTuple):
 
     gate_up_PG: gradient of [gate; up]; its rows may be part of wider ones.
     weighted_h_PI: w h, which the gradient of down's A reads; likewise.
-    weight_P: gradient of the routing weight of each row.
+    weight_P: gradient of the routing weight of each pair, in the order of the pairs.
     """
 
     gate_up_PG: Tensor
@@ -98,7 +98,7 @@ class Masks:
         if layer.dropout is None or (layer.gate_up_lora is None and layer.down_lora is None):
             return None
         device, (_, hidden, intermediate) = layer.down_EHI.device, layer.down_EHI.shape
-        num_pairs = len(rows.pair_P)
+        num_pairs = rows.pair_P.shape[0]
         keep_TH = layer.dropout.token_mask(num_pairs // rows.num_k, hidden, device)
         keep_PI = layer.dropout.pair_mask(num_pairs, intermediate, device)
         return cls(keep_TH.index_select(0, rows.token_P).to(dtype), keep_PI.index_select(0, rows.pair_P).to(dtype))
@@ -118,14 +118,14 @@ def with_gain(layer: ExpertLayer) -> ExpertLayer:
 
 def forward(
     x_TH: Tensor, weights_TK: Tensor, layer: ExpertLayer, products: Products, *, keep_gate_up: bool
-) -> tuple[Tensor, Tensor]:
-    """The output (T, H) and the gate_up output (P, G), empty unless kept. x and weights in the compute dtype."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output (T, H), the gate_up output (P, G), empty unless kept, and gate_up's z. x in the compute dtype."""
     masks, x = Masks.of(layer, products.rows, x_TH.dtype), products.inputs(x_TH)
     keep_x, keep_h = (masks.x_PH, masks.h_PI) if masks else (None, None)
     z = _low_rank(products, layer.gate_up_lora, x, keep_x)
     gate_up_PG, h_PI = products.gate_up(x, z, keep_gate_up)
-    z = _low_rank(products, layer.down_lora, Inputs(h_PI), keep_h)
-    return products.combine(products.down(h_PI, z), weights_TK), gate_up_PG
+    z_down = _low_rank(products, layer.down_lora, Inputs(h_PI), keep_h)
+    return products.combine(products.down(h_PI, z_down), weights_TK), gate_up_PG, z
 
 
 @dataclass(frozen=True)
@@ -139,30 +139,37 @@ class Needs:
 
 
 def backward(
-    d_out_TH: Tensor, saved: tuple[Tensor, Tensor, Tensor | None], layer: ExpertLayer, products: Products, needs: Needs
+    d_out_TH: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    layer: ExpertLayer,
+    products: Products,
+    needs: Needs,
 ) -> list[Tensor | None]:
     """Gradients of x, the weights, gate_up's A and B, down's A and B; None for those not needed.
 
-    saved: x, the weights, and the gate_up output or None to compute it again.
+    saved: x, the weights, the gate_up output or None to compute it again, and gate_up's z.
     """
-    x_TH, weights_TK, gate_up_PG = saved
+    x_TH, weights_TK, gate_up_PG, z = saved
     masks, x, d_y = Masks.of(layer, products.rows, x_TH.dtype), products.inputs(x_TH), products.inputs(d_out_TH)
     gate_up_lora, down_lora, grads = layer.gate_up_lora, layer.down_lora, _Grads()
     keep_x, keep_h = (masks.x_PH, masks.h_PI) if masks else (None, None)
     if gate_up_PG is None:
-        gate_up_PG, _ = products.gate_up(x, _low_rank(products, gate_up_lora, x, keep_x), True)
+        gate_up_PG, _ = products.gate_up(x, z, True)
     dz = products.low_rank_back(down_lora, d_y) if down_lora else None
     d_gate_up_PG, weighted_h_PI, d_weight_P = products.down_back(d_y, dz, Saved(gate_up_PG, weights_TK, keep_h))
     if needs.weights:
-        grads.weights = d_weight_P.index_select(0, products.rows.row_P).view(weights_TK.shape)
+        grads.weights = d_weight_P.view(weights_TK.shape)
     if needs.down and down_lora and dz is not None:
-        grads.down = _factor_grads(products, down_lora, dz, _drop(Inputs(weighted_h_PI), keep_h), d_y)
+        x_lora = _drop(Inputs(weighted_h_PI), keep_h)
+        z_down = products.low_rank(down_lora, x_lora)
+        grads.down = products.a_grad(down_lora, dz, x_lora), products.b_grad(down_lora, z_down, d_y)
     if not (needs.x or needs.gate_up):
         return grads.in_order()
     d_gate_up = Inputs(d_gate_up_PG)
     dz = products.low_rank_back(gate_up_lora, d_gate_up) if gate_up_lora else None
-    if needs.gate_up and gate_up_lora and dz is not None:
-        grads.gate_up = _factor_grads(products, gate_up_lora, dz, _drop(x, keep_x), d_gate_up)
+    if needs.gate_up and gate_up_lora and dz is not None and z is not None:
+        a_grad = products.a_grad(gate_up_lora, dz, _drop(x, keep_x))
+        grads.gate_up = a_grad, products.b_grad(gate_up_lora, z, d_gate_up)
     if needs.x:
         grads.x = products.combine(products.gate_up_back(d_gate_up_PG, dz, keep_x), None)
     return grads.in_order()
@@ -177,11 +184,6 @@ class _Grads:
 
     def in_order(self) -> list[Tensor | None]:
         return [self.x, self.weights, *self.gate_up, *self.down]
-
-
-def _factor_grads(products: Products, lora: Factors, dz: Tensor, x_lora: Inputs, d_y: Inputs) -> tuple[Tensor, Tensor]:
-    z = products.low_rank(lora, x_lora)
-    return products.a_grad(lora, dz, x_lora), products.b_grad(lora, z, d_y)
 
 
 def _low_rank(products: Products, lora: Factors | None, x: Inputs, keep: Tensor | None) -> Tensor | None:

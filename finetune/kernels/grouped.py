@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, grouped_mm, pad, silu
 
 from finetune.kernels.blocks import blocks_of, rounded_rank
+from finetune.kernels.decoded import decode
 from finetune.kernels.device_path import Inputs, Saved, SwigluGradients
 from finetune.kernels.layer import ExpertLayer, Factors, Stack
 from finetune.kernels.sorted_rows import SortedRows
@@ -56,7 +57,7 @@ class TorchRowWork:
         silu_PI = silu(gate_PI)
         h_PI = silu_PI * up_PI
         torch.mul(h_PI, weight_P1, out=into.weighted_h_PI)
-        into.weight_P.copy_(h_PI.mul_(d_h_PI).sum(1, dtype=torch.float32))
+        into.weight_P.index_copy_(0, pair_P.long(), h_PI.mul_(d_h_PI).sum(1, dtype=torch.float32))
         weighted_PI = d_h_PI * weight_P1
         torch.mul(weighted_PI, silu_PI, out=d_up_PI)
         d_gate_PI.copy_(torch.ops.aten.silu_backward(weighted_PI.mul_(up_PI), gate_PI))
@@ -127,12 +128,19 @@ class GroupedProducts:
     """`device_path.Products` of one forward or one backward."""
 
     def __init__(
-        self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype, room: list[int], work: RowWork
+        self,
+        layer: ExpertLayer,
+        rows: SortedRows,
+        dtype: torch.dtype,
+        room: list[int],
+        work: RowWork,
+        *,
+        keep: bool = False,
     ) -> None:
         self.rows, self._token_P, self._work = rows, rows.token_P, work
         stacks, loras = (layer.gate_up_EGH, layer.down_EHI), (layer.gate_up_lora, layer.down_lora)
         self._gate_up, self._down = (
-            GroupedProjection(*_bank(stack, lora, dtype, space, rows.end_E), lora, dtype, work)
+            GroupedProjection(*_bank(stack, lora, dtype, space, rows.end_E, keep), lora, dtype, work)
             for stack, lora, space in zip(stacks, loras, room, strict=True)
         )
         self._of = {id(layer.gate_up_lora): self._gate_up, id(layer.down_lora): self._down}
@@ -191,25 +199,25 @@ class GroupedProducts:
 
     def combine(self, rows_PH: Tensor, weights_TK: Tensor | None) -> Tensor:
         """Sum over the experts of each token."""
-        out_TH = rows_PH.new_empty(len(self.rows.row_P) // self.rows.num_k, rows_PH.shape[1])
+        out_TH = rows_PH.new_empty(self.rows.row_P.shape[0] // self.rows.num_k, rows_PH.shape[1])
         self._work.combine(rows_PH, self.rows.row_P, weights_TK, out_TH)
         return out_TH
 
     def _rows(self, like: Tensor, width: int, border: int) -> Tensor:
         """New rows of `width` columns, each followed by `border` to spare."""
-        return like.new_empty(len(self.rows.pair_P), width + border)[:, :width]
+        return like.new_empty(self.rows.pair_P.shape[0], width + border)[:, :width]
 
 
-def _bank(stack: Stack, lora: Factors | None, dtype: torch.dtype, room: int, end_E: Tensor) -> tuple[Tensor, int]:
+def _bank(
+    stack: Stack, lora: Factors | None, dtype: torch.dtype, room: int, end_E: Tensor, keep: bool
+) -> tuple[Tensor, int]:
     """A bank and the room around it; packed weights are decoded into block matrices with room for their factors."""
     if isinstance(stack, Tensor):
         return stack, room
-    num_experts, height, width = stack.shape
+    _, height, width = stack.shape
     border = 0 if lora is None else rounded_rank(lora.a_XRI.shape[1])
-    blocks = torch.empty(num_experts, height + border, width + border, dtype=dtype, device=stack.device)
-    bank_EOI = blocks[:, :height, :width]
-    stack.decode_(bank_EOI, end_E)
-    return bank_EOI, border
+    blocks = decode(stack, dtype, border, end_E, keep=keep)
+    return blocks[:, :height, :width], border
 
 
 def _widened(rows_PN: Tensor, thin_PR: Tensor) -> Tensor:

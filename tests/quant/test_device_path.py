@@ -183,7 +183,8 @@ def test_nothing_decoded_is_saved_for_backward(scheme, recompute):
         out = run(problem, stacks, "grouped", recompute)
     rows, pairs = tokens * hidden * 2, tokens * top_k
     kept = 0 if recompute else pairs * 2 * intermediate * 2
-    assert sum(sizes.values()) == rows + kept + pairs * 2 + (2 * pairs + experts) * 4 + experts * 8 + 2 * 2
+    z = pairs * 8 * 2
+    assert sum(sizes.values()) == rows + kept + z + pairs * 2 + (3 * pairs + experts) * 4 + experts * 8 + 2 * 2
     out.sum().backward()
 
 

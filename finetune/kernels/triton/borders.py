@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.layer import Factors
+from finetune.kernels.triton.sizes import cdiv, power_of_2
 
 COLUMNS = 128
 
@@ -33,8 +34,8 @@ def write_borders(lora: Factors, a_ERI: Tensor, b_EOR: Tensor) -> None:
     """A into `a_ERI` and scale B into `b_EOR`, whose ranks are rounded up to a multiple of 8."""
     for factor, border, scale in ((lora.a_XRI, a_ERI, 1.0), (lora.b_XOR.mT, b_EOR.mT, lora.scale)):
         _, rank, width = factor.shape
-        grid = (len(border), triton.cdiv(width, COLUMNS))
+        grid = (len(border), cdiv(width, COLUMNS))
         copy_factor[grid](
             factor, lora.slot_of_expert, border, *factor.stride(), *border.stride(), width, scale,
-            R=rank, R2=max(8, triton.next_power_of_2(rank)), N=COLUMNS, num_warps=4,
+            R=rank, R2=max(8, power_of_2(rank)), N=COLUMNS, num_warps=4,
         )  # fmt: skip

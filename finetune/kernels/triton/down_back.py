@@ -9,6 +9,7 @@ from torch import Tensor
 
 from finetune.kernels.device_path import Inputs, SwigluGradients
 from finetune.kernels.triton.project import LowRank
+from finetune.kernels.triton.sizes import cdiv
 from finetune.kernels.triton.swiglu import swiglu_parts
 from finetune.kernels.triton.tiles import (
     Tiling,
@@ -55,7 +56,8 @@ def down_back_rows(
     d_h_ptrs = weighted_h_ptr + first * width + (lane_M[:, None] * width + column_N[None, :])
     tl.store(d_h_ptrs, d_h_MN.to(weighted_h_ptr.dtype.element_ty), mask=stored(own_M, ok_N, M, N, WHOLE))
     tl.debug_barrier()  # dh waits where wh will be: all of the epilogue on one tile does not fit the registers
-    weight_M1 = tl.load(weight_ptr + tl.load(pair_ptr + row_M)).to(tl.float32)[:, None]
+    pair_M = tl.load(pair_ptr + row_M)
+    weight_M1 = tl.load(weight_ptr + pair_M).to(tl.float32)[:, None]
     d_weight_M = tl.zeros((M,), dtype=tl.float32)
     for start in range(0, N, C):
         column_C = column_tile * N + start + tl.arange(0, C)
@@ -72,7 +74,7 @@ def down_back_rows(
         d_gate_MC, d_up_MC = d_h_MC * up_MC * slope_MC, d_h_MC * silu_MC
         tl.store(d_gate_up_ptr + at_MC, d_gate_MC.to(d_gate_up_ptr.dtype.element_ty), mask=ok_MC)
         tl.store(d_gate_up_ptr + at_MC + width, d_up_MC.to(d_gate_up_ptr.dtype.element_ty), mask=ok_MC)
-    tl.store(d_weight_ptr + row_M * num_columns + column_tile, d_weight_M, mask=own_M)
+    tl.store(d_weight_ptr + pair_M * num_columns + column_tile, d_weight_M, mask=own_M)
 
 
 def down_back(
@@ -85,7 +87,7 @@ def down_back(
     """
     (gate_up_PG, weights_TK), rows, shape = saved, tiling.rows, tiling.shape
     num_rows, (_, width, depth) = len(rows.pair_P), weight_EIH.shape
-    num_columns = triton.cdiv(width, shape.columns)
+    num_columns = cdiv(width, shape.columns)
     d_gate_up_PG, weighted_h_PI = torch.empty_like(gate_up_PG), gate_up_PG.new_empty(num_rows, width)
     d_weight_PC = gate_up_PG.new_empty(num_rows, num_columns, dtype=torch.float32)
     d_out = d_y.values

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.triton.routing import has_rows
+from finetune.kernels.triton.sizes import cdiv
 
 VALUES = 4096
 """Weights of one program."""
@@ -68,7 +69,7 @@ def decode(stack: Fp8, out_EOI: Tensor, end_E: Tensor | None = None) -> None:
     """
     num_experts, height, width = out_EOI.shape
     rows = VALUES // stack.block
-    grid = (triton.cdiv(height, rows) * triton.cdiv(width, stack.block), num_experts)
+    grid = (cdiv(height, rows) * cdiv(width, stack.block), num_experts)
     decode_fp8[grid](
         stack.codes, stack.scales, end_E, out_EOI, height, width, height // stack.matrices, stack.scales.shape[1],
         out_EOI.stride(0), out_EOI.stride(1),

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.triton.routing import has_rows
+from finetune.kernels.triton.sizes import cdiv
 
 VALUES = 4096
 """Weights of one program: 16 bytes of codes for each of its 128 threads."""
@@ -92,7 +93,7 @@ def decode(stack: Nf4, levels: Levels, out_EOI: Tensor, end_E: Tensor | None = N
     num_experts, height, width = out_EOI.shape
     num_values = height * width
     num_scale_scales = 0 if stack.scale_scales is None else stack.scale_scales.shape[1]
-    decode_nf4[(triton.cdiv(num_values, VALUES), num_experts)](
+    decode_nf4[(cdiv(num_values, VALUES), num_experts)](
         stack.codes, stack.scales, stack.scale_scales, stack.offset, *levels, end_E, out_EOI,
         num_values, stack.codes.shape[1], stack.scales.shape[1], num_scale_scales,
         num_values if out_EOI.is_contiguous() else width, out_EOI.stride(0), out_EOI.stride(1),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finetune.kernels.decoded import decode
 from finetune.kernels.device_path import Inputs, Saved, SwigluGradients
-from finetune.kernels.layer import ExpertLayer, Factors, all_weights
+from finetune.kernels.layer import ExpertLayer, Factors
 from finetune.kernels.sorted_rows import SortedRows
 from finetune.kernels.triton import rows as row_kernels
 from finetune.kernels.triton import swiglu
@@ -21,16 +22,17 @@ from finetune.kernels.triton.tiles import Tiling
 class TritonProducts:
     """`device_path.Products` of one forward or one backward."""
 
-    def __init__(self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype) -> None:
-        self.rows, self._tiling, self._token_P = rows, Tiling.of(rows, dtype), rows.token_P
+    def __init__(self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype, *, keep: bool = False) -> None:
+        self.rows, self._tiling = rows, Tiling.of(rows, dtype)
         self._gate_up_EGH, self._down_EHI = (
-            all_weights(stack, dtype, rows.end_E) for stack in (layer.gate_up_EGH, layer.down_EHI)
+            stack.to(dtype) if isinstance(stack, Tensor) else decode(stack, dtype, 0, rows.end_E, keep=keep)
+            for stack in (layer.gate_up_EGH, layer.down_EHI)
         )
         self._gate_up_lora, self._down_lora = layer.gate_up_lora, layer.down_lora
 
     def inputs(self, x_TH: Tensor) -> Inputs:
         """Tokens and where each row finds its own."""
-        return Inputs(x_TH, self._token_P)
+        return Inputs(x_TH, self.rows.token_P)
 
     def low_rank(self, lora: Factors, x: Inputs) -> Tensor:
         """`z = x A^T`."""
@@ -81,7 +83,7 @@ class TritonProducts:
 
     def combine(self, rows_PH: Tensor, weights_TK: Tensor | None) -> Tensor:
         """Sum over the experts of each token."""
-        out_TH = rows_PH.new_empty(len(self.rows.row_P) // self.rows.num_k, rows_PH.shape[1])
+        out_TH = rows_PH.new_empty(self.rows.row_P.shape[0] // self.rows.num_k, rows_PH.shape[1])
         row_kernels.combine(rows_PH, self.rows.row_P, weights_TK, out_TH)
         return out_TH
 

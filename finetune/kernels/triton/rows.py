@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finetune.kernels.triton.sizes import cdiv, power_of_2
+
 MAX_COLUMNS = 2048
 
 
@@ -43,7 +45,7 @@ def gather(x_TH: Tensor, token_P: Tensor, out_PH: Tensor) -> None:
 
 def combine(rows_PH: Tensor, row_P: Tensor, weights_TK: Tensor | None, out_TH: Tensor) -> None:
     """Weighted sum of the rows of each token into `out_TH`; the same bits every time."""
-    num_k, (grid, columns) = len(row_P) // len(out_TH), _grid(out_TH)
+    num_k, (grid, columns) = row_P.shape[0] // out_TH.shape[0], _grid(out_TH)
     combine_rows[grid](
         rows_PH, row_P, weights_TK, out_TH, rows_PH.stride(0), out_TH.stride(0), out_TH.shape[1],
         K=num_k, HAS_WEIGHT=weights_TK is not None, C=columns,
@@ -58,5 +60,5 @@ def combine_reference(rows_PH: Tensor, row_P: Tensor, weights_TK: Tensor | None,
 
 def _grid(out: Tensor) -> tuple[tuple[int, int], int]:
     """One program for each row and up to MAX_COLUMNS columns."""
-    columns = min(MAX_COLUMNS, triton.next_power_of_2(out.shape[1]))
-    return (len(out), triton.cdiv(out.shape[1], columns)), columns
+    columns = min(MAX_COLUMNS, power_of_2(out.shape[1]))
+    return (out.shape[0], cdiv(out.shape[1], columns)), columns

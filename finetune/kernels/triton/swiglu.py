@@ -8,6 +8,7 @@ from torch import Tensor
 
 from finetune.kernels import swiglu as plain
 from finetune.kernels.device_path import SwigluGradients
+from finetune.kernels.triton.sizes import cdiv, power_of_2
 
 
 @triton.jit
@@ -36,7 +37,8 @@ def swiglu_back_rows(
 ):  # fmt: skip
     """`d gate = w dh up silu'(gate)`, `d up = w dh silu(gate)`, `wh = w silu(gate) up`, `dw = <h, dh>`."""
     row = tl.program_id(0).to(tl.int64)
-    weight = tl.load(weight_ptr + tl.load(pair_ptr + row)).to(tl.float32)
+    pair = tl.load(pair_ptr + row)
+    weight = tl.load(weight_ptr + pair).to(tl.float32)
     d_weight_C = tl.zeros((C,), dtype=tl.float32)
     for start in range(0, width, C):
         column_C = start + tl.arange(0, C)
@@ -53,14 +55,14 @@ def swiglu_back_rows(
         tl.store(d_gate_ptrs + width, (d_h_C * silu_C).to(d_gate_up_ptr.dtype.element_ty), mask=ok_C)
         weighted_h_ptrs = weighted_h_ptr + row * stride_weighted_h + column_C
         tl.store(weighted_h_ptrs, (h_C * weight).to(weighted_h_ptr.dtype.element_ty), mask=ok_C)
-    tl.store(d_weight_ptr + row, tl.sum(d_weight_C, axis=0))
+    tl.store(d_weight_ptr + pair, tl.sum(d_weight_C, axis=0))
 
 
 def forward(gate_up_PG: Tensor, h_PI: Tensor) -> None:
     """H into `h_PI`."""
     num_rows, width = h_PI.shape
-    columns = min(1024, triton.next_power_of_2(width))
-    grid = (num_rows, triton.cdiv(width, columns))
+    columns = min(1024, power_of_2(width))
+    grid = (num_rows, cdiv(width, columns))
     swiglu_rows[grid](gate_up_PG, h_PI, gate_up_PG.stride(0), h_PI.stride(0), width, C=columns)
 
 
@@ -70,7 +72,7 @@ def backward(gate_up_PG: Tensor, d_h_PI: Tensor, weights_TK: Tensor, pair_P: Ten
     swiglu_back_rows[(num_rows,)](
         gate_up_PG, d_h_PI, weights_TK, pair_P, *into,
         gate_up_PG.stride(0), d_h_PI.stride(0), into.gate_up_PG.stride(0), into.weighted_h_PI.stride(0),
-        width, C=min(1024, triton.next_power_of_2(width)),
+        width, C=min(1024, power_of_2(width)),
     )  # fmt: skip
 
 
@@ -83,4 +85,4 @@ def backward_reference(
     d_h_PI = d_h_PI.float()
     into.gate_up_PG.copy_(plain.swiglu_back(gate_up_PG.float(), silu_PI, d_h_PI * weight_P1))
     into.weighted_h_PI.copy_(h_PI * weight_P1)
-    into.weight_P.copy_((h_PI * d_h_PI).sum(1))
+    into.weight_P[pair_P.long()] = (h_PI * d_h_PI).sum(1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from finetune.kernels.device_path import Inputs
 from finetune.kernels.sorted_rows import SortedRows
 from finetune.kernels.triton import routing
+from finetune.kernels.triton.sizes import power_of_2
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ def shape_for(num_rows: int, num_experts: int) -> Shape:
     return DECODE if load <= 8 else SPARSE if load <= 64 else BUSY
 
 
+def sorted_tile_rows(num_rows: int, num_experts: int) -> int:
+    """Rows of the tiles that are mapped while the rows are sorted."""
+    return shape_for(num_rows, num_experts).rows
+
+
 def depth_for(depth: int, dtype: torch.dtype) -> int:
     """As many values as take the shared memory of `depth` values of 16 bits, the most that small GPUs have."""
     return depth * 2 // dtype.itemsize
@@ -66,7 +72,9 @@ class Tiling:
         """Tiles of the shape for the average load. dtype: of the products."""
         shape = shape_for(len(rows.pair_P), len(rows.end_E))
         shape = replace(shape, depth=depth_for(shape.depth, dtype))
-        return cls(shape, rows, *routing.tile_rows(rows.end_E, len(rows.pair_P), shape.rows))
+        return cls(
+            shape, rows, *routing.tiles_of_rows(rows, sorted_tile_rows(len(rows.pair_P), len(rows.end_E)), shape.rows)
+        )
 
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +88,7 @@ class Tiling:
 
 def padded_rank(rank: int) -> int:
     """The rank as a tile sees it."""
-    return max(MIN_RANK, triton.next_power_of_2(rank))
+    return max(MIN_RANK, power_of_2(rank))
 
 
 def source_index(inputs: Inputs, rows: SortedRows) -> tuple[Tensor, bool]:

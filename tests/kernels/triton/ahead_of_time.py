@@ -71,17 +71,12 @@ def cases(rank: int, dtype_name: str) -> dict:
     low_rank = {"FOLLOW": True, "R": rank, "R2": tiles.padded_rank(rank)}
     routed = {"E": E, "E2": E, "C": routing.CHUNK}
     found = {
-        "count_pairs": (
-            routing.count_pairs, {"index_ptr": I64, "count_ptr": I32}, routed | {"B": routing.BLOCK}, {}, {},
-        ),
-        "prefix_pairs": (
-            routing.prefix_pairs, {"count_ptr": I32, "start_ptr": I32, "end_ptr": I32},
-            routed | {"C": routing.PREFIX_CHUNK}, {}, {"num_warps": 8},
-        ),
+        "count_pairs": (routing.count_pairs, {"index_ptr": I64, "count_ptr": I32}, routed, {}, {}),
         "place_pairs": (
             routing.place_pairs,
-            {"index_ptr": I64, "start_ptr": I32, "pair_ptr": I32, "row_ptr": I32},
-            routed | {"B": routing.BLOCK}, {}, {},
+            {"index_ptr": I64, "count_ptr": I32, "order_ptr": I32},
+            routed | {"K": K, "M": 128, "B": routing.PREFIX_CHUNK}, {"num_pairs": 8192 * K, "block_pairs": 1024},
+            {"num_warps": 8},
         ),
         "map_tiles": (routing.map_tiles, dict(TILES), routed | {"M": 128}, {}, {}),
         "gather_rows": (
@@ -117,7 +112,7 @@ def cases(rank: int, dtype_name: str) -> dict:
             {"num_warps": 4},
         ),
         **_losses(real),
-        **_decoders(),
+        **_decoders(real if dtype_name == "float16" else BF16),
     }  # fmt: skip
     for name in ("BUSY", "SPARSE", "DECODE"):
         shape, options = _shape(getattr(tiles, name), dtype)
@@ -172,14 +167,14 @@ def _losses(real: str) -> dict:
     }  # fmt: skip
 
 
-def _decoders() -> dict:
+def _decoders(real: str) -> dict:
     """Both decodings of a whole stack of gate_up."""
     nf4_pointers = {"codes_ptr": U8, "scales_ptr": U8, "scale_scales_ptr": FP32, "offset_ptr": FP32, "end_ptr": I32,
-                    "level_ptr": FP32, "scale_level_ptr": FP32, "out_ptr": BF16}  # fmt: skip
+                    "level_ptr": FP32, "scale_level_ptr": FP32, "out_ptr": real}  # fmt: skip
     values = 2 * I * H
     found = {
         "decode_fp8": (
-            fp8.decode_fp8, {"codes_ptr": U8, "scales_ptr": FP32, "end_ptr": I32, "out_ptr": BF16},
+            fp8.decode_fp8, {"codes_ptr": U8, "scales_ptr": FP32, "end_ptr": I32, "out_ptr": real},
             {"SKIP": True, "B": 128, "S": fp8.VALUES // 128},
             {"height": 2 * I, "width": H, "matrix_height": I, "num_scales": values // 128**2,
              "stride_out": (2 * I + 16) * (H + 16), "stride_row": H + 16}, {"num_warps": 4},
@@ -234,6 +229,8 @@ def compiled(arch: int, kernel, pointers: dict, constants: dict, sizes: dict, op
         "cp_async": ptx.count("cp.async."),
         "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
         "fused": ptx.count("fma.rn.f32"),
+        "to_fp16": len(re.findall(r"cvt\.rn\.f16(x2)?\.f32", ptx)),
+        "products_fp16": len(re.findall(r"(mul|fma)(\.rn)?\.f16", ptx)),
         "to_bf16": len(re.findall(r"cvt\.rn\.bf16(x2)?\.f32", ptx)),
     }
 

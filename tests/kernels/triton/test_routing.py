@@ -27,7 +27,7 @@ INDICES = {
 @pytest.mark.parametrize(("index_TK", "experts"), INDICES.values(), ids=INDICES.keys())
 def test_rows_are_those_of_a_stable_sort(index_TK, experts):
     got, want = routing.sort_rows(index_TK.contiguous(), experts), sorted_rows.sort_rows(index_TK, experts)
-    for name in ("pair_P", "row_P", "end_E"):
+    for name in ("pair_P", "row_P", "token_P", "end_E"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
         assert getattr(got, name).dtype == torch.int32
     assert torch.equal(got.pair_P[got.row_P.long()], torch.arange(index_TK.numel(), dtype=torch.int32))
@@ -43,6 +43,11 @@ def test_tiles_cover_every_row_of_every_expert(index_TK, experts, tile_rows):
     assert torch.equal(expert_M[:used], want_expert)
     assert torch.equal(row_M[:used], want_row)
     assert (expert_M[used:] == -1).all()
+    rows = routing.sort_rows(index_TK.contiguous(), experts, tile_rows)
+    for got, want in zip(routing.tiles_of_rows(rows, tile_rows, tile_rows), (expert_M, row_M), strict=True):
+        assert torch.equal(got[:used], want[:used])
+    assert (routing.tiles_of_rows(rows, tile_rows, tile_rows)[0][used:] == -1).all()
+    assert torch.equal(routing.tiles_of_rows(rows, tile_rows, 32)[0], routing.tile_rows(end_E, index_TK.numel(), 32)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
