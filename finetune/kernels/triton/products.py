@@ -14,6 +14,7 @@ from finetune.kernels.triton.down_back import down_back
 from finetune.kernels.triton.factor_grads import factor_grad_
 from finetune.kernels.triton.gate_up import gate_up
 from finetune.kernels.triton.project import LowRank, project
+from finetune.kernels.triton.shapes import Workload
 from finetune.kernels.triton.thin import thin
 from finetune.kernels.triton.tiles import Tiling
 
@@ -22,7 +23,7 @@ class TritonProducts:
     """`device_path.Products` of one forward or one backward."""
 
     def __init__(self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype) -> None:
-        self.rows, self._tiling, self._token_P = rows, Tiling.of(rows, dtype), rows.token_P
+        self.rows, self._tiling, self._token_P = rows, Tiling.of(rows, Workload.of(layer, dtype)), rows.token_P
         self._gate_up_EGH, self._down_EHI = (
             all_weights(stack, dtype, rows.end_E) for stack in (layer.gate_up_EGH, layer.down_EHI)
         )
