@@ -9,6 +9,7 @@ from torch import Tensor
 
 from finetune.kernels.device_path import Inputs, SwigluGradients
 from finetune.kernels.triton.project import LowRank
+from finetune.kernels.triton.sizes import cdiv
 from finetune.kernels.triton.swiglu import swiglu_parts
 from finetune.kernels.triton.tiles import (
     Tiling,
@@ -124,7 +125,7 @@ def down_back(
     mirrored = weight_EIH.stride(2) != 1
     shape = readable_in_boxes(tiling.shapes.down_back, d_y, weight_EIH, mirrored=mirrored)
     num_rows, (_, width, depth) = len(rows.pair_P), weight_EIH.shape
-    num_columns = triton.cdiv(width, shape.columns)
+    num_columns = cdiv(width, shape.columns)
     d_gate_up_PG, weighted_h_PI = torch.empty_like(gate_up_PG), gate_up_PG.new_empty(num_rows, width)
     d_weight_PC = gate_up_PG.new_empty(num_rows, num_columns, dtype=torch.float32)
     d_out = d_y.values

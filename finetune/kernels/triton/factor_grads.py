@@ -9,6 +9,7 @@ from torch import Tensor
 from finetune.kernels.device_path import Inputs
 from finetune.kernels.sorted_rows import SortedRows
 from finetune.kernels.triton.shapes import depth_for
+from finetune.kernels.triton.sizes import cdiv
 from finetune.kernels.triton.tiles import padded_rank, source_index, sources
 
 COLUMNS, DEPTH = 128, 64
@@ -52,7 +53,7 @@ def factor_grad_(
     """
     _, rank, width = grad_XRN.shape
     index, follow = source_index(wide, rows)
-    grid = (len(slot_E), triton.cdiv(width, COLUMNS))
+    grid = (len(slot_E), cdiv(width, COLUMNS))
     sum_outer[grid](
         thin_PR, wide.values, index, slot_E, rows.end_E, grad_XRN,
         thin_PR.stride(0), wide.values.stride(0), *grad_XRN.stride(), width, scale,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from finetune.kernels.device_path import Inputs
 from finetune.kernels.triton.project import LowRank
+from finetune.kernels.triton.sizes import cdiv
 from finetune.kernels.triton.swiglu import swiglu_parts
 from finetune.kernels.triton.tiles import (
     Tiling,
@@ -144,7 +145,7 @@ def gate_up(
     z, factor, slot, scale = low_rank or (x, x.new_empty(0, 0, 0), tiling.expert_M, 0.0)
     rank = 0 if low_rank is None else factor.shape[2]
     index, follow = source_index(inputs, tiling.rows)
-    tiling.launch(gate_up_rows, shape, triton.cdiv(width, shape.columns // 2))(
+    tiling.launch(gate_up_rows, shape, cdiv(width, shape.columns // 2))(
         x, index, weight_EGH, z, factor, slot, gate_up_PG, h_PI, *tiling.pointers,
         x.stride(0), *weight_EGH.stride(), *factor.stride(), num_rows, depth, width, scale,
         FOLLOW=follow, KEEP=keep, R=rank, R2=padded_rank(rank),

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.device_path import Inputs
+from finetune.kernels.triton.sizes import cdiv
 from finetune.kernels.triton.tiles import (
     Tiling,
     base_product,
@@ -108,7 +109,7 @@ def project(inputs: Inputs, weight_EOK: Tensor, low_rank: LowRank | None, tiling
     z, factor, slot, scale = low_rank or (x, x.new_empty(0, 0, 0), tiling.expert_M, 0.0)
     rank = 0 if low_rank is None else factor.shape[2]
     index, follow = source_index(inputs, tiling.rows)
-    tiling.launch(project_rows, shape, triton.cdiv(width, shape.columns))(
+    tiling.launch(project_rows, shape, cdiv(width, shape.columns))(
         x, index, weight_EOK, z, factor, slot, y_PO, *tiling.pointers,
         x.stride(0), *weight_EOK.stride(), *factor.stride(), y_PO.stride(0), num_rows, depth, width, scale,
         FOLLOW=follow, R=rank, R2=padded_rank(rank), MIRRORED=mirrored,

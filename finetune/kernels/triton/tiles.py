@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from finetune.kernels.device_path import Inputs
 from finetune.kernels.sorted_rows import SortedRows
 from finetune.kernels.triton import routing
 from finetune.kernels.triton.shapes import Shape, Shapes, Workload, multiprocessors, shapes_for
+from finetune.kernels.triton.sizes import power_of_2
 
 THIN_DEPTH = 64
 MIN_RANK = 16
@@ -60,8 +62,12 @@ class Tiling:
 
     def constants(self, shape: Shape) -> dict[str, Any]:
         """What a grouped product is compiled with; the number of experts only where it is needed."""
-        experts = len(self.rows.end_E) if shape.programs else 0
-        return shape.constants | {"E": experts, "E2": triton.next_power_of_2(experts)}
+        return shape.constants | _experts(len(self.rows.end_E) if shape.programs else 0)
+
+
+@cache
+def _experts(num_experts: int) -> dict[str, int]:
+    return {"E": num_experts, "E2": power_of_2(num_experts)}
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -88,7 +94,7 @@ def readable_in_boxes(shape: Shape, inputs: Inputs, weight_EOK: Tensor, *, mirro
 
 def padded_rank(rank: int) -> int:
     """The rank as a tile sees it."""
-    return max(MIN_RANK, triton.next_power_of_2(rank))
+    return max(MIN_RANK, power_of_2(rank))
 
 
 def source_index(inputs: Inputs, rows: SortedRows) -> tuple[Tensor, bool]:
