@@ -139,6 +139,13 @@ def test_a_wrong_candidate_is_not_taken(few_candidates, tmp_path, monkeypatch, c
     assert found.down == LITTLE
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, 2.0])
+def test_any_wrong_output_counts(wrong):
+    want = torch.ones(2), torch.ones(2)
+    measured = tuning._one("down", LITTLE, lambda: (want[0], want[1] * wrong), want, lambda run: 1.0)
+    assert (measured.seconds, measured.fault) == (None, f"wrong by 0, {abs(wrong - 1):.2g}")
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_every_candidate_computes_the_same(few_candidates, rank):
     measured = tuning.measure(SMALL._replace(rank=rank), TOKENS, TOP_K, Clock(1.0))
