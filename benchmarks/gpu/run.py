@@ -31,7 +31,13 @@ from finetune.kernels.support import triton_fault
 
 RESULTS = Path(__file__).parent.parent / "results"
 TOKENS = (2048, 8192, 32768)
-TILES = {"128x128": (128, 128, 64, 8, 3), "128x128, 4 stages": (128, 128, 64, 8, 4), "128x256": (128, 256, 64, 8, 3)}
+TILES = {
+    "128x128": (128, 128, 64, 8, 3),
+    "128x128, 4 stages": (128, 128, 64, 8, 4),
+    "128x256": (128, 256, 64, 8, 3),
+    "128x256, walking": (128, 256, 64, 8, 3, 1, True),
+}
+"""Arguments of `shapes.Shape`, for all products alike; the best of each product are measured by `tuning`."""
 
 
 def arguments() -> argparse.Namespace:
@@ -95,25 +101,54 @@ def layer_rows(
 
 def tile_rows(shape: Shape, tokens: int, device: torch.device) -> list[dict[str, Any]]:
     """The step on Triton's products with other tiles than those we ship, which give the gradients to compare with."""
-    from finetune.kernels.triton import tiles
+    from finetune.kernels.triton import shapes, tuning
 
-    shipped, case = tiles.BUSY, Case(shape, tokens, device)
+    case = Case(shape, tokens, device)
     forward = layers.ours(case, "triton", room=False)
     want = check.gradients(case, forward)
+    workload = tile_workload(shape, device)
+    shipped = shapes.shapes_for(tokens * shape.top_k, workload)
 
-    def measure(tile: Any) -> dict[str, Any]:
-        tiles.BUSY = tile
-        if wrong := check.differences(shape, check.gradients(case, forward), want):
-            raise RuntimeError(", ".join(wrong))
-        elapsed = timing.alternating({"step": partial(layers.step, case, forward)}, device, 5, 5)["step"]
+    def measure(found: Any) -> dict[str, Any]:
+        with shapes.forced(found):
+            if wrong := check.differences(shape, check.gradients(case, forward), want):
+                raise RuntimeError(", ".join(wrong))
+            elapsed = timing.alternating({"step": partial(layers.step, case, forward)}, device, 5, 5)["step"]
         return {"step_ms": 1e3 * elapsed}
 
-    rows = []
-    for name, (m, n, depth, num_warps, num_stages) in TILES.items():
-        tile = tiles.Shape(m, n, depth, num_warps=num_warps, num_stages=num_stages)
-        rows.append(measured({"tokens": tokens, "tiles": name, "shipped": shipped == tile}, partial(measure, tile)))
-    tiles.BUSY = shipped
+    sets = {name: shapes.Shapes.same(shapes.Shape(*numbers)) for name, numbers in TILES.items()}
+    if device.type == "cuda":
+        sets["measured by product"] = tuning.prepare(workload, tokens, shape.top_k)
+    return [
+        measured({"tokens": tokens, "tiles": name, "shipped": shipped == found}, partial(measure, found))
+        for name, found in sets.items()
+    ]
+
+
+def product_rows(shape: Shape, tokens: int, device: torch.device) -> list[dict[str, Any]]:
+    """Every product alone, with every tile that could be picked for it."""
+    from finetune.kernels.triton import shapes, tuning
+
+    rows, pairs = [], tokens * shape.top_k
+    flop = 2.0 * pairs * shape.hidden * shape.intermediate
+    workload = tile_workload(shape, device)
+    for product, tile, seconds, fault in tuning.measure(workload, tokens, shape.top_k):
+        row: dict[str, Any] = {"tokens": tokens, "product": product, "tiles": str(tile)}
+        if seconds is None:
+            row["failed"] = fault
+        else:
+            work = flop * (2 if product.startswith("gate_up") else 1)
+            row |= {"ms": 1e3 * seconds, "tflop_per_s": work / seconds / 1e12}
+        rows.append(row | {"shipped": getattr(shapes.shapes_for(pairs, workload), product) == tile})
     return rows
+
+
+def tile_workload(shape: Shape, device: torch.device) -> Any:
+    """What tiles are chosen for."""
+    from finetune.kernels.triton.shapes import Workload
+
+    device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+    return Workload(device, shape.dtype, shape.experts, shape.hidden, shape.intermediate, shape.rank)
 
 
 def decode_rows(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
@@ -174,6 +209,7 @@ def report(found: dict[str, Any]) -> str:
     for title, key in (
         ("Expert layer, forward and backward", "layers"),
         ("Tiles", "tiles"),
+        ("Tiles by product", "products"),
         ("Decoding", "decode"),
         ("Whole model", "model"),
     ):
@@ -200,14 +236,18 @@ def main() -> int:
         return 1
     rate = timing.matmul_flop_per_s(device, shape.dtype, 64 if options.smoke else 8192)
     found: dict[str, Any] = {"conditions": conditions(device), "matmul_tflop_per_s": rate / 1e12}
-    found |= {"layers": [], "tiles": [], "decode": [], "model": []}
+    found |= {"layers": [], "tiles": [], "products": [], "decode": [], "model": []}
     write = partial(
         save, found, options.output, f"{found['conditions']['date']}-gpu{'-smoke' if options.smoke else ''}"
     )
     for tokens in (16, 64) if options.smoke else TOKENS:
         found["layers"] += layer_rows(shape, tokens, device, products, rate)
         write()
-    found["tiles"] = tile_rows(shape, 8192, device) if "triton" in products else []
+    if "triton" in products:
+        for tokens in TOKENS:
+            found["products"] += product_rows(shape, tokens, device)
+        write()
+        found["tiles"] = [row for tokens in TOKENS[1:] for row in tile_rows(shape, tokens, device)]
     found["decode"] = decode_rows(shape, device)
     write()
     if not options.layers_only:

@@ -73,11 +73,13 @@ def test_a_model_that_does_not_fit_is_a_row(monkeypatch):
 
 
 def test_other_tiles_are_compared_with_those_we_ship(monkeypatch):
-    tiles = pytest.importorskip("finetune.kernels.triton.tiles")
+    shapes = pytest.importorskip("finetune.kernels.triton.shapes")
     pytest.importorskip("tests.kernels.triton.interpreted")
     monkeypatch.setattr(run, "TILES", {"small": (32, 32, 32, 4, 2), "not a power of two": (12, 32, 32, 4, 2)})
     monkeypatch.setattr(run.timing, "alternating", lambda runs, *_: dict.fromkeys(runs, 1e-3))
-    shape, shipped = replace(layers.tiny(layers.Shape()), experts=2), tiles.BUSY
+    shape = replace(layers.tiny(layers.Shape()), experts=2)
+    workload = run.tile_workload(shape, torch.device("cpu"))
+    shipped = shapes.shapes_for(140, workload)
 
     def rows():
         return run.tile_rows(shape, 70, torch.device("cpu"))
@@ -87,14 +89,25 @@ def test_other_tiles_are_compared_with_those_we_ship(monkeypatch):
     assert other["failed"]
     monkeypatch.setattr(run.check, "differences", lambda *_: ["gradient of x is wrong by 1"])
     assert rows()[0]["failed"] == "RuntimeError: gradient of x is wrong by 1"
-    assert shipped == tiles.BUSY
+    assert shipped == shapes.shapes_for(140, workload)
+
+
+def test_products_are_timed_alone(monkeypatch):
+    tuning = pytest.importorskip("finetune.kernels.triton.tuning")
+    tile = tuning.shapes.BUSY
+    found = [tuning.Measured("gate_up", tile, 1e-3), tuning.Measured("down", tile, None, "too large")]
+    monkeypatch.setattr(tuning, "measure", lambda *_: found)
+    shape = replace(layers.Shape(), dtype=torch.float16)
+    timed, failed = run.product_rows(shape, 2048, torch.device("cpu"))
+    assert timed["tflop_per_s"] == pytest.approx(4 * 2048 * 8 * 2048 * 768 / 1e9)
+    assert (timed["ms"], timed["shipped"], failed["failed"]) == (1.0, True, "too large")
 
 
 def test_every_size_of_tile_is_checked():
-    tiles = pytest.importorskip("finetune.kernels.triton.tiles")
+    shapes = pytest.importorskip("finetune.kernels.triton.shapes")
     shape = layers.Shape()
-    sizes = [tiles.shape_for(tokens * shape.top_k, shape.experts) for tokens in check.TOKENS]
-    assert {tiles.DECODE, tiles.SPARSE, tiles.BUSY} == set(sizes)
+    sizes = [shapes.shape_for(tokens * shape.top_k, shape.experts) for tokens in check.TOKENS]
+    assert {shapes.DECODE, shapes.SPARSE, shapes.BUSY} == set(sizes)
 
 
 def test_wrong_packed_experts_are_found(smoke, capsys, monkeypatch):

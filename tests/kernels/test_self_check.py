@@ -81,8 +81,8 @@ def test_want_of_memory_is_no_fault(monkeypatch):
 
 
 def test_tiles_of_a_training_step_are_checked():
-    tiles = pytest.importorskip("finetune.kernels.triton.tiles")
-    assert tiles.shape_for(2 * self_check.NUM_TOKENS, self_check.NUM_EXPERTS) == tiles.BUSY
+    shapes = pytest.importorskip("finetune.kernels.triton.shapes")
+    assert shapes.shape_for(2 * self_check.NUM_TOKENS, self_check.NUM_EXPERTS) == shapes.BUSY
 
 
 def test_what_cannot_be():

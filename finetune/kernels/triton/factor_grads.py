@@ -8,8 +8,9 @@ from torch import Tensor
 
 from finetune.kernels.device_path import Inputs
 from finetune.kernels.sorted_rows import SortedRows
+from finetune.kernels.triton.shapes import depth_for
 from finetune.kernels.triton.sizes import cdiv
-from finetune.kernels.triton.tiles import depth_for, padded_rank, source_index, sources
+from finetune.kernels.triton.tiles import padded_rank, source_index, sources
 
 COLUMNS, DEPTH = 128, 64
 

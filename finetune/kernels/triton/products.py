@@ -15,6 +15,7 @@ from finetune.kernels.triton.down_back import down_back
 from finetune.kernels.triton.factor_grads import factor_grad_
 from finetune.kernels.triton.gate_up import gate_up
 from finetune.kernels.triton.project import LowRank, project
+from finetune.kernels.triton.shapes import Workload
 from finetune.kernels.triton.thin import thin
 from finetune.kernels.triton.tiles import Tiling
 
@@ -23,7 +24,7 @@ class TritonProducts:
     """`device_path.Products` of one forward or one backward."""
 
     def __init__(self, layer: ExpertLayer, rows: SortedRows, dtype: torch.dtype, *, keep: bool = False) -> None:
-        self.rows, self._tiling = rows, Tiling.of(rows, dtype)
+        self.rows, self._tiling = rows, Tiling.of(rows, Workload.of(layer, dtype))
         self._gate_up_EGH, self._down_EHI = (
             stack.to(dtype) if isinstance(stack, Tensor) else decode(stack, dtype, 0, rows.end_E, keep=keep)
             for stack in (layer.gate_up_EGH, layer.down_EHI)

@@ -15,11 +15,13 @@ from finetune.kernels.triton.tiles import (
     base_product,
     low_rank_product,
     padded_rank,
+    readable_in_boxes,
     rows_of_tile,
     source_index,
     sources,
     stored,
 )
+from finetune.kernels.triton.walk import box_product, rows_box, used_tiles, weights_box
 
 
 class LowRank(NamedTuple):
@@ -37,22 +39,55 @@ class LowRank(NamedTuple):
 @triton.jit
 def project_rows(
     x_ptr, index_ptr, w_ptr, z_ptr, factor_ptr, slot_ptr, y_ptr, expert_ptr, row_ptr, end_ptr,
-    stride_x, stride_we, stride_wn, stride_wk, stride_fx, stride_fn, stride_fr, stride_y, depth, width, scale,
-    FOLLOW: tl.constexpr, R: tl.constexpr, R2: tl.constexpr,
+    stride_x, stride_we, stride_wn, stride_wk, stride_fx, stride_fn, stride_fr, stride_y,
+    num_rows, depth, width, scale,
+    FOLLOW: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, WALK: tl.constexpr, FLAT: tl.constexpr,
+    E: tl.constexpr, E2: tl.constexpr, MIRRORED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """`y[n, o] = sum_k x[n, k] W[e, o, k] + sum_r z[n, r] scale F[slot, o, r]`, e the expert of n."""
     num_columns = tl.cdiv(width, N)
-    tile = tl.program_id(0) // num_columns
-    expert = tl.load(expert_ptr + tile)
-    if expert < 0:
-        return
-    first, row_M, own_M = rows_of_tile(tile, expert, row_ptr, end_ptr, M)
-    column_N = (tl.program_id(0) % num_columns) * N + tl.arange(0, N)
+    if WALK:
+        x = rows_box(x_ptr, num_rows, depth, stride_x, FOLLOW, M, D)
+        w = weights_box(w_ptr, width, depth, stride_we, stride_wn, stride_wk, E, N, D, MIRRORED)
+        num_tiles = used_tiles(end_ptr, E, E2, M) * num_columns
+        for at in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLAT):
+            tile, column = at // num_columns, (at % num_columns) * N
+            expert = tl.load(expert_ptr + tile)
+            first, row_M, own_M = rows_of_tile(tile, expert, row_ptr, end_ptr, M)
+            acc_MN = box_product(
+                x, w, row_M, first.to(tl.int32), index_ptr, stride_x, expert, column, depth,
+                FOLLOW, False, MIRRORED, M, N, D, EVEN,
+            )  # fmt: skip
+            store_rows(
+                acc_MN, z_ptr, factor_ptr, slot_ptr, y_ptr, expert, first, own_M, column,
+                stride_fx, stride_fn, stride_fr, stride_y, width, scale, R, R2, M, N, WHOLE,
+            )  # fmt: skip
+    else:
+        tile, column = tl.program_id(0) // num_columns, (tl.program_id(0) % num_columns) * N
+        expert = tl.load(expert_ptr + tile)
+        if expert < 0:
+            return
+        first, row_M, own_M = rows_of_tile(tile, expert, row_ptr, end_ptr, M)
+        column_N = column + tl.arange(0, N)
+        x_ptrs_M = x_ptr + sources(row_M, index_ptr, FOLLOW) * stride_x
+        w_ptrs_N = w_ptr + expert.to(tl.int64) * stride_we + column_N * stride_wn
+        acc_MN = base_product(x_ptrs_M, w_ptrs_N, column_N < width, stride_wk, depth, M, N, D, EVEN, WHOLE)
+        store_rows(
+            acc_MN, z_ptr, factor_ptr, slot_ptr, y_ptr, expert, first, own_M, column,
+            stride_fx, stride_fn, stride_fr, stride_y, width, scale, R, R2, M, N, WHOLE,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_rows(
+    acc_MN, z_ptr, factor_ptr, slot_ptr, y_ptr, expert, first, own_M, column,
+    stride_fx, stride_fn, stride_fr, stride_y, width, scale,
+    R: tl.constexpr, R2: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The low-rank part of a tile, and the tile to memory."""
+    column_N = column + tl.arange(0, N)
     ok_N = column_N < width
-    x_ptrs_M = x_ptr + sources(row_M, index_ptr, FOLLOW) * stride_x
-    w_ptrs_N = w_ptr + expert.to(tl.int64) * stride_we + column_N * stride_wn
-    acc_MN = base_product(x_ptrs_M, w_ptrs_N, ok_N, stride_wk, depth, M, N, D, EVEN, WHOLE)
     if R > 0:
         slot = tl.load(slot_ptr + expert)
         acc_MN = low_rank_product(
@@ -65,17 +100,19 @@ def project_rows(
 
 def project(inputs: Inputs, weight_EOK: Tensor, low_rank: LowRank | None, tiling: Tiling) -> Tensor:
     """y, (P, O) in the rows' type. weight_EOK: any strides, so also a transposed bank."""
-    x, shape = inputs.values, tiling.shape
-    _, width, depth = weight_EOK.shape
-    y_PO = x.new_empty(len(tiling.rows.pair_P), width)
+    x, (_, width, depth) = inputs.values, weight_EOK.shape
+    mirrored = weight_EOK.stride(2) != 1
+    shape = tiling.shapes.gate_up_back if mirrored else tiling.shapes.down
+    shape = readable_in_boxes(shape, inputs, weight_EOK, mirrored=mirrored)
+    num_rows = len(tiling.rows.pair_P)
+    y_PO = x.new_empty(num_rows, width)
     z, factor, slot, scale = low_rank or (x, x.new_empty(0, 0, 0), tiling.expert_M, 0.0)
     rank = 0 if low_rank is None else factor.shape[2]
     index, follow = source_index(inputs, tiling.rows)
-    project_rows[tiling.grid(cdiv(width, shape.columns))](
+    tiling.launch(project_rows, shape, cdiv(width, shape.columns))(
         x, index, weight_EOK, z, factor, slot, y_PO, *tiling.pointers,
-        x.stride(0), *weight_EOK.stride(), *factor.stride(), y_PO.stride(0), depth, width, scale,
-        FOLLOW=follow, R=rank, R2=padded_rank(rank), M=shape.rows, N=shape.columns, D=shape.depth,
-        EVEN=depth % shape.depth == 0, WHOLE=width % shape.columns == 0,
-        num_warps=shape.num_warps, num_stages=shape.num_stages,
+        x.stride(0), *weight_EOK.stride(), *factor.stride(), y_PO.stride(0), num_rows, depth, width, scale,
+        FOLLOW=follow, R=rank, R2=padded_rank(rank), MIRRORED=mirrored,
+        EVEN=depth % shape.depth == 0, WHOLE=width % shape.columns == 0, **tiling.constants(shape),
     )  # fmt: skip
     return y_PO

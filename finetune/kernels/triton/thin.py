@@ -7,10 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from finetune.kernels.device_path import Inputs
+from finetune.kernels.triton.shapes import depth_for
 from finetune.kernels.triton.tiles import (
     THIN_DEPTH,
     Tiling,
-    depth_for,
     padded_rank,
     rows_of_tile,
     source_index,
@@ -54,13 +54,13 @@ def thin(inputs: Inputs, factor_XRK: Tensor, slot_E: Tensor, tiling: Tiling, sca
 
     factor_XRK: A as it is, or B with its last two dimensions swapped; any strides, any type.
     """
-    x, (_, rank, depth), shape = inputs.values, factor_XRK.shape, tiling.shape
+    x, (_, rank, depth) = inputs.values, factor_XRK.shape
     z_PR = x.new_empty(len(tiling.rows.pair_P), rank)
     (index, follow), step = source_index(inputs, tiling.rows), depth_for(THIN_DEPTH, x.dtype)
     into_rank[tiling.grid(1)](
         x, index, factor_XRK, slot_E, z_PR, *tiling.pointers,
         x.stride(0), *factor_XRK.stride(), depth, scale,
-        FOLLOW=follow, R=rank, R2=padded_rank(rank), M=shape.rows, D=step, EVEN=depth % step == 0,
+        FOLLOW=follow, R=rank, R2=padded_rank(rank), M=tiling.shapes.tile_rows, D=step, EVEN=depth % step == 0,
         num_warps=4,
     )  # fmt: skip
     return z_PR

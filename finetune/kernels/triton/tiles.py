@@ -6,7 +6,10 @@ not stored, so loads need no row mask.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -16,65 +19,35 @@ from torch import Tensor
 from finetune.kernels.device_path import Inputs
 from finetune.kernels.sorted_rows import SortedRows
 from finetune.kernels.triton import routing
+from finetune.kernels.triton.shapes import Shape, Shapes, Workload, multiprocessors, shape_for, shapes_for
 from finetune.kernels.triton.sizes import power_of_2
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Tile sizes and launch options of the grouped products.
-
-    rows, columns, depth: M, N and the depth of one step of the inner loop, in values of 16 bits.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-BUSY = Shape(128, 128, 64, num_warps=8, num_stages=3)
-SPARSE = Shape(64, 128, 64, num_warps=4, num_stages=3)
-DECODE = Shape(16, 64, 128, num_warps=4, num_stages=3)
 
 THIN_DEPTH = 64
 MIN_RANK = 16
 """The narrowest operand of a tensor-core product; lower ranks are padded with zeros inside the tile."""
 
 
-def shape_for(num_rows: int, num_experts: int) -> Shape:
-    """Tiles for an average load; the host knows no other."""
-    load = num_rows / num_experts
-    return DECODE if load <= 8 else SPARSE if load <= 64 else BUSY
-
-
 def sorted_tile_rows(num_rows: int, num_experts: int) -> int:
-    """Rows of the tiles that are mapped while the rows are sorted."""
+    """Rows of the tiles that are mapped while the rows are sorted; the same forward and backward, tuned or not."""
     return shape_for(num_rows, num_experts).rows
-
-
-def depth_for(depth: int, dtype: torch.dtype) -> int:
-    """As many values as take the shared memory of `depth` values of 16 bits, the most that small GPUs have."""
-    return depth * 2 // dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Tiling:
     """Tiles of all rows of one call: expert and first row of each, expert -1 for tiles that are not needed."""
 
-    shape: Shape
+    shapes: Shapes
     rows: SortedRows
     expert_M: Tensor
     row_M: Tensor
 
     @classmethod
-    def of(cls, rows: SortedRows, dtype: torch.dtype) -> Tiling:
-        """Tiles of the shape for the average load. dtype: of the products."""
-        shape = shape_for(len(rows.pair_P), len(rows.end_E))
-        shape = replace(shape, depth=depth_for(shape.depth, dtype))
-        return cls(
-            shape, rows, *routing.tiles_of_rows(rows, sorted_tile_rows(len(rows.pair_P), len(rows.end_E)), shape.rows)
-        )
+    def of(cls, rows: SortedRows, workload: Workload) -> Tiling:
+        """Tiles of the shapes for the workload and the average load."""
+        num_rows, num_experts = rows.pair_P.shape[0], rows.end_E.shape[0]
+        shapes = shapes_for(num_rows, workload)
+        mapped = routing.tiles_of_rows(rows, sorted_tile_rows(num_rows, num_experts), shapes.tile_rows)
+        return cls(shapes, rows, *mapped)
 
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,6 +57,45 @@ class Tiling:
     def grid(self, num_column_tiles: int) -> tuple[int]:
         """One program for each tile; those of one block of rows are neighbors and share it in cache."""
         return (len(self.expert_M) * num_column_tiles,)
+
+    def launch(self, kernel: Any, shape: Shape, num_column_tiles: int) -> Callable[..., object]:
+        """A kernel on as many programs as the shape asks for."""
+        (tiles,) = self.grid(num_column_tiles)
+        if not shape.programs:
+            return kernel[(tiles,)]
+        triton.set_allocator(_scratch)  # a setting of the thread, and backward has its own
+        return kernel[(min(tiles, multiprocessors(self.expert_M.device) * shape.programs),)]
+
+    def constants(self, shape: Shape) -> dict[str, Any]:
+        """What a grouped product is compiled with; the number of experts only where it is needed."""
+        return shape.constants | _experts(len(self.rows.end_E) if shape.programs else 0)
+
+
+@cache
+def _experts(num_experts: int) -> dict[str, int]:
+    return {"E": num_experts, "E2": power_of_2(num_experts)}
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where programs write their descriptors: 128 bytes for each and each program."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def readable_in_boxes(shape: Shape, inputs: Inputs, weight_EOK: Tensor, *, mirrored: bool) -> Shape:
+    """The shape, or the one with pointers where rows or weights do not lie as TMA descriptors demand.
+
+    They demand addresses and strides of whole 16 bytes, and neighbors along one dimension: K, or O when mirrored.
+    """
+    if not shape.programs:
+        return shape
+    x, per_line = inputs.values, 16 // weight_EOK.element_size()
+    stride_e, stride_o, stride_k = weight_EOK.stride()
+    neighbors, line = (stride_o, stride_k) if mirrored else (stride_k, stride_o)
+    lines = [stride_e, line, weight_EOK.storage_offset()]
+    if inputs.source is None:
+        lines += [x.stride(0), x.storage_offset()]
+    fits = neighbors == 1 and x.numel() > 0 and not any(line % per_line for line in lines)
+    return shape if fits else shape.pointed
 
 
 def padded_rank(rank: int) -> int:

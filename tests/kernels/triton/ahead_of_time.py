@@ -1,8 +1,9 @@
 """Compiles the shipped kernels for GPUs that are not here and prints what they use, one JSON object.
 
-    python -m tests.kernels.triton.ahead_of_time [--arch 90] [--rank 16] [--dtype float32] [--only gate_up]
+    python -m tests.kernels.triton.ahead_of_time [--arch 90] [--rank 16] [--dtype float32] [--only gate_up] [--quick]
 
-Run as a process of its own, with Triton's interpreter off. Shapes are those of Qwen3-30B-A3B.
+Run as a process of its own, with Triton's interpreter off. Shapes are those of Qwen3-30B-A3B. The grouped products are
+compiled with all tiles that could be picked, by the table or by measuring; --quick leaves out those of measuring alone.
 `stack` above zero means that registers were spilled.
 """
 
@@ -31,6 +32,7 @@ from finetune.kernels.triton import (
     project,
     routing,
     rows,
+    shapes,
     swiglu,
     thin,
     tiles,
@@ -42,12 +44,26 @@ TILES = {"expert_ptr": I32, "row_ptr": I32, "end_ptr": I32}
 POINTERS = {"bfloat16": BF16, "float16": "*fp16", "float32": FP32}
 
 
-def _shape(shape: tiles.Shape, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    depth = tiles.depth_for(shape.depth, dtype)
-    return {"M": shape.rows, "N": shape.columns, "D": depth, "EVEN": True, "WHOLE": True}, {
-        "num_warps": shape.num_warps,
-        "num_stages": shape.num_stages,
-    }
+OPTIONS = ("num_warps", "num_stages")
+
+
+def _shape(shape: shapes.Shape, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+    constants = shapes.fitted(shape, dtype).gate_up.constants
+    experts = E if shape.programs else 0
+    constants |= {"EVEN": True, "WHOLE": True, "E": experts, "E2": experts}
+    return {k: v for k, v in constants.items() if k not in OPTIONS}, {k: constants[k] for k in OPTIONS}
+
+
+def pickable(arch: int, dtype: torch.dtype, rank: int, *, quick: bool) -> dict[str, list[shapes.Shape]]:
+    """All tiles of each grouped product."""
+    table = [shapes.DECODE, shapes.SPARSE, shapes.BUSY, *([shapes.WIDE] if arch == 90 and dtype.itemsize == 2 else [])]
+    found = {name: list(table) for name in shapes.Shapes._fields}
+    workload = shapes.Workload(torch.device("cuda"), dtype, E, H, I, rank)
+    for load in () if quick else (64, shapes.WIDE_LOAD):
+        for choice in shapes.candidates(load * E, workload, arch // 10):
+            for name, candidates in choice.items():
+                found[name] += [shape for shape in candidates if shape not in found[name]]
+    return found
 
 
 def _strides(width: int, height: int, rank: int, *, transposed: bool) -> dict[str, int]:
@@ -64,7 +80,7 @@ def _strides(width: int, height: int, rank: int, *, transposed: bool) -> dict[st
     }
 
 
-def cases(rank: int, dtype_name: str) -> dict:
+def cases(rank: int, dtype_name: str, arch: int = 90, *, quick: bool = False) -> dict:
     """Kernel, pointers, constants and strides (equal to 1, or divisible by 16), launch options."""
     real, dtype = POINTERS[dtype_name], getattr(torch, dtype_name)
     factor = {"z_ptr": real, "factor_ptr": FP32, "slot_ptr": I64}
@@ -107,50 +123,27 @@ def cases(rank: int, dtype_name: str) -> dict:
         "sum_outer": (
             factor_grads.sum_outer,
             {"thin_ptr": real, "wide_ptr": real, "index_ptr": I32, "slot_ptr": I64, "end_ptr": I32, "grad_ptr": FP32},
-            low_rank | {"N": factor_grads.COLUMNS, "D": tiles.depth_for(factor_grads.DEPTH, dtype)},
+            low_rank | {"N": factor_grads.COLUMNS, "D": shapes.depth_for(factor_grads.DEPTH, dtype)},
             {"stride_thin": rank, "stride_wide": H, "stride_gx": rank * H, "stride_gr": H, "stride_gn": 1, "width": H},
             {"num_warps": 4},
         ),
         **_losses(real),
         **_decoders(real if dtype_name == "float16" else BF16),
     }  # fmt: skip
-    for name in ("BUSY", "SPARSE", "DECODE"):
-        shape, options = _shape(getattr(tiles, name), dtype)
-        thin_shape = {k: v for k, v in shape.items() if k not in ("N", "WHOLE")}
-        thin_shape["D"] = tiles.depth_for(tiles.THIN_DEPTH, dtype)
-        found |= {
-            f"into_rank {name}": (
-                thin.into_rank,
-                {"x_ptr": real, "index_ptr": I32, **factor, **TILES},
-                low_rank | thin_shape,
-                {"stride_x": H, "stride_fx": rank * H, "stride_fr": H, "stride_fk": 1, "depth": H}, {"num_warps": 4},
-            ),
-            f"gate_up_rows {name}": (
-                gate_up.gate_up_rows,
-                {"x_ptr": real, "index_ptr": I32, "w_ptr": real, **factor, "gate_up_ptr": real, "h_ptr": real, **TILES},
-                low_rank | shape | {"KEEP": True},
-                {"stride_x": H} | _strides(H, 2 * I, rank, transposed=False) | {"width": I}, options,
-            ),
-            f"project_rows down {name}": (
-                project.project_rows,
-                {"x_ptr": real, "index_ptr": I32, "w_ptr": real, **factor, "y_ptr": real, **TILES},
-                low_rank | shape | {"FOLLOW": False},
-                {"stride_x": I, "stride_y": H} | _strides(I, H, rank, transposed=False), options,
-            ),
-            f"project_rows gate_up_back {name}": (
-                project.project_rows,
-                {"x_ptr": real, "index_ptr": I32, "w_ptr": real, **factor, "y_ptr": real, **TILES},
-                low_rank | shape | {"FOLLOW": False},
-                {"stride_x": 2 * I, "stride_y": H} | _strides(2 * I, H, rank, transposed=True), options,
-            ),
-            f"down_back_rows {name}": (
-                down_back.down_back_rows,
-                {"d_y_ptr": real, "index_ptr": I32, "w_ptr": real, **factor, "gate_up_ptr": real, "weight_ptr": real,
-                 "pair_ptr": I32, "d_gate_up_ptr": real, "weighted_h_ptr": real, "d_weight_ptr": FP32, **TILES},
-                low_rank | shape | {"C": down_back.CHUNK},
-                {"stride_d_y": H} | _strides(H, I, rank, transposed=True), options,
-            ),
-        }  # fmt: skip
+    for num_rows in (shapes.DECODE.rows, shapes.SPARSE.rows, shapes.BUSY.rows):
+        depth = shapes.depth_for(tiles.THIN_DEPTH, dtype)
+        found[f"into_rank {num_rows}"] = (
+            thin.into_rank,
+            {"x_ptr": real, "index_ptr": I32, **factor, **TILES},
+            low_rank | {"M": num_rows, "D": depth, "EVEN": True},
+            {"stride_x": H, "stride_fx": rank * H, "stride_fr": H, "stride_fk": 1, "depth": H}, {"num_warps": 4},
+        )  # fmt: skip
+    pointers = {"index_ptr": I32, "w_ptr": real, **factor, **TILES}
+    for name, candidates in pickable(arch, dtype, rank, quick=quick).items():
+        for candidate in candidates:
+            shape, options = _shape(candidate, dtype)
+            kernel, own, constants, sizes = _products(real, rank)[name]
+            found[f"{name}: {candidate}"] = (kernel, pointers | own, low_rank | shape | constants, sizes, options)
     return found
 
 
@@ -164,6 +157,32 @@ def _losses(real: str) -> dict:
             {"num_warps": log_probs.NUM_WARPS},
         )
         for gradient in (True, False)
+    }  # fmt: skip
+
+
+def _products(real: str, rank: int) -> dict:
+    """Kernel, pointers, constants and sizes of each grouped product."""
+    rows = {"num_rows": 8 * K * 1024}
+    return {
+        "gate_up": (
+            gate_up.gate_up_rows, {"x_ptr": real, "gate_up_ptr": real, "h_ptr": real}, {"KEEP": True},
+            {"stride_x": H} | _strides(H, 2 * I, rank, transposed=False) | {"width": I} | rows,
+        ),
+        "down": (
+            project.project_rows, {"x_ptr": real, "y_ptr": real}, {"FOLLOW": False, "MIRRORED": False},
+            {"stride_x": I, "stride_y": H} | _strides(I, H, rank, transposed=False) | rows,
+        ),
+        "down_back": (
+            down_back.down_back_rows,
+            {"d_y_ptr": real, "gate_up_ptr": real, "weight_ptr": real, "pair_ptr": I32, "d_gate_up_ptr": real,
+             "weighted_h_ptr": real, "d_weight_ptr": FP32},
+            {"C": down_back.CHUNK, "MIRRORED": True},
+            {"stride_d_y": H} | _strides(H, I, rank, transposed=True) | rows,
+        ),
+        "gate_up_back": (
+            project.project_rows, {"x_ptr": real, "y_ptr": real}, {"FOLLOW": False, "MIRRORED": True},
+            {"stride_x": 2 * I, "stride_y": H} | _strides(2 * I, H, rank, transposed=True) | rows,
+        ),
     }  # fmt: skip
 
 
@@ -226,7 +245,8 @@ def compiled(arch: int, kernel, pointers: dict, constants: dict, sizes: dict, op
         "shared": built.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "cp_async": ptx.count("cp.async."),
+        "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "tma": ptx.count("cp.async.bulk.tensor"),
         "wide_stores": len(re.findall(r"st\.global\.v4\.b32", ptx)),
         "fused": ptx.count("fma.rn.f32"),
         "to_fp16": len(re.findall(r"cvt\.rn\.f16(x2)?\.f32", ptx)),
@@ -241,8 +261,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=POINTERS)
     parser.add_argument("--only", default="")
+    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    found = cases(arguments.rank, arguments.dtype)
+    found = cases(arguments.rank, arguments.dtype, arguments.arch, quick=arguments.quick)
     chosen = {name: case for name, case in found.items() if arguments.only in name}
     print(json.dumps({name: compiled(arguments.arch, *case) for name, case in chosen.items()}, indent=1))
 

@@ -16,7 +16,8 @@ from finetune.kernels import device_op, grouped
 from finetune.kernels.blocks import make_room_
 from finetune.kernels.layer import Dropout, ExpertLayer
 from finetune.kernels.ops import expert_mlp
-from finetune.kernels.triton import tiles
+from finetune.kernels.triton import shapes
+from finetune.kernels.triton.shapes import Shape, Shapes
 from tests.kernels.problems import ODD_SHAPES, make, memory_full_of_nan, output_gradient
 
 WAYS = {
@@ -98,12 +99,31 @@ def test_triton_takes_any_width(shape):
     assert_close(with_gradients(problem, WAYS["triton"]), problem.with_gradients("reference"))
 
 
-@pytest.mark.parametrize("name", ["DECODE", "SPARSE", "BUSY"])
-def test_every_tile_shape(name, monkeypatch):
-    monkeypatch.setattr(tiles, "shape_for", lambda rows, experts: getattr(tiles, name))
+SHAPES = {
+    "decode": shapes.DECODE,
+    "sparse": shapes.SPARSE,
+    "busy": shapes.BUSY,
+    "wide": shapes.WIDE,
+    "walk": Shape(64, 64, 32, 4, 3, programs=1),
+    "walk, flat": Shape(64, 128, 32, 4, 3, programs=2, flat=True),
+    "walk, many programs": Shape(16, 32, 32, 4, 3, programs=40),
+    "walk, wide": Shape(32, 256, 64, 8, 3, programs=1),
+}
+
+
+TILED = [(name, 72) for name in SHAPES] + [("busy", 70), ("walk, flat", 70)]
+
+
+@pytest.mark.parametrize(("name", "width"), TILED, ids=[f"{name}, {width}" for name, width in TILED])
+def test_every_tile_shape(name, width):
+    """TMA reads rows of 72 values, and not those of 70."""
     index = torch.tensor([[1, 0]] * 70 + [[1, 3]] * 3)
-    problem = make(tokens=73, hidden=70, intermediate=70, experts=5, index=index, slots=(1, 3), dtype=torch.float32)
-    assert_close(with_gradients(problem, WAYS["triton"]), problem.with_gradients("reference"))
+    problem = make(
+        tokens=73, hidden=width, intermediate=width, experts=5, index=index, slots=(1, 3), dtype=torch.float32
+    )
+    want = problem.with_gradients("reference")
+    with shapes.forced(Shapes.same(SHAPES[name])), memory_full_of_nan():
+        assert_close(with_gradients(problem, WAYS["triton"]), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

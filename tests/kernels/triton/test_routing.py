@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finetune.kernels import sorted_rows
-from finetune.kernels.triton import routing, tiles
+from finetune.kernels.triton import routing, shapes, tiles
 
 
 def random_index(tokens, experts, top_k, busy=None, seed=0):
@@ -53,7 +53,8 @@ def test_tiles_cover_every_row_of_every_expert(index_TK, experts, tile_rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "name"), [(1, "DECODE"), (30, "SPARSE"), (200, "BUSY")])
 def test_tiles_take_the_same_memory_in_every_type(tokens, name, dtype):
-    shape = tiles.Tiling.of(sorted_rows.sort_rows(random_index(tokens, 6, 2), 6), dtype).shape
-    shipped = getattr(tiles, name)
+    workload = shapes.Workload(torch.device("cpu"), dtype, experts=6, hidden=8, intermediate=8, rank=4)
+    shape = tiles.Tiling.of(sorted_rows.sort_rows(random_index(tokens, 6, 2), 6), workload).shapes.gate_up
+    shipped = getattr(shapes, name)
     assert (shape.rows, shape.columns) == (shipped.rows, shipped.columns)
     assert shape.depth * dtype.itemsize == shipped.depth * 2
