@@ -67,6 +67,16 @@ def expert_layers(model: nn.Module) -> dict[int, nn.Module]:
     return {layer_index(name): module for name, module in model.named_modules() if name.endswith(f".{EXPERTS}")}
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, first to last."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
+
+
+def outside_experts(layer: nn.Module) -> list[nn.Module]:
+    """The parts of a decoder layer beside its experts and their router."""
+    return [part for name, part in layer.named_children() if not (name == MLP and hasattr(part, "experts"))]
+
+
 def router_class() -> type[nn.Module]:
     """The module that sends tokens to experts: weight (E, H)."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
