@@ -26,10 +26,10 @@ def model_of(dtype=torch.float32, **adapter):
 
 
 def blocks(number):
-    """Packed blocks that differ in length and in their documents."""
+    """Packed blocks that differ in length and in their documents, two at least: one alone has no mask with sdpa."""
     generator = torch.Generator().manual_seed(2)
     for i in range(number):
-        lengths = [3 + (7 * i + 5 * j) % 11 for j in range(1 + i % 4)]
+        lengths = [3 + (7 * i + 5 * j) % 11 for j in range(2 + i % 4)]
         positions = torch.cat([torch.arange(length) for length in lengths])
         yield torch.randint(0, 64, (1, len(positions)), generator=generator), positions[None]
 
