@@ -42,7 +42,7 @@ class CompiledLayers:
                 return self._compiled(layer, *args, **kwargs)
             except FAULTS as error:
                 self.fault = " ".join(str(error).split())[:300]
-                logger.warning("decoder layers run uncompiled (train.compile: off says nothing): %s", self.fault)
+                logger.warning("decoder layers run uncompiled (train.compile: off asks for that): %s", self.fault)
         return _call(self._options, layer, *args, **kwargs)
 
 
