@@ -29,7 +29,9 @@ from finetune.config.values import (
     PathName,
     Positive,
     Share,
+    as_checkpointing,
     as_files,
+    as_switch,
     as_tuple,
     no_repeats,
     refusal,
@@ -343,7 +345,13 @@ class TrainSection(Section):
     weight_decay: NonNegative = Field(default=0.0, description="decoupled weight decay")
     max_grad_norm: Positive = Field(default=1.0, description="gradient norm is clipped to this")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="arithmetic of the frozen model")
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    gradient_checkpointing: Annotated[Literal["off", "selective", "full"], BeforeValidator(as_checkpointing)] = Field(
+        default="off",
+        description="compute layers again in backward: all of them, or what is cheap; true means full, false off",
+    )
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(as_switch)] = Field(
+        default="auto", description="compile the decoder layers; auto: on a GPU"
+    )
     activation_offload: bool = Field(
         default=False, description="keep what backward needs in host memory meanwhile (on a GPU, for long sequences)"
     )

@@ -56,6 +56,16 @@ def as_files(value: Any) -> Any:
     return tuple({"path": file} if isinstance(file, str) else file for file in value)
 
 
+def as_switch(value: Any) -> Any:
+    """True and false as `on` and `off`, which YAML 1.1 reads as those."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def as_checkpointing(value: Any) -> Any:
+    """True and false as `full` and `off`."""
+    return "full" if as_switch(value) == "on" else as_switch(value)
+
+
 def no_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
     """`names` when they differ from one another."""
     repeated = sorted({name for name in names if names.count(name) > 1})

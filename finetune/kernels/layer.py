@@ -28,6 +28,10 @@ class PackedStack(Protocol):
     def handle(self) -> int:
         """Number by which `stack_of` finds it again."""
 
+    @property
+    def handle_tensor(self) -> Tensor:
+        """That number as a tensor on the CPU, which no compiler takes for a constant."""
+
     def weights_of(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The weights of `experts`, (len(experts), out, in), for the caller to use once and drop."""
 

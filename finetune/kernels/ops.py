@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from finetune.errors import AdapterError, Problem
-from finetune.kernels import device_op, reference, self_check, torch_path
+from finetune.kernels import device_op, reference, self_check, torch_op, torch_path
 from finetune.kernels.blocks import make_room_, room_of, rounded_rank
 from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors, PackedStack, Stack
 from finetune.kernels.support import triton_fault
@@ -80,6 +81,8 @@ def expert_mlp(
         return reference.expert_mlp(x_TH, top_k_index_TK, top_k_weights_TK, layer)
     if way in device_op.PRODUCTS:
         return device_op.expert_mlp(x_TH, top_k_index_TK, top_k_weights_TK, layer, recompute, way)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # what looks at operators should see one
+        return torch_op.expert_mlp(x_TH, top_k_index_TK, top_k_weights_TK, layer, recompute)
     return torch_path.expert_mlp(x_TH, top_k_index_TK, top_k_weights_TK, layer, recompute)
 
 
@@ -160,8 +163,13 @@ def _checked(case: self_check.Case) -> str | None:
     return self_check.fault(case)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _log_once(way: str) -> str:
+    return _log(way)
+
+
+@cache
+def _log(way: str) -> str:
     logger.info("expert MLP runs on %s products", way)
     return way
 

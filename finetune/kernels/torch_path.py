@@ -25,7 +25,7 @@ def expert_mlp(
 ) -> Tensor:
     """The expert MLP, (T, H); arguments as in `ops.expert_mlp`."""
     gate_up, down = layer.gate_up_lora, layer.down_lora
-    tensors = _Tensors(
+    tensors = Inputs(
         x_TH,
         top_k_weights_TK,
         gate_up.a_XRI if gate_up else None,
@@ -40,7 +40,7 @@ def expert_mlp(
     return out
 
 
-class _Tensors(NamedTuple):
+class Inputs(NamedTuple):
     """One value for each differentiable input: the tensor, whether it needs a gradient, or its gradient."""
 
     x_TH: Any
@@ -54,13 +54,13 @@ class _Tensors(NamedTuple):
 
 
 class _ExpertMLP(torch.autograd.Function):
-    """Inputs: _Tensors, the arrangement, and whether to keep the gate_up output for backward."""
+    """Inputs: Inputs, the arrangement, and whether to keep the gate_up output for backward."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        tensors, (arrangement, keep_gate_up) = _Tensors(*inputs[:-2]), inputs[-2:]
+        tensors, (arrangement, keep_gate_up) = Inputs(*inputs[:-2]), inputs[-2:]
         with torch.autocast(tensors.x_TH.device.type, enabled=False):
-            out_TH, gate_up_NG = _forward(tensors, arrangement, keep_gate_up)
+            out_TH, gate_up_NG = forward(tensors, arrangement, keep_gate_up)
         ctx.arrangement = arrangement
         ctx.save_for_backward(*tensors, gate_up_NG)
         return out_TH
@@ -71,13 +71,13 @@ class _ExpertMLP(torch.autograd.Function):
             hint = "call backward without create_graph, or use the reference backend"
             raise TrainingError(Problem("expert MLP", "is differentiable once only", hint))
         *tensors, gate_up_NG = ctx.saved_tensors
-        needs = _Tensors(*ctx.needs_input_grad[:-2])
+        needs = Inputs(*ctx.needs_input_grad[:-2])
         with torch.autocast(d_out_TH.device.type, enabled=False):
-            grads = _Backward(ctx.arrangement, _Tensors(*tensors), gate_up_NG, needs).run(d_out_TH)
+            grads = backward(ctx.arrangement, Inputs(*tensors), gate_up_NG, needs, d_out_TH)
         return (*grads, None, None)
 
 
-def _forward(tensors: _Tensors, arrangement: Arrangement, keep_gate_up: bool) -> tuple[Tensor, Tensor | None]:
+def forward(tensors: Inputs, arrangement: Arrangement, keep_gate_up: bool) -> tuple[Tensor, Tensor | None]:
     """The output and, if kept, the gate_up output of every row, (N, G)."""
     this_pass, num_rows = Pass(arrangement), len(arrangement.rows.pair_N)
     x_TH = arrangement.with_padding(tensors.x_TH.to(arrangement.dtype))
@@ -92,6 +92,17 @@ def _forward(tensors: _Tensors, arrangement: Arrangement, keep_gate_up: bool) ->
         this_pass.down.project_(block, y_NH[here], h_NI, z)
     out_TH = _sum_over_experts(y_NH, arrangement, tensors.weights_TK.to(arrangement.dtype))
     return out_TH.to(tensors.x_TH.dtype), gate_up_NG
+
+
+def backward(
+    arrangement: Arrangement,
+    tensors: Inputs,
+    gate_up_NG: Tensor | None,
+    needs: Inputs,
+    d_out_TH: Tensor,
+) -> Inputs:
+    """The gradients that are needed, given the gate_up output of every row or None to compute it again."""
+    return _Backward(arrangement, tensors, gate_up_NG, needs).run(d_out_TH)
 
 
 def _gate_up(this_pass: Pass, block: Block, x_NH: Tensor | None, out_NG: Tensor | None) -> Tensor:
@@ -119,7 +130,13 @@ class _Way(NamedTuple):
 class _Backward:
     """Gradients of the inputs that need one, gathered block by block."""
 
-    def __init__(self, arrangement: Arrangement, tensors: _Tensors, gate_up_NG: Tensor | None, needs: _Tensors) -> None:
+    def __init__(
+        self,
+        arrangement: Arrangement,
+        tensors: Inputs,
+        gate_up_NG: Tensor | None,
+        needs: Inputs,
+    ) -> None:
         self._arrangement, self._tensors, self._gate_up_NG = arrangement, tensors, gate_up_NG
         self._pass = Pass(arrangement)
         self._x_TH = arrangement.with_padding(tensors.x_TH.to(arrangement.dtype))
@@ -153,7 +170,7 @@ class _Backward:
                 grad.index_fill_(0, index, 0)
         return grads
 
-    def run(self, d_out_TH: Tensor) -> _Tensors:
+    def run(self, d_out_TH: Tensor) -> Inputs:
         """The gradients, in the types of the inputs."""
         d_out_TH = self._arrangement.with_padding(d_out_TH.to(self._arrangement.dtype))
         for block in self._arrangement.rows.blocks:
@@ -165,7 +182,7 @@ class _Backward:
             d_weight_P = self._d_weight_N.index_select(0, self._arrangement.rows.row_P)
             d_weights_TK = d_weight_P.view(tensors.weights_TK.shape).to(tensors.weights_TK.dtype)
         gate_up, down = self._d_gate_up or (None, None), self._d_down or (None, None)
-        return _Tensors(
+        return Inputs(
             d_x_TH, d_weights_TK, gate_up[0], gate_up[1], down[0], down[1], self._d_gate_up_delta, self._d_down_delta
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.architecture.names import is_bank, is_router, layer_index, linear_suffixes
+from finetune.architecture.names import MLP, is_bank, is_router, layer_index, linear_suffixes
 from finetune.architecture.registry import FAMILIES
 
 
@@ -45,6 +45,16 @@ def expert_layers(model: nn.Module) -> dict[int, nn.Module]:
     (T, H), expert ids (T, K) and routing weights (T, K).
     """
     return {layer_index(name): module for name, module in model.named_modules() if is_bank(name)}
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, first to last."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
+
+
+def outside_experts(layer: nn.Module) -> list[nn.Module]:
+    """The parts of a decoder layer beside its experts and their router."""
+    return [part for name, part in layer.named_children() if not (name == MLP and hasattr(part, "experts"))]
 
 
 def router_layers(model: nn.Module) -> dict[int, nn.Module]:

@@ -61,7 +61,7 @@ def score_rows(model: nn.Module, rows: Sequence[dict[str, Any]], *, batch_tokens
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             for batch in _batches_by_length(rows, batch_tokens):
                 for index, score in zip(batch, _score_batch(model, [rows[i] for i in batch]), strict=True):
                     scores[index] = score

@@ -39,12 +39,13 @@ class PackedProjection(nn.Module, ABC):
 
     codes: Tensor | None
     handle: int
+    handle_tensor: Tensor
 
     def __init__(self, fields: Mapping[str, Tensor], shape: Sequence[int], block: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.block, self.dtype = torch.Size(shape), block, dtype
         self.on_disk: CodesOnDisk | None = None
-        self.handle = new_handle(self)
+        self._set_handle()
         for name in (CODES, "scales", "scale_scales", "offset"):
             self.register_buffer(name, fields.get(name))
 
@@ -85,7 +86,11 @@ class PackedProjection(nn.Module, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is another stack."""
         super().__setstate__(state)
+        self._set_handle()
+
+    def _set_handle(self) -> None:
         self.handle = new_handle(self)
+        self.handle_tensor = torch.tensor(self.handle, device="cpu")
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedProjection:
         """Follow the model to another device; `model.to(dtype)` must not round the scales."""

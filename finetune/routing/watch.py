@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ class LoadCounter:
         device = next(decoder.parameters()).device
         self._counts_LE = torch.zeros(len(self.layers), num_experts, dtype=torch.long, device=device)
         self._real_T: Tensor | None = None
+        self._number = next(_NUMBERS)
+        _COUNTERS[self._number] = self
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -53,18 +57,43 @@ class LoadCounter:
         self._counts_LE.zero_()
         return counts_LE
 
+    def add(self, row: int, index_TK: Tensor) -> None:
+        """Count the choices of a layer, without a wait for the device."""
+        real_T = self._real_T
+        ones_TK = torch.ones_like(index_TK) if real_T is None else real_T[:, None].expand_as(index_TK)
+        self._counts_LE[row].index_add_(0, index_TK.reshape(-1), ones_TK.reshape(-1))
+
     def _note_padding(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
-        self._real_T = mask.reshape(-1).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._real_T = mask.reshape(-1).long() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _hook(self, row: int) -> Any:
-        def listen(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            if module.training:
-                index_TK = args[1] if self._real_T is None else args[1][self._real_T]
-                index_P = index_TK.reshape(-1)
-                self._counts_LE[row].index_add_(0, index_P, torch.ones_like(index_P))
+        where = torch.tensor([self._number, row])  # a compiler would give layers with numbers of their own own code
+
+        def listen(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+            return (args[0], count_choices(args[1], where), args[2]) if module.training else None
 
         return listen
+
+
+_COUNTERS: WeakValueDictionary[int, LoadCounter] = WeakValueDictionary()
+_NUMBERS = count(1)
+
+
+@torch.library.custom_op("finetune::count_choices", mutates_args=(), schema="(Tensor index, Tensor where) -> Tensor")
+def count_choices(index_TK: Tensor, where: Tensor) -> Tensor:
+    """The expert ids (T, K) as they are, counted; one operator, so that compiled layers count too.
+
+    where: the number of the counter, and the row of the layer.
+    """
+    number, row = where.tolist()
+    _COUNTERS[number].add(row, index_TK)
+    return index_TK.clone()
+
+
+@count_choices.register_fake
+def _(index_TK: Tensor, where: Tensor) -> Tensor:
+    return torch.empty_like(index_TK)
 
 
 class Probe:
@@ -89,7 +118,8 @@ class Probe:
         decoder.eval()
         try:
             ids_1T = self._block.ids_T.to(device)[None]
-            decoder(input_ids=ids_1T, **self._block.layout(device), use_cache=False)
+            with torch.compiler.set_stance("force_eager"):  # hooks like these are none of a compiled layer's business
+                decoder(input_ids=ids_1T, **self._block.layout(device), use_cache=False)
         finally:
             decoder.train(training)
             for handle in handles:

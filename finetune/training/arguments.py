@@ -27,6 +27,7 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     rotation are callbacks of ours, which is why both are off.
     """
     train, data = recipe.train, recipe.data
+    on_gpu = torch.accelerator.is_available()
     options: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "max_steps": train.steps if train.steps is not None else -1,
@@ -38,7 +39,7 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "optim": OPTIMIZERS[train.optimizer],
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": not on_gpu,
         "bf16": train.precision == "bf16",
         "seed": train.seed,
         "data_seed": train.seed,
@@ -56,14 +57,13 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "report_to": "none",
         "disable_tqdm": True,
         "activation_offloading": train.activation_offload,
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": on_gpu,  # copied to the GPU without a wait
+        "accelerator_config": {"non_blocking": on_gpu},
         "remove_unused_columns": True,
     }
-    # transformers 5.23 renamed the option; under either name TRL would turn it on by itself
+    # transformers 5.23 renamed the option; under either name TRL would turn it on by itself; ours is another
     known = {field.name for field in fields(SFTConfig)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    options[checkpointing] = train.gradient_checkpointing
-    options[f"{checkpointing}_kwargs"] = {"use_reentrant": False} if train.gradient_checkpointing else None
+    options["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = False
     return SFTConfig(**options)
 
 

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
-from trl import SFTTrainer
 
 from finetune.config.schema import RouterSection
 from finetune.errors import Problem, RoutingError
@@ -31,7 +30,7 @@ Batch = dict[str, Any]
 class Whole:
     """What the parts of a batch have to know of the whole: its tokens, and by layer those of each expert (L, E)."""
 
-    num_tokens: float
+    num_tokens: Tensor
     tokens_LE: Tensor | None = None
 
 
@@ -67,13 +66,13 @@ class RouterLosses:
 
     def whole(self, batches: Sequence[Batch]) -> Whole:
         """What the micro-batches of one optimizer step on this process, and those of the others, make together."""
-        device = self._accelerator.device
-        num_tokens = self._sum(torch.tensor(sum(_count(batch) for batch in batches), device=device))
+        counts = [_count(batch, self._accelerator.device) for batch in batches]
+        num_tokens = self._sum(torch.stack(counts).sum())
         alone = len(batches) == 1 and self._accelerator.num_processes == 1
         if not self._section.aux_loss or alone:
-            return Whole(float(num_tokens))
-        counts = [self._choices(self._read(batch), batch) for batch in batches]
-        return Whole(float(num_tokens), self._sum(torch.stack(counts).sum(0)))
+            return Whole(num_tokens)
+        tokens = [self._choices(self._read(batch), batch) for batch in batches]
+        return Whole(num_tokens, self._sum(torch.stack(tokens).sum(0)))
 
     def base_logits(self, batch: Batch) -> list[Tensor]:
         """The base model's logits for a micro-batch; empty when no loss needs them."""
@@ -88,14 +87,14 @@ class RouterLosses:
         tokens_LE = self._choices(logits, batch) if whole.tokens_LE is None else whole.tokens_LE
         found: dict[str, list[Tensor]] = {}
         for layer, logits_TE in enumerate(logits):
-            kept_TE = logits_TE if real_T is None else logits_TE[real_T]
             if self._section.aux_loss:
-                found.setdefault("aux_loss", []).append(balance_loss(kept_TE, tokens_LE[layer], whole.num_tokens))
+                loss = balance_loss(logits_TE, tokens_LE[layer], whole.num_tokens, real_T)
+                found.setdefault("aux_loss", []).append(loss)
             if self._section.z_loss:
-                found.setdefault("z_loss", []).append(z_loss(kept_TE, whole.num_tokens))
+                found.setdefault("z_loss", []).append(z_loss(logits_TE, whole.num_tokens, real_T))
             if self._section.kl_to_base:
-                base_TE = base[layer] if real_T is None else base[layer][real_T]
-                found.setdefault("kl_to_base", []).append(kl_to_base(kept_TE, base_TE, whole.num_tokens))
+                loss = kl_to_base(logits_TE, base[layer], whole.num_tokens, real_T)
+                found.setdefault("kl_to_base", []).append(loss)
         return {name: torch.stack(values).mean() for name, values in found.items()}
 
     def weighted(self, parts: dict[str, Tensor]) -> Tensor:
@@ -113,7 +112,7 @@ class RouterLosses:
         training = self._decoder.training
         self._decoder.eval()
         try:
-            with self._accelerator.autocast(), self.listening() as logits:
+            with self._accelerator.autocast(), self.listening() as logits, torch.compiler.set_stance("force_eager"):
                 self._decoder(**inputs, use_cache=False)
         finally:
             self._decoder.train(training)
@@ -124,9 +123,10 @@ class RouterLosses:
         real_T = _real_tokens(batch)
         counts = []
         for logits_TE in logits:
-            kept_TE = (logits_TE if real_T is None else logits_TE[real_T]).detach().float()
-            index_P = kept_TE.softmax(-1).topk(self._top_k).indices.reshape(-1)
-            counts.append(torch.bincount(index_P, minlength=logits_TE.shape[1]))
+            index_TK = logits_TE.detach().float().softmax(-1).topk(self._top_k).indices
+            ones_TK = torch.ones_like(index_TK) if real_T is None else real_T[:, None].expand_as(index_TK)
+            counts_E = index_TK.new_zeros(logits_TE.shape[1])
+            counts.append(counts_E.index_add_(0, index_TK.reshape(-1), ones_TK.reshape(-1)))
         return torch.stack(counts)
 
     def _sum(self, values: Tensor) -> Tensor:
@@ -135,14 +135,16 @@ class RouterLosses:
 
 
 def _real_tokens(batch: Batch) -> Tensor | None:
-    """Which of a micro-batch's tokens are no padding, (T,); None when all are."""
+    """1 for those of a micro-batch's tokens that are no padding, 0 for the others, (T,); None when all are."""
     mask = batch.get("attention_mask")
-    return None if mask is None else mask.reshape(-1).bool()
+    return None if mask is None else mask.reshape(-1).long()
 
 
-def _count(batch: Batch) -> int:
+def _count(batch: Batch, device: torch.device) -> Tensor:
     real_T = _real_tokens(batch)
-    return int(batch["input_ids"].numel() if real_T is None else real_T.sum())
+    if real_T is None:
+        return torch.full((), batch["input_ids"].numel(), device=device)
+    return real_T.to(device).sum()
 
 
 @dataclass
@@ -165,40 +167,3 @@ class RouterLossLog:
         }
         self.sums, self.steps = {}, 0
         return means
-
-
-class RouterLossTrainer(SFTTrainer):
-    """TRL's trainer with the losses of the routers added to its own."""
-
-    router: RouterLosses | None = None
-    """What to add; nothing when None."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.router_log = RouterLossLog()
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of one optimizer step, which the losses are means over."""
-        samples = super().get_batch_samples(*args, **kwargs)
-        if self.router is not None and samples[0]:
-            self._whole = self.router.whole(samples[0])
-            self.router_log.steps += 1
-        return samples
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's row, and the routers' losses by name."""
-        if self.router is not None and "loss" in logs:
-            logs = {**logs, **self.router_log.take(self.accelerator)}
-        super().log(logs, *args, **kwargs)
-
-    def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's loss of one micro-batch, and in training its part of the routers' losses."""
-        router = self.router
-        if router is None or not self.model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        base = router.base_logits(inputs)
-        with router.listening() as logits:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        parts = router.parts(logits, base, inputs, self._whole)
-        self.router_log.add(parts)
-        return loss + router.weighted(parts) * self.accelerator.num_processes  # gradients are averaged over processes

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
@@ -18,12 +19,18 @@ from finetune.kernels.prepare import prepare_experts
 from finetune.models.live import expert_layers
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
+from finetune.training.checkpointing import checkpoint_layers_
 from finetune.training.checkpoints import newest_complete, step_of
+from finetune.training.compiled import compile_layers_
 from finetune.training.reselection import Reselection
-from finetune.training.router_losses import RouterLosses, RouterLossTrainer
+from finetune.training.router_losses import RouterLosses
 from finetune.training.routing_monitor import RoutingMonitor
 from finetune.training.run_folder import RunFolder
 from finetune.training.token_loss import NamesScored, score_by_tiles
+from finetune.training.trainer import StepTrainer
+
+MEASURED_ROWS = 256
+"""Rows whose mean length stands for all."""
 
 
 class Progress(Protocol):
@@ -66,7 +73,7 @@ def train_sft(
     """
     arguments = sft_arguments(recipe, folder.checkpoints)
     train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
-    trainer = RouterLossTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
+    trainer = StepTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     with trainer.accelerator.autocast():
         prepare_experts(model, recipe.train.expert_backend)
@@ -74,6 +81,7 @@ def train_sft(
     trainer.data_collator = NamesScored(trainer.data_collator)
     if recipe.router.has_losses:
         trainer.router = RouterLosses(model, recipe.router, trainer.accelerator)
+    _prepare_layers_(model, recipe)
     total_steps = _total_steps(trainer, recipe)
     arguments.warmup_steps = warmup_steps(recipe, total_steps)
     checkpoint = _checkpoint(model, folder) if resume else None
@@ -90,7 +98,8 @@ def train_sft(
         if rows.eval is not None:
             trainer.add_callback(Evaluation(list(rows.eval), recipe.train.eval_every, metrics))
         if expert_layers(model):
-            trainer.add_callback(RoutingMonitor(model, rows.train, metrics))
+            tokens = total_steps * _tokens_per_step(train, recipe)
+            trainer.add_callback(RoutingMonitor(model, rows.train, metrics, trained_tokens=tokens))
         if (section := recipe.experts.reselect) is not None:
             seed = recipe.train.seed
             trainer.add_callback(Reselection(model, section, metrics, seed=seed, checkpoint=checkpoint))
@@ -100,13 +109,28 @@ def train_sft(
         progress.close()
 
 
-def _total_steps(trainer: RouterLossTrainer, recipe: Recipe) -> int:
+def _prepare_layers_(model: PeftModel, recipe: Recipe) -> None:
+    """Let the decoder layers run compiled, and keep for backward what the recipe says."""
+    base, train = model.get_base_model(), recipe.train
+    if train.compile == "on" or (train.compile == "auto" and torch.cuda.is_available()):
+        compile_layers_(base, train.gradient_checkpointing, whole=not recipe.router.has_losses)
+    else:
+        checkpoint_layers_(base, train.gradient_checkpointing)
+
+
+def _total_steps(trainer: StepTrainer, recipe: Recipe) -> int:
     """Optimizer steps of the whole run."""
     if recipe.train.steps is not None:
         return recipe.train.steps
     batches = len(trainer.get_train_dataloader())
     per_epoch = max(math.ceil(batches / recipe.train.gradient_accumulation), 1)
     return math.ceil(per_epoch * recipe.train.epochs)
+
+
+def _tokens_per_step(rows: Any, recipe: Recipe) -> int:
+    """Input tokens of an optimizer step on one device, by the mean length of the first rows or blocks."""
+    lengths = [len(ids) for ids in rows[:MEASURED_ROWS]["input_ids"]]
+    return round(sum(lengths) / len(lengths) * recipe.train.batch_size * recipe.train.gradient_accumulation)
 
 
 def _checkpoint(model: PeftModel, folder: RunFolder) -> Path:
