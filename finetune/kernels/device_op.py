@@ -23,18 +23,19 @@ from finetune.kernels.sorted_rows import SortedRows, order_size, sort_rows
 PRODUCTS = ("triton", "grouped", "hybrid")
 """Triton's products; torch's grouped_mm; grouped_mm with Triton's work between the products."""
 
-NUM_DIFFERENTIABLE, NUM_TENSORS = 6, 10
+NUM_DIFFERENTIABLE, NUM_TENSORS = 6, 11
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 CALL = """Tensor x, Tensor weights, Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b,
-    Tensor gate_up, Tensor down, Tensor? gate_up_slot, Tensor? down_slot, float gate_up_scale, float down_scale,
-    int[] room, int[] packed, float dropout_rate, int dropout_seed, ScalarType dtype, str products"""
+    Tensor gate_up, Tensor down, Tensor? gate_up_slot, Tensor? down_slot, Tensor? dropout_seed, float gate_up_scale,
+    float down_scale, int[] sizes, int[] room, bool[] packed, float dropout_rate, ScalarType dtype, str products"""
 
 
 class _Call(NamedTuple):
     """A call in the types an operator can take; the first NUM_DIFFERENTIABLE may need gradients.
 
-    packed: handles of gate_up and down where they are packed, whose tensors then only carry shape, type and device;
-        0 where not. They are decoded in forward and again in backward, a whole layer's at a time, and never saved.
+    gate_up, down: the experts, or the handles of packed ones as tensors, which no compiler makes constants of. Those
+        are decoded in forward and again in backward, a whole layer's at a time, and never saved.
+    sizes: E, I.
     """
 
     x_TH: Tensor
@@ -43,16 +44,17 @@ class _Call(NamedTuple):
     gate_up_b_XOR: Tensor | None
     down_a_XRI: Tensor | None
     down_b_XOR: Tensor | None
-    gate_up_EGH: Tensor
-    down_EHI: Tensor
+    gate_up: Tensor
+    down: Tensor
     gate_up_slot_E: Tensor | None
     down_slot_E: Tensor | None
+    dropout_seed: Tensor | None
     gate_up_scale: float
     down_scale: float
+    sizes: list[int]
     room: list[int]
-    packed: list[int]
+    packed: list[bool]
     dropout_rate: float
-    dropout_seed: int
     dtype: torch.dtype
     products: str
 
@@ -72,12 +74,13 @@ class _Call(NamedTuple):
             _tensor_of(layer.down_EHI),
             gate_up.slot_of_expert if gate_up else None,
             down.slot_of_expert if down else None,
+            dropout.seed_tensor() if dropout else None,
             gate_up.scale if gate_up else 1.0,
             down.scale if down else 1.0,
+            [layer.down_EHI.shape[0], layer.down_EHI.shape[2]],
             [room_of(stack) for stack in banks],
-            [0 if isinstance(stack, Tensor) else stack.handle for stack in banks],
+            [not isinstance(stack, Tensor) for stack in banks],
             dropout.rate if dropout else 0.0,
-            dropout.seed if dropout else 0,
             layer.compute_dtype(),
             products,
         )
@@ -96,9 +99,9 @@ class _Call(NamedTuple):
                 (self.down_a_XRI, self.down_b_XOR, self.down_scale, self.down_slot_E),
             )
         )
-        dropout = Dropout(self.dropout_rate, self.dropout_seed) if self.dropout_rate else None
-        banks = zip((self.gate_up_EGH, self.down_EHI), self.packed, strict=True)
-        gate_up_EGH, down_EHI = (stack_of(handle) if handle else tensor for tensor, handle in banks)
+        dropout = Dropout(self.dropout_rate, self.dropout_seed) if self.dropout_seed is not None else None
+        banks = zip((self.gate_up, self.down), self.packed, strict=True)
+        gate_up_EGH, down_EHI = (stack_of(int(bank)) if packed else bank for bank, packed in banks)
         return device_path.with_gain(ExpertLayer(gate_up_EGH, down_EHI, gate_up, down, dropout))
 
     def values(self) -> tuple[Tensor, Tensor]:
@@ -119,6 +122,8 @@ def expert_mlp(
         out_TH = _Eager.apply(*call, top_k_index_TK, keep_gate_up)
     else:
         out_TH = _run_forward(call, top_k_index_TK, False)[0]
+    if any(call.packed) and not torch.compiler.is_compiling() and out_TH.grad_fn is not None:
+        out_TH.grad_fn.metadata["packed"] = layer.gate_up_EGH, layer.down_EHI  # alive as long as the graph
     return out_TH
 
 
@@ -151,8 +156,8 @@ def _run_forward(call: _Call, index_TK: Tensor, keep_gate_up: bool) -> Outputs:
     if index_TK.numel() == 0:
         return _outputs(call, index_TK, keep_gate_up)
     with _on_device_of(call.x_TH):
-        layer, num_experts = call.layer(), call.down_EHI.shape[0]
-        rows = _sort_rows(call.products, index_TK.contiguous(), num_experts)
+        layer = call.layer()
+        rows = _sort_rows(call.products, index_TK.contiguous(), call.sizes[0])
         products = _products(call, layer, rows, keep=decoded.is_repeated())
         out_TH, gate_up_PG, z_PR = device_path.forward(*call.values(), layer, products, keep_gate_up=keep_gate_up)
     if not keep_gate_up:
@@ -162,7 +167,7 @@ def _run_forward(call: _Call, index_TK: Tensor, keep_gate_up: bool) -> Outputs:
 
 def _outputs(call: _Call, index_TK: Tensor, keep_gate_up: bool) -> Outputs:
     """Outputs of the right shapes, zero in the one that is seen."""
-    num_pairs, (num_experts, _, intermediate) = index_TK.numel(), call.down_EHI.shape
+    num_pairs, (num_experts, intermediate) = index_TK.numel(), call.sizes
     order = index_TK.new_empty(order_size(num_pairs, num_experts, call.products == "triton"), dtype=torch.int32)
     gate_up_shape: tuple[int, ...] = (num_pairs, 2 * intermediate) if keep_gate_up else (0,)
     z_shape: tuple[int, ...] = (0,)
@@ -182,7 +187,7 @@ def _run_backward(
         return _gradients(call, needs)
     with _on_device_of(call.x_TH):
         layer = call.layer()
-        rows = SortedRows.of(order, weights_TK.numel(), call.down_EHI.shape[0], weights_TK.shape[1])
+        rows = SortedRows.of(order, weights_TK.numel(), call.sizes[0], weights_TK.shape[1])
         saved = (*call.values(), gate_up_PG if gate_up_PG.ndim == 2 else None, z_PR if z_PR.ndim == 2 else None)
         grads = device_path.backward(
             d_out_TH.to(call.dtype).contiguous(), saved, layer, _products(call, layer, rows, keep=False),
@@ -204,7 +209,6 @@ def _save(ctx: Any, call: _Call, kept: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*kept, *call[:NUM_TENSORS])
     ctx.others = call[NUM_TENSORS:]
-    ctx.packed = [stack_of(handle) for handle in call.packed if handle]  # alive as long as the graph, as tensors are
 
 
 def _derivative(ctx: Any, d_out_TH: Tensor | None, run: Any) -> tuple[Any, ...]:
@@ -269,10 +273,8 @@ torch.library.register_autograd(
 
 
 def _tensor_of(stack: Stack) -> Tensor:
-    """The weights, or one element seen as a tensor of their shape where they are packed."""
-    if isinstance(stack, Tensor):
-        return stack
-    return torch.empty((), dtype=stack.dtype, device=stack.device).expand(stack.shape)
+    """The weights, or the handle of a packed stack."""
+    return stack if isinstance(stack, Tensor) else stack.handle_tensor
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:

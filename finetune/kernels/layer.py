@@ -108,12 +108,26 @@ class Deltas:
     scale: float = 1.0
 
 
+@torch.library.custom_op("finetune::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def draw_seed(*, device: torch.device) -> Tensor:
+    """A seed () by torch's CPU generator; opaque, so that compiled code draws what other code does.
+
+    device: the CPU, named where compilers that repeat a forward look for the generator to restore.
+    """
+    return torch.randint(2**62, (), device=device)
+
+
+@draw_seed.register_fake
+def _(*, device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
 @dataclass(frozen=True)
 class Dropout:
     """Inverted dropout on what the factors read; the frozen path never sees it.
 
     rate: probability of a zero.
-    seed: where the masks come from. A mask is drawn again whenever it is needed, so it costs no memory, and a
+    seed: where the masks come from, a number or a tensor () on the CPU that holds it. A mask is drawn again whenever it is needed, so it costs no memory, and a
         recomputed forward (gradient checkpointing) or a resumed run that restores torch's CPU generator before
         `draw` gets the same masks.
 
@@ -121,12 +135,16 @@ class Dropout:
     """
 
     rate: float
-    seed: int
+    seed: int | Tensor
 
     @classmethod
     def draw(cls, rate: float) -> Dropout:
         """Dropout with a seed taken from torch's CPU generator."""
-        return cls(rate, int(torch.randint(2**62, ()).item()))
+        return cls(rate, draw_seed(device=torch.device("cpu")))
+
+    def seed_tensor(self) -> Tensor:
+        """The seed as operators take it."""
+        return self.seed if isinstance(self.seed, Tensor) else torch.tensor(self.seed, device="cpu")
 
     @property
     def gain(self) -> float:
@@ -135,11 +153,11 @@ class Dropout:
 
     def token_mask(self, num_tokens: int, width: int, device: torch.device) -> Tensor:
         """True where the input of gate_up is kept, (T, width) bool."""
-        return self._mask(self.seed, num_tokens, width, device)
+        return self._mask(int(self.seed), num_tokens, width, device)
 
     def pair_mask(self, num_pairs: int, width: int, device: torch.device) -> Tensor:
         """True where the input of down is kept, (P, width) bool, pairs in the order t * K + k."""
-        return self._mask(self.seed + 1, num_pairs, width, device)
+        return self._mask(int(self.seed) + 1, num_pairs, width, device)
 
     def _mask(self, seed: int, rows: int, width: int, device: torch.device) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed)

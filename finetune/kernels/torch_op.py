@@ -18,11 +18,11 @@ from finetune.kernels.arrangement import Arrangement
 from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors, Stack, stack_of
 from finetune.kernels.torch_path import Inputs
 
-NUM_DIFFERENTIABLE = 8
+NUM_DIFFERENTIABLE, NUM_TENSORS = 8, 16
 CALL = """Tensor x, Tensor weights, Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b,
     Tensor? gate_up_delta, Tensor? down_delta, Tensor gate_up, Tensor down, Tensor? gate_up_slot, Tensor? down_slot,
-    Tensor? gate_up_delta_slot, Tensor? down_delta_slot, Tensor index, float[] scales, bool[] packed, SymInt width,
-    float dropout_rate, SymInt dropout_seed, ScalarType dtype"""
+    Tensor? gate_up_delta_slot, Tensor? down_delta_slot, Tensor? dropout_seed, Tensor index, float[] scales,
+    bool[] packed, SymInt width, float dropout_rate, ScalarType dtype"""
 
 
 class _Call(NamedTuple):
@@ -48,12 +48,12 @@ class _Call(NamedTuple):
     down_slot_E: Tensor | None
     gate_up_delta_slot_E: Tensor | None
     down_delta_slot_E: Tensor | None
+    dropout_seed: Tensor | None
     index_TK: Tensor
     scales: list[float]
     packed: list[bool]
     width: int
     dropout_rate: float
-    dropout_seed: int
     dtype: torch.dtype
 
     @classmethod
@@ -77,12 +77,12 @@ class _Call(NamedTuple):
             down.slot_of_expert if down else None,
             gate_up_delta.slot_of_expert if gate_up_delta else None,
             down_delta.slot_of_expert if down_delta else None,
+            dropout.seed_tensor() if dropout else None,
             index_TK,
             [part.scale if part else 1.0 for part in (gate_up, down, gate_up_delta, down_delta)],
             [not isinstance(bank, Tensor) for bank in banks],
             layer.gate_up_EGH.shape[1],
             dropout.rate if dropout else 0.0,
-            dropout.seed if dropout else 0,
             layer.compute_dtype(),
         )
 
@@ -108,7 +108,7 @@ class _Call(NamedTuple):
                 (self.down_delta_XOI, self.down_delta_slot_E, self.scales[3]),
             )
         )
-        dropout = Dropout(self.dropout_rate, self.dropout_seed) if self.dropout_rate else None
+        dropout = Dropout(self.dropout_rate, self.dropout_seed) if self.dropout_seed is not None else None
         banks = zip((self.gate_up, self.down), self.packed, strict=True)
         gate_up_EGH, down_EHI = (stack_of(int(bank)) if packed else bank for bank, packed in banks)
         return ExpertLayer(gate_up_EGH, down_EHI, gate_up, down, dropout, gate_up_delta, down_delta)
@@ -185,8 +185,8 @@ def _(d_out_TH: Tensor, gate_up_PG: Tensor, *rest: Any) -> list[Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call = _Call(*inputs[:-1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *call[:15])
-    ctx.others = call[15:]
+    ctx.save_for_backward(output[1], *call[:NUM_TENSORS])
+    ctx.others = call[NUM_TENSORS:]
 
 
 def _derivative(ctx: Any, d_out_TH: Tensor | None, _: Any) -> tuple[Any, ...]:

@@ -28,6 +28,7 @@ KEPT = (
     "torch_attn::_varlen_attn",
     "finetune::packed_attention",
     "finetune::count_choices",
+    "finetune::draw_seed",
     "finetune::expert_mlp",
     "finetune::expert_mlp_slices",
 )

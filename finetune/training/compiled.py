@@ -29,8 +29,6 @@ class CompiledLayers:
 
     def __init__(self, checkpointing: dict[str, Any] | None) -> None:
         self._options = checkpointing
-        # dropout's seed is drawn on the host: a number of the graph instead of its end
-        torch._dynamo.config.capture_scalar_outputs = True
         self._compiled = torch.compile(partial(_call, checkpointing), backend=BACKEND, dynamic=True, fullgraph=True)
         self.fault: str | None = None
         """Why layers run uncompiled; None while they do not."""

@@ -167,7 +167,7 @@ def test_a_packed_stack_beside_a_plain_one():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nothing_decoded_is_saved_for_backward(scheme, recompute):
-    """Tokens, the gate_up output, weights, order and slots, as with plain stacks, and an element for each stack."""
+    """Tokens, the gate_up output, weights, order and slots, as with plain stacks, and a number for each stack."""
     tokens, top_k, hidden, intermediate, experts = 32, 2, 32, 16, 6
     problem = small(torch.float16, tokens=tokens, hidden=hidden, intermediate=intermediate, experts=experts)
     stacks = packed(problem, scheme)
@@ -184,7 +184,7 @@ def test_nothing_decoded_is_saved_for_backward(scheme, recompute):
     rows, pairs = tokens * hidden * 2, tokens * top_k
     kept = 0 if recompute else pairs * 2 * intermediate * 2
     z = pairs * 8 * 2
-    assert sum(sizes.values()) == rows + kept + z + pairs * 2 + (3 * pairs + experts) * 4 + experts * 8 + 2 * 2
+    assert sum(sizes.values()) == rows + kept + z + pairs * 2 + (3 * pairs + experts) * 4 + experts * 8 + 2 * 8
     out.sum().backward()
 
 
