@@ -1,10 +1,14 @@
-"""Progress of runs, reads and writes: a live line in a terminal, HTML in a notebook, silence in a pipe."""
+"""Progress of runs, reads and writes: a live line in a terminal, HTML in a notebook, silence in a pipe.
+
+A wait that nothing counts is told in a pipe too, once it takes long.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from html import escape
 from typing import Any, Protocol
 
@@ -17,10 +21,13 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 TEXT = TextColumn("{task.fields[text]}")
+PATIENCE_S = 2.0
+"""A wait that takes longer is told where no live line shows it."""
 
 
 class Bar(Protocol):
@@ -42,12 +49,18 @@ class TrainingProgress:
         self._total: int | None = None
         self._seen: dict[str, Any] = {}
 
-    def start(self, total_steps: int) -> None:
-        """Draw the bar."""
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """See `waiting`."""
+        return waiting(self._console, what)
+
+    def start(self, total_steps: int, first: str = "") -> None:
+        """Draw the bar. first: what the first step does beside training."""
         self._total = total_steps
         columns = TextColumn("training"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TEXT
         self._bar = _bar(self._console, *columns)
-        self._bar.update(0, total_steps, "")
+        self._bar.update(0, total_steps, first)
+        if first and isinstance(self._bar, _Silence) and not self._console.quiet:
+            self._console.print(first, highlight=False)
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -73,6 +86,22 @@ def describe(row: dict[str, Any]) -> str:
     if "eval_loss" in row:
         parts.append(f"eval {row['eval_loss']:.4f} (exact {100 * row['eval_exact_match']:.1f} %)")
     return " · ".join(parts)
+
+
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """A line with the seconds that `what` takes; in a pipe a plain one, unless it is over soon."""
+    bar = _bar(console, SpinnerColumn(), TEXT, TimeElapsedColumn(), transient=True)
+    bar.update(0, None, what)
+    late = threading.Timer(PATIENCE_S, lambda: console.print(what, highlight=False))
+    late.daemon = True
+    if isinstance(bar, _Silence) and not console.quiet:
+        late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
+        bar.close()
 
 
 @contextmanager
