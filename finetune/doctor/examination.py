@@ -45,6 +45,8 @@ def examine(recipe: Recipe | None = None) -> dict[str, Any]:
         lacks = lacking(recipe, summary, here)
         facts["ok"] = facts["ok"] and not lacks
         facts["recipe"] = {name: summary[name] for name in SHOWN if summary.get(name) is not None}
+        if "memory_gib" not in summary:
+            facts["recipe"]["not_known"] = "widths and memory: the model is no folder here; small widths were checked"
         facts["lacks"] = [{"where": lack.where, "what": lack.what, "hint": lack.hint} for lack in lacks]
     return facts
 

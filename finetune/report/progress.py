@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from html import escape
 from typing import Any, Protocol
 
@@ -45,7 +45,8 @@ class TrainingProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._bar: Bar = _Silence()
+        self._bar: Bar | None = None
+        self._first_step = ExitStack()
         self._total: int | None = None
         self._seen: dict[str, Any] = {}
 
@@ -54,24 +55,34 @@ class TrainingProgress:
         return waiting(self._console, what)
 
     def start(self, total_steps: int, first: str = "") -> None:
-        """Draw the bar. first: what the first step does beside training."""
+        """Draw the bar, behind the first step where that does something else beside training, which `first` says."""
         self._total = total_steps
+        if first:
+            self._first_step.enter_context(waiting(self._console, first))
+        else:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._first_step.close()  # a terminal has one live line
         columns = TextColumn("training"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TEXT
         self._bar = _bar(self._console, *columns)
-        self._bar.update(0, total_steps, first)
-        if first and isinstance(self._bar, _Silence) and not self._console.quiet:
-            self._console.print(first, highlight=False)
+        self._bar.update(0, self._total, "")
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._bar.close()
+        self._first_step.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Show one row of metrics.jsonl."""
         for warning in row.get("warnings", ()):
             self._console.print(f"warning: step {row['step']}: {warning}", style="yellow", soft_wrap=True)
         self._seen |= row
-        self._bar.update(row["step"], self._total, describe(self._seen))
+        if self._bar is None and "seconds_to_first_step" in row:
+            self._draw()
+        if self._bar is not None:
+            self._bar.update(row["step"], self._total, describe(self._seen))
 
 
 def describe(row: dict[str, Any]) -> str:

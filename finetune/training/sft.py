@@ -96,7 +96,8 @@ def train_sft(
     if checkpoint is not None and step_of(checkpoint) >= total_steps:  # the trainer would take one step too many
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
-    progress.start(total_steps, "the first step compiles the layers, once for this machine" if compiles else "")
+    first = "compiling the decoder layers in the first step, once" if compiles and is_main_process() else ""
+    progress.start(total_steps, first)
     try:
         metrics = Metrics(folder, progress, began_s)
         trainer.add_callback(GradientCheck())
