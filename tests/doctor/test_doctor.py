@@ -1,6 +1,8 @@
 """`finetune doctor`: what it tells, that it finds what is wrong, and that it runs where libraries are missing."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ def test_all_is_right_here_and_json_says_so(facts):
     assert set(facts) == {"ok", "machine", "libraries", "runs", "caches"}
     names = ["experts", "attention", "loss", "NF4 weights", "optimizer", "decoder layers", "exports"]
     assert [part["name"] for part in facts["runs"]] == names
-    assert [part["checked"] for part in facts["runs"]] == [True] * 5 + [False] * 2
+    assert [part["checked"] for part in facts["runs"]][:5] == [True] * 5
     assert all(library["in_range"] for library in facts["libraries"])
 
 
@@ -177,3 +179,30 @@ def test_mistakes_of_the_user_exit_2(capsys):
     assert main(["doctor", "no/such/recipe.yaml"]) == 2
     assert main(["doctor", RECIPE, "train.optimiser=x"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+BARE = """
+import sys
+for name in ("trl", "datasets", "bitsandbytes", "peft", "accelerate", "triton", "gguf"):
+    sys.modules[name] = None
+from finetune.__main__ import main
+sys.exit(main(["doctor", "--json"]))
+"""
+
+
+def test_it_runs_on_a_bare_stack():
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = {part["name"]: part for part in json.loads(done.stdout)["runs"]}
+    assert "not installed" in runs["optimizer"]["why_not_better"]
+    assert runs["NF4 weights"]["runs"] in ("torch", "a Triton kernel")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_is_right_on_a_gpu(facts):
+    assert facts["ok"], facts["runs"]
+    runs = {part["name"]: part for part in facts["runs"]}
+    assert "Triton" in runs["experts"]["runs"]
+    assert runs["decoder layers"]["runs"] == "compiled one by one"
+    assert facts["machine"]["devices"]
