@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.answers import chat, evaluate
-from finetune.cli.doctor import doctor
+from finetune.cli.machine import doctor
 from finetune.cli.options import TakesWeights
 from finetune.cli.routing import experts, profile
 from finetune.cli.runs import check, prepare, report, schema, train

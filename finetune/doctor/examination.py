@@ -77,9 +77,13 @@ def lacking(recipe: Recipe, summary: dict[str, Any], here: dict[str, Any]) -> li
     most = device["memory_gib"] if device else here["memory_gib"]
     if most is not None and needed > most:
         name = device["name"] if device else f"this machine ({here['why_no_gpu']})"
-        what = f"takes {needed:,.1f} GiB before activations, and {name} has {most:,.1f}"
+        what = f"the weights take {needed:,.1f} GiB before activations, and {name} has {most:,.1f}"
         packs, mapped = recipe.quantize.scheme != "none", recipe.quantize.resident == "mmap"
-        hint = "quantize.scheme: nf4 needs a quarter" if not packs else "take a machine with more memory"
+        hint = (
+            "quantize.scheme: nf4 holds them in a quarter of the memory"
+            if not packs
+            else "take a machine with more memory"
+        )
         if packs and not mapped and device is None:
             hint = "quantize.resident: mmap leaves packed experts on disk"
         lacks.append(Problem("memory", what, hint))

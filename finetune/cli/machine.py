@@ -50,9 +50,11 @@ def _print(facts: dict[str, Any]) -> None:
         print_facts("\nrecipe", facts["recipe"])
     for part in facts["runs"]:
         if part["fault"] is not None:
-            console.print(f"error: {part['name']}: {part['fault']}\nhint: {part['remedy']}", style="red", markup=False)
+            console.print(
+                f"\nerror: {part['name']}: {part['fault']}\nhint: {part['remedy']}", style="red", markup=False
+            )
     for lack in facts.get("lacks", ()):
-        console.print(f"error: {lack['where']}: {lack['what']}\nhint: {lack['hint']}", style="red", markup=False)
+        console.print(f"\nerror: {lack['where']}: {lack['what']}\nhint: {lack['hint']}", style="red", markup=False)
     for library in facts["libraries"]:
         if library["in_range"] is False:
             what = f"{library['name']} {library['version']} is outside {library['range']}, and untried"
@@ -74,7 +76,7 @@ def _print_machine(machine: dict[str, Any]) -> None:
         "processor": f"{machine['processor']}, {machine['cores']} cores{memory}",
         "system": f"{machine['system']}, Python {machine['python']}",
         "C++ compiler": machine["compiler"] or "none, which compiled layers need",
-        "TRITON_INTERPRET": "is set: Triton's kernels run in an interpreter" if machine["interpreted"] else None,
+        "Triton": "TRITON_INTERPRET is set: Triton's kernels run in an interpreter" if machine["interpreted"] else None,
     }
     print_facts("machine", facts)
 
