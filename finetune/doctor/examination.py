@@ -77,7 +77,7 @@ def lacking(recipe: Recipe, summary: dict[str, Any], here: dict[str, Any]) -> li
     most = device["memory_gib"] if device else here["memory_gib"]
     if most is not None and needed > most:
         name = device["name"] if device else f"this machine ({here['why_no_gpu']})"
-        what = f"the weights take {needed:,.1f} GiB before activations, and {name} has {most:,.1f}"
+        what = f"weights and optimizer take {needed:,.1f} GiB before activations, and {name} has {most:,.1f}"
         packs, mapped = recipe.quantize.scheme != "none", recipe.quantize.resident == "mmap"
         hint = (
             "quantize.scheme: nf4 holds them in a quarter of the memory"

@@ -171,7 +171,9 @@ def test_a_model_that_does_not_fit_and_offload_without_a_gpu():
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"activation_offload": True})})
     offload, memory = lacking(recipe, summary, here)
     assert "there is no GPU here" in offload.what
-    assert memory.what == "the weights take 56.9 GiB before activations, and this machine (no driver) has 24.0"
+    assert (
+        memory.what == "weights and optimizer take 56.9 GiB before activations, and this machine (no driver) has 24.0"
+    )
     assert "nf4" in memory.hint
 
 
