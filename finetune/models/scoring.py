@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from finetune.kernels.log_probs import log_probs
-
 IGNORED = -100
 
 
@@ -105,14 +103,23 @@ def _score_batch(model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[RowSc
     hidden_BSH = causal.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).last_hidden_state
     targets_BS = labels_BS[:, 1:]
     loss_BS = targets_BS != IGNORED
-    hidden_NH, head_VH = head_operands(hidden_BSH[:, :-1][loss_BS], causal.lm_head.weight)
-    logp_N, right_N = log_probs(hidden_NH, head_VH.detach(), targets_BS[loss_BS])
+    nll_N, right_N = _predict(causal.lm_head, hidden_BSH[:, :-1][loss_BS], targets_BS[loss_BS])
 
     counts = loss_BS.sum(1).tolist()
     return [
-        RowScore(nll=-float(logp.double().sum()), tokens=count, exact=bool(right.all()))
-        for logp, right, count in zip(logp_N.split(counts), right_N.split(counts), counts, strict=True)
+        RowScore(nll=float(nll.double().sum()), tokens=count, exact=bool(right.all()))
+        for nll, right, count in zip(nll_N.split(counts), right_N.split(counts), counts, strict=True)
     ]
+
+
+def _predict(lm_head: nn.Module, hidden_NH: Tensor, target_N: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood (N,) and whether the target is the most likely token (N,), `chunk` tokens at a time."""
+    nll, right = [], []
+    for hidden, target in zip(hidden_NH.split(chunk), target_N.split(chunk), strict=True):
+        logits = lm_head(hidden).float()
+        nll.append(nn.functional.cross_entropy(logits, target, reduction="none"))
+        right.append(logits.argmax(-1) == target)
+    return torch.cat(nll), torch.cat(right)
 
 
 def head_operands(hidden_NH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
