@@ -46,6 +46,7 @@ class ModelShape:
 
     sparse_layers: indices of the layers with experts.
     positions: that config.json allows, scaled or not.
+    scaling: what it scales them by, such as "yarn, factor 2.0"; None where it does not.
     """
 
     model_type: str
@@ -63,6 +64,7 @@ class ModelShape:
     experts_per_token: int
     expert_intermediate: int
     positions: int
+    scaling: str | None = None
 
     @property
     def moe_layers(self) -> int:
@@ -194,6 +196,7 @@ class _Reader:
             experts_per_token=used,
             expert_intermediate=sizes.get("moe_intermediate_size", 0),
             positions=self._positions(sizes["max_position_embeddings"]),
+            scaling=self._scaling(),
         )
 
     def _size(self, name: str, default: int | None) -> int:
@@ -233,6 +236,13 @@ class _Reader:
             if isinstance(factor, (int, float)) and isinstance(original, int):
                 return max(stored, int(factor * original))
         return stored
+
+    def _scaling(self) -> str | None:
+        rope = self._config.get("rope_scaling") or self._config.get("rope_parameters")
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+        if not isinstance(rope, dict) or kind in (None, "default"):
+            return None
+        return f"{kind}, factor {rope['factor']}" if "factor" in rope else str(kind)
 
     def _refuse(self, name: str, what: str, hint: str = _HINT) -> None:
         self._problems.append(Problem(f"{self._where}: {name}", what, hint, self._config.get(name)))

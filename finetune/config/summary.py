@@ -137,6 +137,10 @@ def _warnings(recipe: Recipe, shape: ModelShape | None) -> list[str]:
         warnings.append(f"{recipe.output.dir} exists: train needs --resume or --overwrite, or another output.dir")
     if kind_of(recipe.model.path) is None:
         warnings.append(f"{recipe.model.path} is not a folder here: train fetches it from the hub")
+    if recipe.model.rope_scaling is not None and shape is not None and shape.scaling is not None:
+        warnings.append(
+            f"model.rope_scaling takes the place of what config.json of {recipe.model.path} has: {shape.scaling}"
+        )
     implementation = recipe.model.attention_implementation
     if recipe.data.packing and recipe.train.batch_size > 1 and implementation in ("sdpa", "eager"):
         warnings.append(

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from finetune.errors import Problem, RoutingError
+from finetune.kernels.log_probs import log_probs
 from finetune.models.attention import layout_of
 from finetune.models.live import expert_layers
-from finetune.models.scoring import IGNORED
+from finetune.models.scoring import IGNORED, head_operands
 from finetune.routing.profile import RoutingProfile
 
 BLOCK_TOKENS = 2048
@@ -239,18 +239,13 @@ def _output_norms(experts: nn.Module, x_TH: Tensor, index_TK: Tensor, chunk: int
     return torch.cat(norms)
 
 
-def _loss(lm_head: nn.Module, hidden_TH: Tensor, labels_T: Tensor, positions_T: Tensor, chunk: int = 512) -> Tensor:
+def _loss(lm_head: Any, hidden_TH: Tensor, labels_T: Tensor, positions_T: Tensor) -> Tensor:
     """Summed negative log-likelihood of the loss tokens, each predicted from the token before it in its row."""
     target_T = labels_T[1:].clone()
     target_T[positions_T[1:] == 0] = IGNORED
     chosen = target_T != IGNORED
-
-    def part(hidden: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(lm_head(hidden).float(), target, reduction="sum")
-
-    pieces = zip(hidden_TH[:-1][chosen].split(chunk), target_T[chosen].split(chunk), strict=True)
-    losses = [checkpoint(part, hidden, target, use_reentrant=False) for hidden, target in pieces]
-    return torch.stack(losses).sum() if losses else hidden_TH.sum() * 0
+    hidden_NH, head_VH = head_operands(hidden_TH[:-1][chosen], lm_head.weight)
+    return -log_probs(hidden_NH, head_VH, target_T[chosen])[0].sum()
 
 
 @contextmanager
