@@ -40,8 +40,8 @@ LOSS_TOLERANCE, NORM_TOLERANCE = 0.01, 0.05
 COMPARED_STEPS = 5
 AGREES = "agrees"
 COLUMNS = (
-    "name", "layers", "experts", "checkpointing", "micro-batch", "step_s", "tokens_per_s", "mfu", "of_matmul_rate",
-    "peak_gib", "planned_gib", "first_step_s", "load_s", "failed",
+    "name", "layers", "experts", "checkpointing", "micro-batch", "step_s", "tokens_per_s", "of_stock", "mfu",
+    "of_matmul_rate", "peak_gib", "planned_gib", "first_step_s", "load_s", "failed",
 )  # fmt: skip
 
 
@@ -185,6 +185,9 @@ def judge(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, s
         row["failed"] = "no number: the two trainings differ"
         for name in ("step_s", "slowest_step_s", "tokens_per_s", "mfu", "of_matmul_rate"):
             row.pop(name, None)
+    for row in rows:
+        if "tokens_per_s" in row and "tokens_per_s" in stock and row["layers"] == stock["layers"]:
+            row["of_stock"] = row["tokens_per_s"] / stock["tokens_per_s"]
     return rows, verdicts
 
 
@@ -212,7 +215,8 @@ def report(found: dict[str, Any]) -> str:
 rows and settings, each in a process of its own. `step_s` is the median from the beginning of one optimizer
 step to that of the next, after warm-up; `first_step_s` is from the start of training to the end of its first step, with
 all compiling; `planned_gib` is what `finetune check` says of weights and trained state, without activations.
-`mfu` is of the maker's peak, `of_matmul_rate` of the rate measured here.
+`of_stock` is tokens a second over those of stock PEFT; `mfu` is of the maker's peak, `of_matmul_rate` of the rate
+measured here. Unsloth is timed alone: what it computes is not compared.
 
 {work.FORMULA}
 

@@ -62,7 +62,8 @@ def test_a_pair_that_differs_gets_no_number(smoke, monkeypatch, capsys):
     rows = {row["name"]: row for row in found["training"]}
     assert found["agreement"] == {"ours": "agrees", "ours, selective": "losses of step 2: 3.5, not 3"}
     assert rows["ours"]["step_s"] == rows["TRL + stock PEFT"]["step_s"] == 2.0
-    assert "step_s" not in rows["ours, selective"]
+    assert rows["ours"]["of_stock"] == 1.0
+    assert not {"step_s", "of_stock"} & rows["ours, selective"].keys()
     assert rows["ours, selective"]["failed"] == "no number: the two trainings differ"
     assert rows["ours, 48 layers, NF4"]["failed"] == "OutOfMemoryError: CUDA out of memory."
     assert rows["Unsloth"]["tokens_per_s"] == 50.0
