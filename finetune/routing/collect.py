@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune.errors import Problem, RoutingError
-from finetune.models.live import expert_layers
+from finetune.models.live import expert_layers, has_linear_attention
 from finetune.models.scoring import IGNORED
 from finetune.routing.profile import RoutingProfile
 
@@ -69,6 +69,8 @@ def profile_routing(
         raise RoutingError(Problem("model", "has no experts", hint))
     if not len(rows):
         raise RoutingError(Problem("sample", "has no rows", "give at least one row"))
+    if has_linear_attention(model):
+        block_tokens = 0  # each row by itself: its state would go on into the next
     tally = _Tally(model, layers, measure)
     with tally.listening(), _evaluating(model), torch.set_grad_enabled(measure.gradient):
         for done, block in _blocks(rows, block_tokens):
