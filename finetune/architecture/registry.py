@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.architecture.family import Family, model_type
 from finetune.architecture.mixtral import MIXTRAL
+from finetune.architecture.olmoe import OLMOE
 from finetune.architecture.qwen3 import QWEN3, QWEN3_MOE
 from finetune.architecture.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from finetune.architecture.qwen3_next import QWEN3_NEXT
@@ -20,6 +21,7 @@ FAMILIES = {
         QWEN3_5,
         QWEN3_5_MOE,
         MIXTRAL,
+        OLMOE,
     )
 }
 _BY_TYPE = {name: family for family in FAMILIES.values() for name in family.model_types}

@@ -80,6 +80,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_5": _with_vision("Qwen3_5", **_LINEAR, intermediate_size=48),
     "qwen3_5_moe": _with_vision("Qwen3_5Moe", **_EXPERTS, **_LINEAR, shared_expert_intermediate_size=40),
     "mixtral": _text("Mixtral", intermediate_size=24, num_local_experts=6),
+    "olmoe": _text("Olmoe", intermediate_size=24, num_experts=6, num_experts_per_tok=2),
 }
 
 
