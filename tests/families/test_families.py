@@ -7,14 +7,16 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from finetune.__main__ import main
 from finetune.adapters.attach import attach, load_adapter, save_adapter
 from finetune.adapters.table import target_table
 from finetune.architecture.names import EXPERT_MATRICES, expert_module, is_bank
-from finetune.architecture.registry import FAMILIES
+from finetune.architecture.registry import FAMILIES, family_of
 from finetune.architecture.shape import read_model_shape
 from finetune.config.schema import QuantizeSection
+from finetune.errors import ModelError
 from finetune.export.merge import merge
 from finetune.export.verify import verify
 from finetune.models.checkpoint import Checkpoint
@@ -229,3 +231,13 @@ def test_packing_would_leak_through_linear_attention_and_is_refused(model_type, 
     told = capsys.readouterr().err
     assert "linear attention" in told
     assert "data.packing: false" in told
+
+
+def test_every_other_type_of_transformers_is_refused_with_the_known_ones():
+    known = {name for family in FAMILIES.values() for name in family.model_types}
+    others = sorted(set(CONFIG_MAPPING_NAMES) - known)
+    assert len(others) > 300
+    for model_type in others:
+        with pytest.raises(ModelError, match="is of a model type that is not supported") as caught:
+            family_of({"model_type": model_type}, "config.json")
+        assert all(name in caught.value.problems[0].hint for name in FAMILIES)
