@@ -114,7 +114,9 @@ _TOKENIZER_HINT = "copy tokenizer.json, tokenizer_config.json and chat_template.
 def stored_dtype(path: str | Path, *, revision: str | None = None) -> torch.dtype:
     """The type a checkpoint says its weights are stored in; float32 when it does not say."""
     config = read_config(path, revision)
-    name = config.get("dtype") or config.get("torch_dtype")
+    family = find_family(config)
+    inner = config if family is None else family.text_config(config)
+    name = next((told for each in (config, inner) for key in ("dtype", "torch_dtype") if (told := each.get(key))), None)
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from finetune.errors import Problem, RoutingError
 from finetune.kernels.log_probs import log_probs
 from finetune.models.attention import layout_of
-from finetune.models.live import expert_layers
+from finetune.models.live import expert_layers, has_linear_attention
 from finetune.models.scoring import IGNORED, head_operands
 from finetune.routing.profile import RoutingProfile
 
@@ -70,6 +70,8 @@ def profile_routing(
         raise RoutingError(Problem("model", "has no experts", hint))
     if not len(rows):
         raise RoutingError(Problem("sample", "has no rows", "give at least one row"))
+    if has_linear_attention(model):
+        block_tokens = 0  # each row by itself: its state would go on into the next
     tally = _Tally(model, layers, measure)
     with tally.listening(), _evaluating(model), torch.set_grad_enabled(measure.gradient):
         for done, block in _blocks(rows, block_tokens):
@@ -102,9 +104,9 @@ class Block:
     lengths: tuple[int, ...]
 
     def layout(self, device: torch.device) -> dict[str, Any]:
-        """Arguments of a model that tell where rows begin and end."""
-        layout = layout_of(self.lengths).items()
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in layout}
+        """Arguments of a model that tell where rows begin and end; none for one row, which any model takes."""
+        layout = layout_of(self.lengths) if len(self.lengths) > 1 else {}
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in layout.items()}
 
 
 def _blocks(rows: Sequence[Row], block_tokens: int) -> Iterator[tuple[int, Block]]:
