@@ -30,10 +30,12 @@ from rounds import release_free_memory, reset_peak, status_bytes
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny-qwen3-moe"
 REPLAY = ROOT / "examples" / "data" / "replay.jsonl"
+POSITIONS = 32_768
+"""That Qwen3 was made for."""
 LENGTHS = (32_768, 65_536, 131_072)
 STEPS = 2
 RECIPE = """
-model: {{path: {model}, dtype: {dtype}}}
+model: {{path: {model}, dtype: {dtype}, rope_scaling: {scaling}}}
 quantize: {{scheme: {scheme}}}
 adapter: {{attention: [q_proj, k_proj, v_proj, o_proj], experts: [gate_up_proj, down_proj], rank: 4, alpha: 8}}
 data: {{train: {data}, max_length: {tokens}, over_long: truncate, loss_on: all}}
@@ -54,6 +56,13 @@ def tiny_model(folder: Path, tokens: int) -> Path:
     config["max_position_embeddings"] = max(tokens, config["max_position_embeddings"])
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def scaling_of(tokens: int) -> str:
+    """YaRN as far as Qwen3 needs it for `tokens` positions."""
+    factor = -(-tokens // POSITIONS)
+    yarn = f"{{type: yarn, factor: {factor}.0, original_max_position_embeddings: {POSITIONS}}}"
+    return yarn if factor > 1 else "null"
 
 
 def write_rows(path: Path, model: str, tokens: int, document_tokens: int) -> None:
@@ -117,7 +126,7 @@ def run(tokens: int, options: argparse.Namespace, pipe: Any) -> None:
         recipe = RECIPE.format(
             model=model, data=folder / "rows.jsonl", output=folder / "run", tokens=tokens, steps=STEPS,
             scheme=options.scheme, dtype="bfloat16" if options.model else "float32",
-            precision="bf16" if options.model else "fp32",
+            precision="bf16" if options.model else "fp32", scaling=scaling_of(tokens) if options.model else "null",
         )  # fmt: skip
         ft.train(parse_recipe(recipe, "benchmark"), console=Console(stderr=True))
     found["tokens"] = found["tokens_seen"][-1] - found["tokens_seen"][-2]

@@ -138,6 +138,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.adapters.table import render_table, target_table
     from finetune.config.packed_folder import settled
     from finetune.models.attention import check_attention, explain_attention
+    from finetune.models.live import refuse_packed_rows
     from finetune.quant.load import check_source
     from finetune.report.routing_table import render_choice
     from finetune.routing.expert_files import ExpertFiles
@@ -156,6 +157,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     if recipe.quantize.scheme != "none":
         hold_little_memory(recipe.data.max_length * recipe.train.batch_size)
     model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
+    if recipe.data.packing:
+        refuse_packed_rows(model)
     with rows_done(console, "profiling") as advance:
         choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
     trains: Any = {"expert_mode": recipe.experts.mode, "router": recipe.router.train}

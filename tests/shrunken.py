@@ -13,12 +13,19 @@ from tests.tiny import save_as_hub, tiny_dense, tiny_moe
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen3-moe"
 SHARDS = 3
-LAYERS = 2
 KEY_VALUE_HEADS = 2
 HEAD_DIM = 8
-HIDDEN = 128
 EXPERT = 64
 EXPERTS_PER_ACTIVE = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is left of a real model; `active` experts of a token, all of them when None."""
+
+    layers: int = 2
+    hidden: int = 128
+    active: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,22 +50,22 @@ REAL = {
 }
 
 
-def write_shrunken(name: str, path: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A random checkpoint of the kind of `name` in several shards, with the embedded model's tokenizer.
+def write_shrunken(name: str, path: Path, size: Size | None = None) -> Path:
+    """A random bfloat16 checkpoint of the kind of `name` in several shards, with the embedded model's tokenizer.
 
     Kept: model type, layer kinds, active experts, heads per key-value head, tied or not, no attention bias, the base of
     RoPE, names. Scaled: everything else. A block of 64 weights fits each width, and H != I.
     """
-    facts = REAL[name]
+    facts, size = REAL[name], size or Size()
     embedded = json.loads((TOKENIZER / "config.json").read_text(encoding="utf-8"))
     shape = {
         "vocab_size": embedded["vocab_size"],
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
         "num_attention_heads": KEY_VALUE_HEADS * facts.heads // facts.key_value_heads,
         "num_key_value_heads": KEY_VALUE_HEADS,
         "head_dim": HEAD_DIM,
-        "intermediate_size": 3 * HIDDEN,
+        "intermediate_size": 3 * size.hidden,
         "max_position_embeddings": 2048,
         "rope_theta": 1000000.0,
         "tie_word_embeddings": facts.tied,
@@ -66,14 +73,15 @@ def write_shrunken(name: str, path: Path, dtype: torch.dtype = torch.bfloat16) -
         **{key: embedded[key] for key in ("bos_token_id", "eos_token_id")},
     }
     if facts.experts:
+        active = size.active or facts.active
         experts = {
-            "num_experts": EXPERTS_PER_ACTIVE * facts.active,
-            "num_experts_per_tok": facts.active,
+            "num_experts": EXPERTS_PER_ACTIVE * active,
+            "num_experts_per_tok": active,
             "moe_intermediate_size": EXPERT,
         }
-        save_as_hub(tiny_moe(dtype=dtype, **shape, **experts), path, SHARDS)
+        save_as_hub(tiny_moe(dtype=torch.bfloat16, **shape, **experts), path, SHARDS)
     else:
-        save_as_hub(tiny_dense(dtype=dtype, **shape), path, SHARDS)
+        save_as_hub(tiny_dense(dtype=torch.bfloat16, **shape), path, SHARDS)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(TOKENIZER / file, path / file)
     return path

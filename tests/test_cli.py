@@ -16,7 +16,19 @@ RECIPE = "recipes/quickstart.yaml"
 def test_help_names_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("check", "schema", "prepare", "profile", "experts", "train", "merge", "verify", "chat", "eval"):
+    for command in (
+        "check",
+        "doctor",
+        "schema",
+        "prepare",
+        "profile",
+        "experts",
+        "train",
+        "merge",
+        "verify",
+        "chat",
+        "eval",
+    ):
         assert f"  {command} " in out
         assert main([command, "--help"]) == 0
 

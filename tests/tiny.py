@@ -28,7 +28,7 @@ _SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 4096,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
     "initializer_range": 0.2,

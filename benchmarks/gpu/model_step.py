@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,12 @@ from benchmarks.gpu.packed import random_stack
 from benchmarks.gpu.timing import GIB, seconds
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.expert_lora import LoraExperts
+from finetune.kernels.log_probs import log_probs
+from finetune.kernels.prepare import prepare_experts
+from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.quant.experts import PackedExperts, Scheme, count_weights
+from finetune.training.checkpointing import Mode, checkpoint_layers_
+from finetune.training.compiled import compile_layers_
 
 Experts = Literal["16 bit"] | Scheme
 LOSS_ROWS = 2048
@@ -37,33 +43,83 @@ def tiny() -> dict[str, Any]:
     return qwen3_30b_a3b() | small | {"num_experts_per_tok": 2, "vocab_size": 512}
 
 
-def build(
-    config: dict[str, Any], device: torch.device, dtype: torch.dtype, *, experts: Experts, rank: int
-) -> nn.Module:
-    """The model with random weights and adapters, ready to train with gradient checkpointing."""
-    from peft import get_peft_model
+def random_model(
+    config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    experts: Experts,
+    attention: str = "sdpa",
+) -> Any:
+    """The frozen model with random weights, made on the device. attention: as in a recipe."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    implementation = transformers_name(attention)
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config, attn_implementation="sdpa")).to(dtype)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config, attn_implementation=implementation)).to(dtype)
     if experts != "16 bit":
         _pack_experts_(model, experts, device, dtype)
     rotary = type(model.model.rotary_emb)
     model = model.to_empty(device=device)
     model.model.rotary_emb = rotary(model.config).to(device)
+    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(std=0.02)
     model.config.output_router_logits = False
+    return prepare_packed_rows(model)
+
+
+def adapt(model: Any, rank: int) -> Any:
+    """`model` with LoRA on attention and all experts."""
+    from peft import get_peft_model
+
     lora = ExpertLoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=[*ATTENTION, "experts"],
         expert_targets=("gate_up_proj", "down_proj"), task_type="CAUSAL_LM",
     )  # fmt: skip
     adapted = get_peft_model(model, lora)
-    adapted.enable_input_require_grads()
-    adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted.config.use_cache = False
     return adapted.train()
+
+
+def build(
+    config: dict[str, Any], device: torch.device, dtype: torch.dtype, *, experts: Experts, rank: int
+) -> nn.Module:
+    """The model with random weights and adapters, ready to train with gradient checkpointing."""
+    adapted: Any = adapt(random_model(config, device, dtype, experts=experts), rank)
+    adapted.enable_input_require_grads()
+    adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return adapted
+
+
+def prepared(
+    config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    experts: Experts,
+    rank: int,
+    checkpointing: Mode,
+) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """The model as `finetune train` prepares it, and its loss of rows (B, S), without a trainer."""
+    adapted = adapt(random_model(config, device, dtype, experts=experts, attention="auto"), rank)
+    base = adapted.get_base_model()
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        prepare_experts(adapted)
+    if device.type == "cuda":
+        compile_layers_(base, checkpointing)
+    else:
+        base.enable_input_require_grads()
+        checkpoint_layers_(base, checkpointing)
+
+    def loss_of(ids_BS: Tensor) -> Tensor:
+        hidden_TH = base.model(input_ids=ids_BS, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        head_VH = base.lm_head.weight
+        logp_T, _ = log_probs(hidden_TH.to(head_VH.dtype), head_VH, ids_BS[:, 1:].flatten())
+        return -logp_T.mean()
+
+    return adapted, loss_of
 
 
 def _pack_experts_(model: Any, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from finetune.adapters.files import AdapterFiles
 from finetune.adapters.frozen import BaseWeights, choose_base, frozen_text, refuse_to_merge_packed
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_section
+from finetune.config.rope import has_scaling
 from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.kernels.prepare import prepare_experts
@@ -90,6 +91,7 @@ def load_adapter(
     Raises AdapterError when the folder is damaged, the adapter does not fit the model, or a tensor finds no place.
     """
     files = AdapterFiles.open(path)
+    _check_positions(model, files)
     config = ExpertLoraConfig.load(path)
     config.inference_mode = not trainable
     if trainable:
@@ -140,6 +142,21 @@ def load(
     adapted = load_adapter(model, path)
     prepare_experts(adapted)
     return adapted, load_tokenizer(chosen.path, revision=chosen.revision)
+
+
+def _check_positions(model: Any, files: AdapterFiles) -> None:
+    """The model scales its positions as the adapter was trained with, as far as both say so."""
+    wanted, chosen = files.rope_scaling, getattr(model, "rope_scaled", None)
+    where = f"{files.path}: rope_scaling"
+    if wanted is not None and not has_scaling(model.config.rope_parameters, wanted):
+        what = f"is not how the model scales its positions ({model.config.rope_parameters})"
+        hint = "load the model with rope_scaling=AdapterFiles.open(path).rope_scaling, or both with finetune.load(path)"
+        raise AdapterError(Problem(where, what, hint, wanted))
+    if wanted is None and files.sidecar is not None and chosen is not None:
+        what = f"is not given, but the model was loaded with {chosen}"
+        raise AdapterError(
+            Problem(where, what, "load the model without rope_scaling, or both with finetune.load(path)")
+        )
 
 
 @contextmanager

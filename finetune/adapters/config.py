@@ -30,14 +30,14 @@ from finetune.adapters.expert_lora import LoraExperts
 from finetune.adapters.files import FORMAT_VERSION, SIDECAR, read_sidecar
 from finetune.adapters.router_lora import LoraRouter
 from finetune.adapters.stock_config import ADAPTER_CONFIG, WHOLE_EXPERTS, read_json_object
-from finetune.architecture.names import EXPERT_PROJECTIONS, EXPERTS, MLP, bank_name, is_bank, layer_index
+from finetune.architecture.names import EXPERT_PROJECTIONS, EXPERTS, MLP, SHARED_EXPERT, bank_name, is_bank, layer_index
 from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
 from finetune.models.live import PackedBank, bank_classes, router_classes
 from finetune.routing.plan import ExpertPlan
 
 _BANK_PARAMETER = re.compile(rf"(?:(?P<bank>.*\b{EXPERTS})\.)?(?P<projection>{'|'.join(EXPERT_PROJECTIONS)})")
-_PLAIN_PARAMETER = re.compile(rf"(?:.*\.)?{MLP}\.(?:\w+_proj|gate)\.weight")
+_PLAIN_PARAMETER = re.compile(rf"(?:.*\.)?(?:{MLP}|{SHARED_EXPERT})\.(?:\w+_proj|gate)\.weight")
 
 
 class PlainTarget(str):

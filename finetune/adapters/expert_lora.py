@@ -19,6 +19,7 @@ from finetune.adapters.expert_factors import ExpertFactors
 from finetune.architecture.names import DOWN, GATE_UP
 from finetune.errors import AdapterError, Problem
 from finetune.kernels.ops import Backend, Deltas, Dropout, ExpertLayer, Factors, expert_mlp, prepare
+from finetune.kernels.tiles import Load, tune
 
 if TYPE_CHECKING:
     from finetune.adapters.config import ExpertLoraConfig
@@ -93,18 +94,25 @@ class LoraExperts(ExpertFactors):
 
     def prepare_products(self) -> None:
         """Choose and check the products of forward before it is called, with adapters and without."""
-        bank: Any = self.get_base_layer()
         for levels in (self.levels, list[ExpertFactors]()):
-            factors, deltas = self._trained(levels)
-            layer = ExpertLayer(
-                bank.gate_up_proj,
-                bank.down_proj,
-                factors.get(GATE_UP),
-                factors.get(DOWN),
-                gate_up_delta=deltas.get(GATE_UP),
-                down_delta=deltas.get(DOWN),
-            )
-            prepare(layer, self.backend)
+            prepare(self._layer(levels), self.backend)
+
+    def tune_products(self, load: Load) -> None:
+        """Choose and check the tiles of forward, with adapters, for a run."""
+        tune(self._layer(self.levels), load, self.backend)
+
+    def _layer(self, levels: Sequence[ExpertFactors]) -> ExpertLayer:
+        """What forward gives the kernels."""
+        bank: Any = self.get_base_layer()
+        factors, deltas = self._trained(levels)
+        return ExpertLayer(
+            bank.gate_up_proj,
+            bank.down_proj,
+            factors.get(GATE_UP),
+            factors.get(DOWN),
+            gate_up_delta=deltas.get(GATE_UP),
+            down_delta=deltas.get(DOWN),
+        )
 
     def _trained(self, levels: Sequence[ExpertFactors]) -> tuple[dict[str, Factors | None], dict[str, Deltas | None]]:
         """What the active adapters add to each projection: factors and whole changes."""

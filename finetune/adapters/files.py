@@ -20,7 +20,7 @@ from finetune.adapters.change import Change, LowRank, WholeDelta
 from finetune.adapters.layouts import ExpertBanks, pack_a, pack_b, unpack_a, unpack_b
 from finetune.adapters.pairs import Pair, Slot, WholeExperts, read_pairs
 from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
-from finetune.architecture.names import HEAD, expert_matrix, is_router
+from finetune.architecture.names import HEAD, expert_matrix, in_layer, is_matrix, is_router
 from finetune.config.packed_folder import read_packed_settings
 from finetune.errors import AdapterError, Problem
 from finetune.models.tensor_file import TensorFile
@@ -139,7 +139,7 @@ class AdapterFiles:
                 wanted = self.config.targets_parameter(f"{found.bank}.{found.projection}")
             else:
                 wanted = self.config.targets_module(module) or self.config.targets_parameter(name)
-            hosted = module.endswith("_proj") or is_router(module) or module == HEAD
+            hosted = (in_layer(name) and (is_matrix(module) or is_router(module))) or module == HEAD
             if wanted and hosted and name not in self.pairs:
                 lost.append(name)
         return lost

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from finetune.adapters.expert_factors import ExpertFactors
 from finetune.adapters.router_lora import LoraRouter
-from finetune.architecture.names import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, MLP_PROJECTIONS
+from finetune.architecture.names import (
+    ATTENTION_PROJECTIONS,
+    EXPERT_PROJECTIONS,
+    LINEAR_ATTENTION_PROJECTIONS,
+    MLP_PROJECTIONS,
+    in_shared_expert,
+)
 from finetune.errors import Problem, TrainingError
 from finetune.quant.experts import count_weights
 
@@ -131,11 +137,14 @@ def _group(name: str, module: Any) -> str:
     projection = name.rpartition(".")[2]
     if isinstance(module, LoraRouter):
         return "router"
-    return f"{'attention' if projection in ATTENTION_PROJECTIONS else 'mlp'}.{projection}"
+    if in_shared_expert(name):
+        return f"shared_expert.{projection}"
+    kind = "mlp" if projection in MLP_PROJECTIONS else "attention"
+    return f"{'linear_attention' if projection in LINEAR_ATTENTION_PROJECTIONS else kind}.{projection}"
 
 
-_KINDS = ("attention", "mlp", "experts", "router")
-_PROJECTIONS = (*ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS[0], *MLP_PROJECTIONS)
+_KINDS = ("attention", "linear_attention", "mlp", "shared_expert", "experts", "router")
+_PROJECTIONS = (*ATTENTION_PROJECTIONS, *LINEAR_ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS[0], *MLP_PROJECTIONS)
 
 
 def _order(group: str) -> tuple[int, int]:

@@ -10,14 +10,27 @@ from torch import nn
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.expert_lora import bank_problems
 from finetune.architecture.family import model_type
-from finetune.architecture.names import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, EXPERTS, MLP, ROUTER, layer_index
+from finetune.architecture.names import (
+    ALL,
+    ATTENTION,
+    ATTENTION_PROJECTIONS,
+    EXPERT_PROJECTIONS,
+    EXPERTS,
+    LINEAR_ATTENTION,
+    LINEAR_ATTENTION_PROJECTIONS,
+    MLP,
+    MLP_PROJECTIONS,
+    ROUTER,
+    SHARED_EXPERT,
+    layer_index,
+)
 from finetune.architecture.registry import FAMILIES, find_family, is_moe
 from finetune.config.findings import NOTHING, Finding, dotted
 from finetune.config.messages import findings_of
 from finetune.config.schema import AdapterSection, Section
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
-from finetune.models.live import expert_modules, projection_names, router_layers
+from finetune.models.live import expert_modules, num_experts, projection_names, router_layers
 from finetune.routing.plan import ExpertPlan
 
 ExpertMode = Literal["lora", "full"]
@@ -71,6 +84,8 @@ def lora_config(
         raise AdapterError(*problems)
     bank_targets = _bank_targets(model, experts) if section.experts else []
     mlp = [f"{MLP}.{target}" if is_moe(model.config) else target for target in section.mlp]
+    mlp += [f"{SHARED_EXPERT}.{target}" for target in _shared_targets(model, section)]
+    attention = [*section.attention, *_linear_targets(model, section)]
     main = section.experts != ()
     rank, alpha = (section.rank_of_experts, section.alpha_of_experts) if main else (section.rank, section.alpha)
     if main and experts is not None and experts.max_rank is not None:  # every expert keeps the scale of the section
@@ -85,16 +100,16 @@ def lora_config(
     routers = [ROUTER] if router != "frozen" else []
     if main and (rank, alpha) != (section.rank, section.alpha):
         # on disk a dense MLP's target is its weight, live it is the module: the pattern matches both
-        names = [*section.attention, *(rf"{target}(\.weight)?" for target in (*mlp, *routers))]
+        names = [*attention, *(rf"{target}(\.weight)?" for target in (*mlp, *routers))]
         options["rank_pattern"] = dict.fromkeys(names, section.rank)
         options["alpha_pattern"] = dict.fromkeys(names, _whole(section.alpha))
     if router == "full":
-        rank = model.config.num_experts
+        rank = num_experts(model)
         options["rank_pattern"][_ROUTER_WEIGHT] = rank
         options["alpha_pattern"][_ROUTER_WEIGHT] = rank**0.5 if section.rslora else rank  # a scale of 1
     return ExpertLoraConfig(
         **options,
-        target_modules=[*section.attention, *mlp, *bank_targets, *routers],
+        target_modules=[*attention, *mlp, *bank_targets, *routers],
         lora_dropout=section.dropout,
         use_rslora=section.rslora,
         task_type="CAUSAL_LM",
@@ -115,6 +130,16 @@ def lora_config(
 _ROUTER_WEIGHT = rf"{ROUTER}(\.weight)?"
 
 
+def _linear_targets(model: nn.Module, section: AdapterSection) -> tuple[str, ...]:
+    return section.linear_attention_of(
+        name for name in LINEAR_ATTENTION_PROJECTIONS if projection_names(model, [name], [LINEAR_ATTENTION])
+    )
+
+
+def _shared_targets(model: nn.Module, section: AdapterSection) -> tuple[str, ...]:
+    return section.shared_expert_of(exists=bool(projection_names(model, MLP_PROJECTIONS, [SHARED_EXPERT])))
+
+
 def _bank_targets(model: nn.Module, experts: ExpertPlan | None) -> list[str]:
     """The short name that means every bank, or the full names of the banks in the plan."""
     names = list(expert_modules(model))
@@ -132,9 +157,16 @@ def _misfits(model: Any, section: AdapterSection, experts: ExpertPlan | None) ->
         yield Problem("model", "has adapters already", "give the model they are attached to, or use load_adapter")
         return
     banks = expert_modules(model)
-    for part, targets in (("attention", section.attention), ("mlp", section.mlp)):
+    named = (
+        ("attention", section.attention, ATTENTION),
+        ("linear_attention", section.linear_attention or (), LINEAR_ATTENTION),
+        ("shared_expert", section.shared_expert or (), SHARED_EXPERT),
+        ("mlp", section.mlp, MLP),
+    )
+    for part, targets, parent in named:
         for target in targets:
-            if not projection_names(model, [target]):
+            meant = LINEAR_ATTENTION_PROJECTIONS if target == ALL else [target]
+            if not projection_names(model, meant, [parent]):
                 dense = "has no dense MLP: name its experts' projections in adapter.experts instead"
                 hint = f"this model {dense}" if part == "mlp" and banks else "look at print(model) for its modules"
                 yield Problem(f"adapter.{part}", "matches nothing in this model", hint, target)
@@ -160,9 +192,9 @@ def _plan_misfits(banks: dict[str, Any], experts: ExpertPlan) -> Any:
     strange = sorted(set(experts.experts_by_layer) - layers)
     if strange:
         yield Problem("expert plan", "names layers that have no experts", hint, strange)
-    (num_experts,) = {bank.down_proj.shape[0] for bank in banks.values()}
-    if experts.num_experts != num_experts:
-        what = f"is for another number of experts than the model's {num_experts}"
+    (held,) = {bank.down_proj.shape[0] for bank in banks.values()}
+    if experts.num_experts != held:
+        what = f"is for another number of experts than the model's {held}"
         yield Problem("expert plan", what, hint, experts.num_experts)
 
 

@@ -3,46 +3,98 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ADAPTER_FORMAT = "peft"
 
 
 @dataclass(frozen=True)
 class Live:
     """The classes of transformers that a family's mixture of experts is built from.
 
-    module: where they are. bank: holds all experts of a layer. router: sends tokens to them, weight (E, H).
+    module: where they are. bank: holds all experts of a layer. router: sends tokens to them, weight (E, H): softmax
+        over all experts, then the top ones.
+    normalizes: whether their weights are divided by their sum; None where the router's `norm_topk_prob` says.
+    float32_weights: whether routing weights stay float32 instead of taking the type of the logits.
     """
 
     module: str
     bank: str
     router: str
+    normalizes: bool | None = None
+    float32_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Hub:
+    """How a checkpoint on the hub differs from the live text model.
+
+    prefix: what its names have for `model.`. renames: (hub, live) parts of names. matrices: of an expert, hub -> live.
+    transposed: whether fused stacks of experts are (E, in, out).
+    """
+
+    prefix: str = "model."
+    renames: tuple[tuple[str, str], ...] = ()
+    matrices: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
     """What differs between models of one kind and another.
 
-    model_type: in config.json.
+    model_types: in config.json; the first names the family.
     title: what people call it.
-    sizes: what transformers takes for each size that config.json leaves out; `head_dim` is None where it follows from
-        hidden size and heads.
+    sizes: what transformers takes for each size that config.json leaves out; `head_dim` and `num_key_value_heads` are
+        None where they follow from hidden size and heads.
+    nullable: sizes that config.json may hold as null.
     live: classes of its experts; None for a dense model.
-    gguf: what llama.cpp calls it.
+    text: where config.json has the settings of the text model; "" for the file itself.
+    expert_width: the size that is the experts' inner width.
+    query_key_norms: over each head, over all of them, or none.
+    gated_attention: whether q_proj makes a gate beside the queries.
+    linear_attention: projections into it -> how many keys, values and value heads wide each is.
+    hub: what its checkpoints call things.
+    gguf: what llama.cpp calls it; None where we do not know its layout there.
     gguf_names: module, without its layer and expert, -> its name in a GGUF.
+    exports: formats whose names and layout are known for it; None for every one.
     """
 
-    model_type: str
+    model_types: tuple[str, ...]
     title: str
     sizes: Mapping[str, int | None]
     live: Live | None
-    gguf: str
-    gguf_names: Mapping[str, str]
+    nullable: frozenset[str] = frozenset()
+    text: str = ""
+    expert_width: str = "moe_intermediate_size"
+    query_key_norms: Literal["head", "all", "none"] = "head"
+    gated_attention: bool = False
+    linear_attention: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    hub: Hub = field(default_factory=Hub)
+    gguf: str | None = None
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    exports: tuple[str, ...] | None = (ADAPTER_FORMAT,)
+
+    @property
+    def model_type(self) -> str:
+        """The type that names the family."""
+        return self.model_types[0]
 
     @property
     def is_moe(self) -> bool:
         """Whether some of its layers have experts."""
         return self.live is not None
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """Whether an expert that every token goes through stands beside the others."""
+        return "shared_expert_intermediate_size" in self.sizes
+
+    def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the text model in the content of a config.json."""
+        inner = config.get(self.text) if self.text else None
+        return inner if isinstance(inner, dict) else config
 
 
 def model_type(config: Any) -> str | None:

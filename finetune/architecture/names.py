@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from finetune.errors import ModelError, Problem
 
 AttentionProjection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+LinearAttentionProjection = Literal[
+    "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"
+]
 MlpProjection = Literal["gate_proj", "up_proj", "down_proj"]
 ExpertProjection = Literal["gate_up_proj", "down_proj"]
 
 ATTENTION_PROJECTIONS: tuple[AttentionProjection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS: tuple[MlpProjection, ...] = ("gate_proj", "up_proj", "down_proj")
+LINEAR_ATTENTION_PROJECTIONS: tuple[LinearAttentionProjection, ...] = get_args(LinearAttentionProjection)
+NARROW: tuple[LinearAttentionProjection, ...] = ("in_proj_ba", "in_proj_b", "in_proj_a")
+"""Those that make a number for each head: they set how its state decays, and are never packed."""
+ALL = "all"
+OUT_PROJ: LinearAttentionProjection = "out_proj"
 EXPERT_PROJECTIONS: tuple[ExpertProjection, ...] = ("gate_up_proj", "down_proj")
 GATE_UP, DOWN = EXPERT_PROJECTIONS
 EXPERT_MATRICES: dict[str, tuple[str, ...]] = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",)}
@@ -28,11 +36,18 @@ ATTENTION = "self_attn"
 MLP = "mlp"
 EXPERTS = "mlp.experts"
 ROUTER = "mlp.gate"
+LINEAR_ATTENTION = "linear_attn"
+SHARED_EXPERT = "mlp.shared_expert"
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(rf"(?P<bank>.+\.{re.escape(EXPERTS)})\.(?P<expert>\d+)\.(?P<matrix>{'|'.join(MLP_PROJECTIONS)})")
-_PARENTS: dict[str, tuple[str, ...]] = {ATTENTION: ATTENTION_PROJECTIONS, MLP: MLP_PROJECTIONS}
+_PARENTS: dict[str, tuple[str, ...]] = {
+    ATTENTION: ATTENTION_PROJECTIONS,
+    LINEAR_ATTENTION: LINEAR_ATTENTION_PROJECTIONS,
+    MLP: MLP_PROJECTIONS,
+    SHARED_EXPERT.rpartition(".")[2]: MLP_PROJECTIONS,
+}
 
 
 class ExpertMatrix(NamedTuple):
@@ -58,8 +73,8 @@ def layer_index(name: str) -> int:
 
 
 def in_layer(name: str) -> bool:
-    """Whether a module or tensor lies in a decoder layer."""
-    return _LAYER.search(name) is not None
+    """Whether a hub tensor lies in a decoder layer of the text model."""
+    return name.startswith(f"{LAYERS}.")
 
 
 def place_in_layer(module: str) -> str:
@@ -97,8 +112,13 @@ def in_mlp(module: str) -> bool:
 
 
 def in_attention(module: str) -> bool:
-    """Whether a module lies in the attention of a layer."""
-    return f".{ATTENTION}." in module
+    """Whether a module lies in the attention of a layer, linear or not."""
+    return f".{ATTENTION}." in module or f".{LINEAR_ATTENTION}." in module
+
+
+def in_shared_expert(module: str) -> bool:
+    """Whether a module lies in the expert that every token goes through."""
+    return f".{SHARED_EXPERT}." in module
 
 
 def expert_matrix(module: str) -> ExpertMatrix | None:
@@ -118,19 +138,30 @@ def projection_of(matrix: str) -> str:
 
 
 def is_linear(module: str) -> bool:
-    """Whether a module is a projection of attention or of a dense MLP; never of experts."""
+    """Whether a module is a projection of attention, a dense MLP or a shared expert; never of routed experts."""
     parent, _, projection = module.rpartition(".")
     return projection in _PARENTS.get(parent.rpartition(".")[2], ())
 
 
-def linear_suffixes(targets: Iterable[str]) -> tuple[str, ...]:
-    """How the names of the projections called `targets` end, in attention and dense MLPs."""
+def is_matrix(module: str) -> bool:
+    """Whether a hub module is such a projection, or a matrix of an expert."""
+    return is_linear(module) or expert_matrix(module) is not None
+
+
+def is_packable(module: str) -> bool:
+    """Whether a module is such a projection, and is packed where attention and dense MLPs are."""
+    return is_linear(module) and module.rpartition(".")[2] not in NARROW
+
+
+def linear_suffixes(targets: Iterable[str], parents: Iterable[str] = (ATTENTION, MLP)) -> tuple[str, ...]:
+    """How the names of the projections called `targets` end in the modules `parents`."""
     named = list(targets)
-    return tuple(f".{parent}.{target}" for parent, known in _PARENTS.items() for target in named if target in known)
+    known = {parent: _PARENTS[parent.rpartition(".")[2]] for parent in parents}
+    return tuple(f".{parent}.{target}" for parent in known for target in named if target in known[parent])
 
 
 def kind_of(weight: str) -> str:
-    """The group a hub weight is reported under: attention, expert gate, expert up, expert down, router, mlp, other."""
+    """The group a hub weight is reported under: attention, a matrix of experts, router, shared expert, mlp, other."""
     module = weight.removesuffix(".weight")
     if (found := expert_matrix(module)) is not None:
         return f"expert {found.matrix.removesuffix('_proj')}"
@@ -138,4 +169,6 @@ def kind_of(weight: str) -> str:
         return "attention"
     if is_router(module):
         return "router"
+    if in_shared_expert(module):
+        return "shared expert"
     return "mlp" if in_mlp(module) else "other"

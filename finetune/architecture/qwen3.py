@@ -23,7 +23,7 @@ _GGUF_NAMES = {
 }
 
 QWEN3 = Family(
-    model_type="qwen3",
+    model_types=("qwen3",),
     title="Qwen3",
     sizes={
         "hidden_size": 4096,
@@ -38,10 +38,11 @@ QWEN3 = Family(
     live=None,
     gguf="qwen3",
     gguf_names=_GGUF_NAMES,
+    exports=None,
 )
 
 QWEN3_MOE = Family(
-    model_type="qwen3_moe",
+    model_types=("qwen3_moe",),
     title="Qwen3-MoE",
     sizes={
         "hidden_size": 2048,
@@ -66,4 +67,5 @@ QWEN3_MOE = Family(
         f"{EXPERTS}.up_proj": "ffn_up_exps",
         f"{EXPERTS}.down_proj": "ffn_down_exps",
     },
+    exports=None,
 )

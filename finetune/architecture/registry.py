@@ -5,15 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.architecture.family import Family, model_type
+from finetune.architecture.mixtral import MIXTRAL
+from finetune.architecture.olmoe import OLMOE
 from finetune.architecture.qwen3 import QWEN3, QWEN3_MOE
+from finetune.architecture.qwen3_5 import QWEN3_5, QWEN3_5_MOE
+from finetune.architecture.qwen3_next import QWEN3_NEXT
 from finetune.errors import ModelError, Problem
 
-FAMILIES = {family.model_type: family for family in (QWEN3, QWEN3_MOE)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        QWEN3,
+        QWEN3_MOE,
+        QWEN3_NEXT,
+        QWEN3_5,
+        QWEN3_5_MOE,
+        MIXTRAL,
+        OLMOE,
+    )
+}
+_BY_TYPE = {name: family for family in FAMILIES.values() for name in family.model_types}
 
 
 def find_family(config: Any) -> Family | None:
     """The family of a config, be it an object or the content of config.json; None for an unknown one."""
-    return FAMILIES.get(model_type(config) or "")
+    return _BY_TYPE.get(model_type(config) or "")
 
 
 def family_of(config: Any, where: str) -> Family:
@@ -26,7 +42,7 @@ def family_of(config: Any, where: str) -> Family:
 
 def unknown_family(config: Any, where: str) -> Problem:
     """What is wrong with a config of none of the families."""
-    hint = f"supported are text models of the types {' and '.join(FAMILIES)}"
+    hint = f"supported are the text models of the types {', '.join(FAMILIES)}"
     return Problem(where, "is of a model type that is not supported", hint, model_type(config))
 
 

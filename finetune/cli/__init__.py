@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.answers import chat, evaluate
+from finetune.cli.machine import doctor
 from finetune.cli.options import TakesWeights
 from finetune.cli.routing import experts, profile
 from finetune.cli.runs import check, prepare, report, schema, train
@@ -44,7 +45,8 @@ def _root(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    check, schema, prepare, quantize, profile, experts, train, report, merge, verify, export, import_adapter, chat,
+    check, doctor, schema, prepare, quantize, profile, experts, train, report, merge, verify, export, import_adapter,
+    chat,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command(cls=TakesWeights if _command in (merge, verify) else None)(_command)

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from finetune.architecture.names import EXPERT_PROJECTIONS, MLP_PROJECTIONS
+from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
 from finetune.config.advice import close_to, sentence
 from finetune.config.findings import FieldPath, Finding
@@ -96,6 +96,7 @@ def _relative(where: str, folder: str) -> str:
 def _targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
     """Targets of which the model has none."""
     adapter, model = recipe.adapter, ("model", "path")
+    yield from _family_targets(recipe, shape)
     if adapter.experts and not shape.moe_layers:
         what = f"names expert projections, but {recipe.model.path} is dense"
         hint = f"write mlp: [{', '.join(MLP_PROJECTIONS)}] instead of experts"
@@ -110,6 +111,25 @@ def _targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
         what = f"names projections of dense layers, but every layer of {recipe.model.path} has experts"
         hint = f"write experts: [{', '.join(EXPERT_PROJECTIONS)}] instead of mlp"
         yield Finding(("adapter", "mlp"), what, hint, list(adapter.mlp), with_paths=(model,))
+
+
+def _family_targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
+    """Targets that only some families have, and what linear attention cannot do."""
+    adapter, model, path = recipe.adapter, ("model", "path"), recipe.model.path
+    known = tuple(shape.linear_attention)
+    strange = [name for name in adapter.linear_attention or () if name != ALL and name not in known]
+    if adapter.linear_attention and not known:
+        what, named = f"names projections, but {path} has no linear attention", list(adapter.linear_attention)
+        yield Finding(("adapter", "linear_attention"), what, "remove the line", named, with_paths=(model,))
+    elif strange:
+        what, hint = f"names what {path} does not have", f"its linear attention has {', '.join(known)}"
+        yield Finding(("adapter", "linear_attention"), what, hint, strange, with_paths=(model,))
+    if adapter.shared_expert and not shape.shared_intermediate:
+        what, got = f"names projections, but {path} has no shared expert", list(adapter.shared_expert)
+        yield Finding(("adapter", "shared_expert"), what, "remove the line", got, with_paths=(model,))
+    if shape.linear_layers and recipe.data.packing:
+        what = f"is true, but {path} has linear attention, whose state would leak from row to row of a block"
+        yield Finding(("data", "packing"), what, "write data.packing: false", with_paths=(model,))
 
 
 def _budget(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:

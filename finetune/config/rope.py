@@ -8,6 +8,8 @@ from typing import Any
 
 RopeScaling = dict[str, Any]
 """As config.json has it: rope_type, factor, original_max_position_embeddings."""
+_NOT_SCALING = ("rope_theta", "partial_rotary_factor")
+"""Of rope_parameters: what stays when positions are scaled in another way."""
 _FIELD = re.compile(rb'"(rope_scaling|rope_parameters)"\s*:\s*(null|\{[^{}]*\})')
 
 
@@ -16,8 +18,19 @@ def scaled(config: dict[str, Any], scaling: RopeScaling | None) -> dict[str, Any
     if scaling is None:
         return config
     if isinstance(config.get("rope_parameters"), dict):
-        return {**config, "rope_parameters": {**config["rope_parameters"], **scaling}}
+        without = {name: value for name, value in config.items() if name != "rope_scaling"}
+        return {**without, "rope_parameters": rescaled(config["rope_parameters"], scaling)}
     return {**config, "rope_scaling": scaling}
+
+
+def rescaled(parameters: dict[str, Any], scaling: RopeScaling) -> dict[str, Any]:
+    """rope_parameters with `scaling` in the place of any that is there."""
+    return {**{name: parameters[name] for name in _NOT_SCALING if name in parameters}, **scaling}
+
+
+def has_scaling(parameters: dict[str, Any], scaling: RopeScaling) -> bool:
+    """Whether rope_parameters scale positions like that."""
+    return all(parameters.get(name) == value for name, value in scaling.items())
 
 
 def with_scaling(content: bytes, scaling: RopeScaling | None) -> bytes:

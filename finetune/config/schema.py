@@ -7,15 +7,20 @@ Nothing here imports torch, so that a recipe is checked in a fraction of a secon
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from finetune.architecture.names import (
+    ALL,
     ATTENTION_PROJECTIONS,
     EXPERT_MATRICES,
+    MLP_PROJECTIONS,
+    NARROW,
     AttentionProjection,
     ExpertProjection,
+    LinearAttentionProjection,
     MlpProjection,
 )
 from finetune.architecture.shape import ModelShape
@@ -37,7 +42,27 @@ from finetune.config.values import (
     refusal,
 )
 
-AttentionTargets = Annotated[tuple[AttentionProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
+
+def _all_of(names: tuple[str, ...]) -> BeforeValidator:
+    """`all` as every one of them."""
+    return BeforeValidator(lambda value: names if value in (ALL, [ALL], (ALL,)) else value)
+
+
+AttentionTargets = Annotated[
+    tuple[AttentionProjection, ...],
+    BeforeValidator(as_tuple),
+    _all_of(ATTENTION_PROJECTIONS),
+    AfterValidator(no_repeats),
+]
+LinearAttentionTargets = Annotated[
+    tuple[LinearAttentionProjection | Literal["all"], ...],
+    BeforeValidator(as_tuple),
+    _all_of((ALL,)),
+    AfterValidator(no_repeats),
+]
+SharedExpertTargets = Annotated[
+    tuple[MlpProjection, ...], BeforeValidator(as_tuple), _all_of(MLP_PROJECTIONS), AfterValidator(no_repeats)
+]
 MlpTargets = Annotated[tuple[MlpProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
 ExpertTargets = Annotated[tuple[ExpertProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
 
@@ -132,7 +157,15 @@ class AdapterSection(Section):
     """The trainable part: LoRA on attention, experts and dense MLPs."""
 
     attention: AttentionTargets = Field(
-        default=ATTENTION_PROJECTIONS, description="attention projections that get LoRA"
+        default=ATTENTION_PROJECTIONS, description="attention projections that get LoRA, or all"
+    )
+    linear_attention: LinearAttentionTargets | None = Field(
+        default=None,
+        description="projections of linear attention that get LoRA, or all; null: the wide ones, if attention has it",
+    )
+    shared_expert: SharedExpertTargets | None = Field(
+        default=None,
+        description="projections of the shared expert that get LoRA, or all; null: all, where routed experts have it",
     )
     experts: ExpertTargets = Field(default=(), description="expert projections that get LoRA (MoE layers)")
     mlp: MlpTargets = Field(default=(), description="MLP projections that get LoRA (dense layers)")
@@ -150,7 +183,7 @@ class AdapterSection(Section):
 
     @model_validator(mode="after")
     def _some_target(self) -> AdapterSection:
-        if not (self.attention or self.experts or self.mlp):
+        if not (self.attention or self.experts or self.mlp or self.linear_attention or self.shared_expert):
             raise refusal(
                 "attention, experts and mlp are all empty: nothing would train",
                 f"name projections in at least one of them, such as attention: [{', '.join(ATTENTION_PROJECTIONS)}]",
@@ -169,9 +202,30 @@ class AdapterSection(Section):
 
     def parameters_outside(self, shape: ModelShape) -> int:
         """Parameters of the factors on attention and dense MLPs: rank * (in + out) per matrix."""
-        mlp = shape.mlp(shape.intermediate)
-        per_rank = shape.layers * sum(sum(shape.attention[name]) for name in self.attention)
+        mlp, shared = shape.mlp(shape.intermediate), shape.mlp(shape.shared_intermediate)
+        linear = shape.linear_attention
+        per_rank = shape.attention_layers * sum(sum(shape.attention[name]) for name in self.attention)
+        per_rank += len(shape.linear_layers) * sum(
+            sum(linear[name]) for name in self.linear_attention_of(linear) if name in linear
+        )
+        if shape.shared_intermediate:
+            per_rank += shape.moe_layers * sum(sum(shared[name]) for name in self.shared_expert_of(exists=True))
         return self.rank * (per_rank + shape.dense_layers * sum(sum(mlp[name]) for name in self.mlp))
+
+    def linear_attention_of(self, known: Iterable[str]) -> tuple[str, ...]:
+        """Projections of linear attention that are meant, of those that a model has; none without any."""
+        known = tuple(known)
+        if not known and self.linear_attention in (None, (ALL,)):
+            return ()
+        if self.linear_attention is None:
+            return tuple(name for name in known if name not in NARROW) if self.attention else ()
+        return known if self.linear_attention == (ALL,) else self.linear_attention
+
+    def shared_expert_of(self, *, exists: bool) -> tuple[str, ...]:
+        """Projections of the shared expert that are meant, in a model that has one or not."""
+        if self.shared_expert is None:
+            return MLP_PROJECTIONS if exists and self.experts else ()
+        return self.shared_expert
 
     @property
     def alpha_of_experts(self) -> float:

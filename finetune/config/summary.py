@@ -29,7 +29,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         counts = _counts(recipe, shape)
         facts |= {**counts, "memory_gib": _memory(recipe, shape, counts.get("trainable_parameters"))}
     facts |= {
-        "adapter": _adapter(recipe),
+        "adapter": _adapter(recipe, shape),
         **_experts(recipe),
         "data": {"train": _files(data.train), "eval": _files(data.eval), "eval_fraction": data.eval_fraction},
         "steps": train.steps,
@@ -93,13 +93,16 @@ def _trainable(recipe: Recipe, shape: ModelShape) -> int | None:
     return recipe.adapter.parameters_outside(shape) + shape.moe_layers * per_layer
 
 
-def _adapter(recipe: Recipe) -> dict[str, Any]:
+def _adapter(recipe: Recipe, shape: ModelShape | None) -> dict[str, Any]:
     adapter = recipe.adapter
-    facts: dict[str, Any] = {}
-    for name in ("attention", "mlp"):
-        if getattr(adapter, name):
-            facts[name] = list(getattr(adapter, name))
-    if adapter.attention or adapter.mlp:
+    targets: dict[str, Any] = {"attention": adapter.attention}
+    targets["linear_attention"] = adapter.linear_attention or ()
+    if shape is not None:
+        targets["linear_attention"] = adapter.linear_attention_of(shape.linear_attention)
+    targets["mlp"] = adapter.mlp
+    targets["shared_expert"] = adapter.shared_expert_of(exists=shape is not None and bool(shape.shared_intermediate))
+    facts: dict[str, Any] = {name: list(named) for name, named in targets.items() if named}
+    if facts:
         facts |= {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout}
     if adapter.experts:
         facts["experts"] = list(adapter.experts)
@@ -137,6 +140,10 @@ def _warnings(recipe: Recipe, shape: ModelShape | None) -> list[str]:
         warnings.append(f"{recipe.output.dir} exists: train needs --resume or --overwrite, or another output.dir")
     if kind_of(recipe.model.path) is None:
         warnings.append(f"{recipe.model.path} is not a folder here: train fetches it from the hub")
+    if recipe.model.rope_scaling is not None and shape is not None and shape.scaling is not None:
+        warnings.append(
+            f"model.rope_scaling takes the place of what config.json of {recipe.model.path} has: {shape.scaling}"
+        )
     implementation = recipe.model.attention_implementation
     if recipe.data.packing and recipe.train.batch_size > 1 and implementation in ("sdpa", "eager"):
         warnings.append(

@@ -15,7 +15,7 @@ from finetune.errors import Problem, UserError
 from finetune.export import gguf_lora, peft_files
 from finetune.export.factors import Factors
 from finetune.export.folder import Progress, Work, describe_job, write_folder
-from finetune.export.plan import plan_merge
+from finetune.export.plan import check_format, plan_merge
 from finetune.export.safetensors_file import plan_file
 from finetune.export.serving_note import NOTE, adapter_note
 from finetune.export.show import Shown, size_text, warnings
@@ -85,6 +85,7 @@ def export_adapter(
     started = time.perf_counter()
     output = Path(output).absolute()
     plan = plan_merge(adapter, base)
+    check_format(plan.shape, to, plan.base.path)
     if thinking is None:
         thinking = bool((plan.adapters[0].sidecar or {}).get("thinking"))
     factors = Factors.of(plan)

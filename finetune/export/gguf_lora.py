@@ -50,7 +50,7 @@ def plan_lora(factors: Factors, dtype: str) -> OutputFile:
         "adapter.lora.alpha": alpha,
         "general.name": factors.plan.adapters[0].path.name,
     }
-    return plan_gguf(FILE, _family(factors).gguf, settings, tensors)
+    return plan_gguf(FILE, _family(factors).gguf or "", settings, tensors)
 
 
 def _family(factors: Factors) -> Family:

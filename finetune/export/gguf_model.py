@@ -45,7 +45,7 @@ def plan_model(source: Checkpoint, kind: str, name: str) -> OutputFile:
             hint = "config.json and weights do not belong together"
             raise ModelError(Problem(f"{source.path}: {stacked}", "lacks some experts", hint, len(weights)))
         tensors.append(_tensor(source, shape, stacked, [weights[expert] for expert in sorted(weights)], kind))
-    return plan_gguf(FILE, family.gguf, partial(_add_settings, source, shape, kind, name), _in_order(tensors))
+    return plan_gguf(FILE, family.gguf or "", partial(_add_settings, source, shape, kind, name), _in_order(tensors))
 
 
 def _in_order(tensors: list[GgufTensor]) -> list[GgufTensor]:

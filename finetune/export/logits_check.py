@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from finetune.adapters.partial import attach_part
 from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_module, is_bank, layer_name
+from finetune.architecture.shape import shape_of
 from finetune.errors import ModelError, Problem, UserError
 from finetune.export.plan import MergePlan
 from finetune.models import fp8
-from finetune.models.checkpoint import Checkpoint
+from finetune.models.checkpoint import CONFIG, Checkpoint
 from finetune.models.streamed import StreamedModel
 from finetune.models.tensor_file import TORCH_DTYPES
 
@@ -178,7 +179,7 @@ def _tokens(merged: Checkpoint, prompts: Sequence[str] | None) -> tuple[list[str
         if prompts is not None:
             raise
         generator = torch.Generator().manual_seed(0)
-        vocabulary = int(merged.config["vocab_size"])
+        vocabulary = shape_of(merged.config, str(merged.path / CONFIG)).vocabulary
         drawn = [torch.randint(0, vocabulary, (24,), generator=generator) for _ in PROMPTS]
         return [f"24 random tokens, {number}" for number in range(1, len(drawn) + 1)], drawn
     texts = list(prompts or PROMPTS)

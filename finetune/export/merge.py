@@ -20,7 +20,7 @@ from finetune.export.base_weights import advice as advice_on_base
 from finetune.export.folder import CONFIG_DTYPES, Progress, Work, describe_job, side_contents, write_folder
 from finetune.export.plan import Adapters, MergePlan, plan_merge
 from finetune.export.retention import Retention, Tally, advice
-from finetune.export.shards import num_bytes, plan_files, stored_dtypes
+from finetune.export.shards import num_bytes, plan_files, reports_by_weight, stored_dtypes
 from finetune.export.show import Shown, size_text, table, warnings
 from finetune.models.checkpoint import CONFIG, INDEX
 
@@ -111,7 +111,7 @@ def merge(
     config = with_scaling((plan.base.path / CONFIG).read_bytes(), plan.rope_scaling)
     side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None, config) | _index(plan, stored)
     job = describe_job("merge", dtype, list(plan.shares), base_weights, folders=[plan.base.path, *plan.paths])
-    reported = write_folder(Work(output, plan.base, tuple(files), side, job, resume), progress)
+    reported = reports_by_weight(write_folder(Work(output, plan.base, tuple(files), side, job, resume), progress))
     return _report(plan, output, dtype, stored, reported, time.perf_counter() - started)
 
 
@@ -123,7 +123,8 @@ def _index(plan: MergePlan, stored: dict[str, str]) -> dict[str, bytes]:
     if all(base.tensors[name].dtype == dtype for name, dtype in stored.items()) and len(stored) == len(base.tensors):
         return {INDEX: (base.path / INDEX).read_bytes()}
     metadata = {**(base.index.get("metadata") or {}), "total_size": num_bytes(plan, stored)}
-    weight_map = {name: shard for name, shard in base.index["weight_map"].items() if name in stored}
+    held = {name for file in base.files.values() for name, each in file.stored.items() if each.parts[0] in stored}
+    weight_map = {name: shard for name, shard in base.index["weight_map"].items() if name in held}
     content = json.dumps({**base.index, "metadata": metadata, "weight_map": weight_map}, indent=2, ensure_ascii=False)
     return {INDEX: (content + "\n").encode()}
 

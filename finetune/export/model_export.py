@@ -21,7 +21,7 @@ from finetune.export.folder import (
     side_contents,
     write_folder,
 )
-from finetune.export.plan import check_model, refuse_packed
+from finetune.export.plan import check_format, check_model, refuse_packed
 from finetune.export.safetensors_file import MAX_SHARD_BYTES, plan_shards, split
 from finetune.export.serving_note import NOTE, model_note
 from finetune.export.stream import OutputFile
@@ -90,7 +90,9 @@ def export_model(
     output = Path(output).absolute()
     source = Checkpoint.open(find_checkpoint(model))
     refuse_packed(source, "export that model, or merge an adapter into it and export the result")
-    linears = check_model(source).linears()
+    shape = check_model(source)
+    check_format(shape, to, source.path)
+    linears = shape.linears()
     check_output(output, source)
     with ExitStack() as held:
         if to in _CALIBRATED:

@@ -21,6 +21,7 @@ from finetune.architecture.names import (
     expert_matrix,
     expert_module,
     in_attention,
+    in_layer,
     in_mlp,
     is_router,
 )
@@ -209,6 +210,7 @@ def _is_parameter(factors: Factors, module: str) -> bool:
 def _targets(factors: Factors, modules: list[str]) -> list[str]:
     """Last names, where every module of that name in the base is meant; full names otherwise."""
     named = [name.removesuffix(".weight") for name in factors.plan.base.weights if name.endswith("weight")]
+    named = [name for name in named if in_layer(name) or "." not in name]  # a tower beside the text model is not meant
     if not any(expert_matrix(module) for module in modules):
         named = [name for name in named if not expert_matrix(name)]
     targets: list[str] = []

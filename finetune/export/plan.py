@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.adapters.change import Change, add_up
 from finetune.adapters.files import AdapterFiles
 from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_matrix, kind_of
-from finetune.architecture.registry import find_family, unknown_family
+from finetune.architecture.registry import FAMILIES, find_family, unknown_family
 from finetune.architecture.shape import ModelShape, shape_of
 from finetune.config.packed_folder import PackedSettings
 from finetune.config.rope import RopeScaling, scaled
@@ -168,9 +168,20 @@ def check_model(base: Checkpoint) -> ModelShape:
     return shape
 
 
+def check_format(shape: ModelShape, to: str, where: Path) -> None:
+    """Raises UserError when we do not know how the runtime that a format is for lays out this family."""
+    family = FAMILIES[shape.model_type]
+    if family.exports is not None and to not in family.exports:
+        what = f"is of the family {family.title}, whose layout in {to} is not known here"
+        hint = (
+            f"use --to {' or '.join(family.exports)}, or merge: runtimes that know the family read merged checkpoints"
+        )
+        raise UserError(Problem(str(where), what, hint))
+
+
 def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
     problems: list[Problem] = []
-    tied = bool(base.config.get("tie_word_embeddings"))
+    tied = shape_of(base.config, str(base.path / CONFIG)).tied
     hint = f"the adapter is for another base than {base.path}; name the right one with --base"
     for name, pair in files.pairs.items():
         info = base.tensors.get(name)

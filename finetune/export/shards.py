@@ -22,11 +22,12 @@ from finetune.export.plan import MergePlan
 from finetune.export.retention import Tally
 from finetune.export.stream import OutputFile, Place
 from finetune.models import fp8
-from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, TensorFile, TensorInfo
+from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, Stored, TensorFile, TensorInfo
 
 PIECE_ELEMENTS = 3 * 2**17
 MEASURED = 2**16  # elements of a tensor that retention is measured on; all of them would take a third of the time
 COPY_BYTES = 2**20
+PARTS = "parts"
 _THREAD = threading.local()
 _FLOATS = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
 
@@ -59,14 +60,16 @@ def _stored(plan: MergePlan, name: str, dtype: str | None) -> str | None:
 
 def _plan_file(plan: MergePlan, shard: str, dtype: str | None) -> OutputFile:
     source = plan.base.files[shard]
-    ordered = sorted(source.tensors.items(), key=lambda item: item[1].offsets)
+    ordered = sorted(source.stored.items(), key=lambda item: item[1].info.offsets)
     tensors = []
-    for name, info in ordered:
-        kept = _stored(plan, name, dtype)
+    for name, stored in ordered:
+        kept = _stored(plan, stored.parts[0], dtype)
         if kept is not None:
-            fill = partial(_fill, plan, name, kept)
+            same_name = stored.parts == (name,)
+            fill = partial(_fill, plan, name, kept) if same_name else partial(_fill_parts, plan, stored, name, kept)
+            info = stored.info
             tensors.append(safetensors_file.Tensor(name, kept, info.shape, fill, info.num_bytes))
-    same = [(tensor.name, tensor.dtype) for tensor in tensors] == [(name, info.dtype) for name, info in ordered]
+    same = [(tensor.name, tensor.dtype) for tensor in tensors] == [(name, each.info.dtype) for name, each in ordered]
     return safetensors_file.plan_file(shard, tensors, source.metadata, _header_of(source) if same else None)
 
 
@@ -93,6 +96,43 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
             place.append(scales)
         return None
     return (_fill_blocks if kept == fp8.DTYPE else partial(_fill_merged, kept))(plan, name, factors, place).to_dict()
+
+
+def _fill_parts(plan: MergePlan, stored: Stored, name: str, kept: str, place: Place) -> dict[str, Any]:
+    """Writes a tensor whose matrices have other names in the plan; what each of them reports, under PARTS."""
+    if plan.base.tensors[stored.parts[0]].columns is None:
+        return {PARTS: {part: _fill(plan, part, kept, place) for part in stored.parts}}
+    reports: dict[str, Any] = {}
+    matrices = len(stored.parts) // stored.info.shape[0]
+    for first in range(0, len(stored.parts), matrices):
+        merged = [_merged(plan, part, kept, reports) for part in stored.parts[first : first + matrices]]
+        place.append(torch.cat(merged).T)
+    return {PARTS: reports}
+
+
+def _merged(plan: MergePlan, name: str, kept: str, reports: dict[str, Any]) -> Tensor:
+    """One matrix of a transposed stack as it is stored; its tally goes to `reports`."""
+    change = plan.read(name) if name in plan.kinds else None
+    reports[name] = None
+    if change is None and kept == plan.base.tensors[name].dtype and not plan.remakes(name):
+        return _finite(plan, name, plan.base.read(name))
+    base = plan.base.read_float(name)
+    if change is None:
+        return _finite(plan, name, base.to(TORCH_DTYPES[kept]))
+    everything = slice(None)
+    stored = _finite(plan, name, change.add_to_(base.clone(), everything).to(TORCH_DTYPES[kept]))
+    tally = Tally(tensors=1)
+    tally.add(stored.float().sub_(base), change.rows(everything))
+    reports[name] = tally.to_dict()
+    return stored
+
+
+def reports_by_weight(reported: dict[str, Any]) -> dict[str, Any]:
+    """What each weight reported, where some tensors hold several."""
+    found: dict[str, Any] = {}
+    for name, report in reported.items():
+        found |= report[PARTS] if report is not None and PARTS in report else {name: report}
+    return found
 
 
 def _fill_merged(kept: str, plan: MergePlan, name: str, factors: Change, place: Place) -> Tally:

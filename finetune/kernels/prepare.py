@@ -1,4 +1,4 @@
-"""Before the first step: the products of every expert layer of a model are chosen and checked."""
+"""Before the first step: the products of every expert layer of a model, and their tiles, are chosen and checked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from finetune.kernels.ops import Backend
+from finetune.kernels.tiles import Load
 
 
 @runtime_checkable
@@ -17,6 +18,9 @@ class RunsExperts(Protocol):
 
     def prepare_products(self) -> None:
         """Choose and check the products of its calls, see `ops.prepare`."""
+
+    def tune_products(self, load: Load) -> None:
+        """Choose and check the tiles of its calls in training, see `tiles.tune`."""
 
 
 def prepare_experts(model: nn.Module, backend: Backend | None = None) -> None:
@@ -32,3 +36,10 @@ def prepare_experts(model: nn.Module, backend: Backend | None = None) -> None:
             if backend is not None:
                 module.backend = backend
             module.prepare_products()
+
+
+def tune_experts(model: nn.Module, load: Load) -> None:
+    """Choose the tiles of all our expert layers for a run, after `prepare_experts`; nothing but on a CUDA device."""
+    for module in model.modules():
+        if isinstance(module, RunsExperts):
+            module.tune_products(load)

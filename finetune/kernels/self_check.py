@@ -8,7 +8,8 @@ a backward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from finetune.kernels import device_op, reference
 from finetune.kernels.blocks import make_room_
 from finetune.kernels.layer import ExpertLayer, Factors
 from finetune.kernels.once import once_apart
+from finetune.kernels.triton.shapes import Shapes, forced
 
 NAMES = ("output", "gradient of x", "gradient of the routing weights", *(["gradient of a factor"] * 4))
 NUM_EXPERTS, NUM_TOKENS = 4, 160
@@ -28,7 +30,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """What decides the strides: widths, ranks (0 for no factors), room around the banks, and where it runs."""
+    """What decides the strides: widths, ranks (0 for no factors), room around the banks, and where it runs.
+
+    tiles: of Triton's products; those that a call would take when None.
+    """
 
     products: str
     device: torch.device
@@ -38,6 +43,8 @@ class Case:
     gate_up_rank: int
     down_rank: int
     room: int
+    tokens: int = field(default=NUM_TOKENS, kw_only=True)
+    tiles: Shapes | None = field(default=None, kw_only=True)
 
 
 @once_apart
@@ -75,11 +82,12 @@ def _compare(case: Case) -> str | None:
 
     loras = factors(case.gate_up_rank, hidden, 2 * intermediate), factors(case.down_rank, intermediate, hidden)
     layer = ExpertLayer(gate_up, down, *loras)
-    x_TH, d_out_TH = normal(NUM_TOKENS, hidden).requires_grad_(), normal(NUM_TOKENS, hidden)
-    index_TK = torch.arange(NUM_TOKENS, device=case.device)[:, None] % 3 + torch.tensor([0, 1], device=case.device)
+    x_TH, d_out_TH = normal(case.tokens, hidden).requires_grad_(), normal(case.tokens, hidden)
+    index_TK = torch.arange(case.tokens, device=case.device)[:, None] % 3 + torch.tensor([0, 1], device=case.device)
     index_TK = torch.where(index_TK == 3, 0, index_TK)  # no token for the last expert
-    weights_TK = normal(NUM_TOKENS, 2).requires_grad_()
-    got = device_op.with_gradients(x_TH, index_TK, weights_TK, layer, d_out_TH, case.products)
+    weights_TK = normal(case.tokens, 2).requires_grad_()
+    with nullcontext() if case.tiles is None else forced(case.tiles):
+        got = device_op.with_gradients(x_TH, index_TK, weights_TK, layer, d_out_TH, case.products)
     want = _reference(x_TH, index_TK, weights_TK, layer, d_out_TH)
     for name, a, b in zip(NAMES, got, want, strict=True):
         if a is None or b is None:

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.architecture.registry import find_family
 from finetune.config.packed_folder import PackedSettings
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
 from finetune.models.files import DuplicateKeyError, no_duplicates, safe_child
+from finetune.models.hub_names import as_live
 from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
 
 CONFIG = "config.json"
@@ -27,7 +29,8 @@ _COMPLETE = "download or copy the checkpoint again, all of it"
 class Checkpoint:
     """A checkpoint in the hub's layout.
 
-    config: config.json.  tensors: every tensor by name, shard by shard in header order.  shards: file names in
+    config: config.json.  tensors: every tensor by the name it has in the live text model, see `hub_names`, shard by
+    shard in header order.  shards: file names in
     order of first use.  side_files: what belongs to the model besides weights and index (tokenizer, template,
     licence ...); pickles and subfolders are not among them.  fp8_block: size of a block where weights are FP8.
     """
@@ -53,6 +56,9 @@ class Checkpoint:
         files = _open_shards(path, names)
         if index:
             _check_index(path, index["weight_map"], files)
+        family = find_family(config)
+        if family is not None and PackedSettings.of(config, str(path / CONFIG)) is None:
+            files = {shard: as_live(file, family.hub) for shard, file in files.items()}
         tensors = {name: info for shard in names for name, info in files[shard].tensors.items()}
         block = None
         if any(info.dtype == fp8.DTYPE for info in tensors.values()):
@@ -130,7 +136,9 @@ def base_fingerprint(checkpoint: Checkpoint) -> str:
     if packed is not None:
         return packed.fingerprint
     digest = hashlib.sha256()
-    essential = {key: checkpoint.config.get(key) for key in _ESSENTIAL}
+    family = find_family(checkpoint.config)
+    config = checkpoint.config if family is None else family.text_config(checkpoint.config)
+    essential = {key: config.get(key) for key in _ESSENTIAL}
     digest.update(json.dumps(essential, sort_keys=True).encode())
     names = sorted(checkpoint.tensors)
     for name in names:

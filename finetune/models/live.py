@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finetune.architecture.names import MLP, is_bank, is_router, layer_index, linear_suffixes
+from finetune.architecture.names import (
+    ATTENTION,
+    LINEAR_ATTENTION,
+    MLP,
+    is_bank,
+    is_router,
+    layer_index,
+    linear_suffixes,
+)
 from finetune.architecture.registry import FAMILIES
+from finetune.errors import ModelError, Problem
 
 
 def bank_classes() -> tuple[type[nn.Module], ...]:
@@ -24,8 +33,13 @@ def router_classes() -> tuple[type[nn.Module], ...]:
 
 
 def _classes(kind: str) -> tuple[type[nn.Module], ...]:
-    lives = [family.live for family in FAMILIES.values() if family.live is not None]
-    return tuple(getattr(import_module(live.module), getattr(live, kind)) for live in lives)
+    """Those whose modules are imported, as they are wherever a model was built; the others cannot be in any."""
+    return tuple(
+        getattr(sys.modules[live.module], getattr(live, kind)) for live in _LIVES if live.module in sys.modules
+    )
+
+
+_LIVES = tuple(family.live for family in FAMILIES.values() if family.live is not None)
 
 
 class PackedBank(nn.Module):
@@ -67,14 +81,43 @@ def router_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 def route(router: Any, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `router` makes of other logits than its own: logits (T, E), routing weights (T, K), expert ids (T, K)."""
+    live = next(live for live in _LIVES if live.router == type(router).__name__)
     probabilities_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     weights_TK, index_TK = torch.topk(probabilities_TE, router.top_k, dim=-1)
-    if router.norm_topk_prob:
+    if router.norm_topk_prob if live.normalizes is None else live.normalizes:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-    return logits_TE, weights_TK.to(logits_TE.dtype), index_TK
+    return logits_TE, weights_TK if live.float32_weights else weights_TK.to(logits_TE.dtype), index_TK
 
 
-def projection_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers called `targets` in attention and dense MLPs, in model order; never experts."""
-    suffixes = linear_suffixes(targets)
+def projection_names(model: nn.Module, targets: Sequence[str], parents: Sequence[str] = (ATTENTION, MLP)) -> list[str]:
+    """Names of the linear layers called `targets` in the modules `parents`, in model order; never routed experts."""
+    suffixes = linear_suffixes(targets, parents)
     return [name for name, _ in model.named_modules() if name.endswith(suffixes)] if suffixes else []
+
+
+def num_experts(model: nn.Module) -> int:
+    """Experts of each layer that has any; 0 in a dense model."""
+    sizes = {bank.down_proj.shape[0] for bank in _banks(model)}
+    return sizes.pop() if sizes else 0
+
+
+def expert_width(model: nn.Module) -> int:
+    """The experts' inner width; 0 in a dense model."""
+    widths = {bank.down_proj.shape[2] for bank in _banks(model)}
+    return widths.pop() if widths else 0
+
+
+def _banks(model: nn.Module) -> list[Any]:
+    return list(expert_modules(model).values())
+
+
+def has_linear_attention(model: nn.Module) -> bool:
+    """Whether some layer carries a state from token to token, which packed rows would leak through."""
+    return any(name.endswith(f".{LINEAR_ATTENTION}") for name, _ in model.named_modules())
+
+
+def refuse_packed_rows(model: nn.Module) -> None:
+    """Raises ModelError for a model that would let rows of a packed block see one another."""
+    if has_linear_attention(model):
+        what = "is true, but the model has linear attention, whose state would leak from row to row of a block"
+        raise ModelError(Problem("data.packing", what, "write data.packing: false"))

@@ -12,7 +12,7 @@ import torch
 
 from finetune.architecture.names import EXPERTS
 from finetune.architecture.registry import find_family, is_moe, unknown_family
-from finetune.config.rope import RopeScaling
+from finetune.config.rope import RopeScaling, rescaled
 from finetune.errors import ModelError, Problem
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
@@ -69,7 +69,7 @@ def load_model(
 def scale_positions_(config: Any, scaling: RopeScaling | None) -> None:
     """A config of transformers before a model is built from it; left alone when None."""
     if scaling is not None:
-        config.rope_parameters = {**config.rope_parameters, **scaling}
+        config.rope_parameters = rescaled(config.rope_parameters, scaling)
 
 
 def _leave_files_(model: PreTrainedModel) -> None:
@@ -114,7 +114,9 @@ _TOKENIZER_HINT = "copy tokenizer.json, tokenizer_config.json and chat_template.
 def stored_dtype(path: str | Path, *, revision: str | None = None) -> torch.dtype:
     """The type a checkpoint says its weights are stored in; float32 when it does not say."""
     config = read_config(path, revision)
-    name = config.get("dtype") or config.get("torch_dtype")
+    family = find_family(config)
+    inner = config if family is None else family.text_config(config)
+    name = next((told for each in (config, inner) for key in ("dtype", "torch_dtype") if (told := each.get(key))), None)
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 

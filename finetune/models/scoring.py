@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 IGNORED = -100
 
@@ -119,3 +120,12 @@ def _predict(lm_head: nn.Module, hidden_NH: Tensor, target_N: Tensor, chunk: int
         nll.append(nn.functional.cross_entropy(logits, target, reduction="none"))
         right.append(logits.argmax(-1) == target)
     return torch.cat(nll), torch.cat(right)
+
+
+def head_operands(hidden_NH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the type that a linear layer would multiply in, the head whole."""
+    if isinstance(head_VH, DTensor):
+        head_VH = head_VH.full_tensor()
+    device = hidden_NH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_VH.dtype
+    return hidden_NH.to(dtype), head_VH.to(dtype)

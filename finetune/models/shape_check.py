@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetune.architecture.names import EMBEDDING, LAYERS
+from finetune.architecture.names import EMBEDDING, in_layer, is_matrix
 from finetune.architecture.shape import ModelShape
 from finetune.errors import ModelError, Problem
 from finetune.models.tensor_file import TensorInfo
@@ -15,7 +15,7 @@ _MOST_PROBLEMS = 8
 
 def check_shapes(shape: ModelShape, tensors: Mapping[str, TensorInfo], path: str) -> None:
     """Raises ModelError unless every matrix in attention, MLPs and experts, and the embedding, has its shape."""
-    found = [name for name in tensors if name.startswith(f"{LAYERS}.") and name.endswith("_proj.weight")]
+    found = [name for name in tensors if in_layer(name) and is_matrix(name.removesuffix(".weight"))]
     if len(found) != shape.num_linears:
         what = f"config.json calls for {shape.num_linears:,} matrices in attention, MLPs and experts"
         raise ModelError(Problem(path, what, _HINT, len(found)))

@@ -38,7 +38,7 @@ def skeleton(
     with as_model_error(folder), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     inner: Any = model.model
-    inner.rotary_emb = type(inner.rotary_emb)(config=config)  # computed from the config, and not among the weights
+    inner.rotary_emb = type(inner.rotary_emb)(config=inner.config)  # computed, and not among the weights
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if is_moe(config):

@@ -37,12 +37,16 @@ _REDOWNLOAD = "the file is damaged: copy or download it again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: file name, safetensors dtype ("BF16"), shape, [start, end) in the file's data bytes."""
+    """Where a tensor lies: file name, safetensors dtype ("BF16"), shape, [start, end) in the file's data bytes.
+
+    columns: of a matrix (out, in) that is stored as those columns of one (in, all columns).
+    """
 
     shard: str
     dtype: str
     shape: tuple[int, ...]
     offsets: tuple[int, int]
+    columns: tuple[int, int] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -56,14 +60,33 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A tensor as the header has it. parts: what it is called, or holds, in `TensorFile.tensors`, in order of bytes."""
+
+    info: TensorInfo
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TensorFile:
-    """An opened safetensors file. `tensors` is in the header's order; `data_start` is the header's end in bytes."""
+    """An opened safetensors file. `tensors` is in the header's order; `data_start` is the header's end in bytes.
+
+    renamed: what the header has instead of `tensors`, by its own names; None where that is the same.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     data_start: int
     error: type[UserError]
+    renamed: dict[str, Stored] | None = None
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """Every tensor of the header by its name there."""
+        if self.renamed is not None:
+            return self.renamed
+        return {name: Stored(info, (name,)) for name, info in self.tensors.items()}
 
     @classmethod
     def open(cls, path: Path, *, error: type[UserError] = ModelError) -> TensorFile:
@@ -107,6 +130,8 @@ class TensorFile:
         info = self.tensors[name]
         if info.dtype not in TORCH_DTYPES:
             raise self.error(Problem(f"{self.path}: {name}", "has a dtype torch cannot hold", _REDOWNLOAD, info.dtype))
+        if info.columns is not None:
+            return self._read_columns(info, rows)
         shape, start, stop = info.shape, *info.offsets
         if rows is not None:
             row_bytes = info.num_bytes // max(shape[0], 1)
@@ -117,6 +142,14 @@ class TensorFile:
         if stop > start:
             self.read_into(raw.numpy().data, start)
         return raw.view(TORCH_DTYPES[info.dtype]).view(shape)
+
+    def _read_columns(self, info: TensorInfo, rows: slice | None) -> Tensor:
+        """Rows of a matrix that is stored as columns of another."""
+        assert info.columns is not None
+        raw = torch.empty(info.num_bytes, dtype=torch.uint8)
+        self.read_into(raw.numpy().data, info.offsets[0])
+        stored = raw.view(TORCH_DTYPES[info.dtype]).view(info.shape[1], -1)
+        return stored[:, slice(*info.columns)].T[rows or slice(None)].contiguous()
 
 
 def _read_header(file: BinaryIO, size: int, path: Path, error: type[UserError]) -> tuple[dict[str, Any], int]:

@@ -13,6 +13,7 @@ from finetune.config.packed_folder import CODES, packed_fields
 from finetune.kernels.layer import new_handle
 from finetune.kernels.ops import Backend, ExpertLayer, expert_mlp, prepare
 from finetune.kernels.support import decodes_on
+from finetune.kernels.tiles import Load, tune
 from finetune.models import fp8
 from finetune.models.live import PackedBank
 from finetune.models.tensor_file import TORCH_DTYPES
@@ -204,6 +205,10 @@ class PackedExperts(PackedBank):
     def prepare_products(self) -> None:
         """Choose and check the products of forward before it is called."""
         prepare(ExpertLayer(self.gate_up_proj, self.down_proj), self.backend)
+
+    def tune_products(self, load: Load) -> None:
+        """Choose and check the tiles of forward for a run."""
+        tune(ExpertLayer(self.gate_up_proj, self.down_proj), load, self.backend)
 
 
 def count_weights(model: nn.Module) -> int:

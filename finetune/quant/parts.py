@@ -21,7 +21,7 @@ from finetune.architecture.names import (
     expert_module,
     in_layer,
     is_bank,
-    is_linear,
+    is_packable,
 )
 from finetune.config.packed_folder import CODES
 from finetune.config.schema import QuantizeSection
@@ -47,18 +47,14 @@ class Part:
 
     name: as the live model has it. shape: of the weights.
     sources: hub tensors it is made of; for experts those of each expert, one above the other.
-    packed: whether it is quantized.
+    packed: whether it is quantized. is_stack: whether it is a projection of all experts.
     """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[tuple[str, ...], ...]
     packed: bool
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether it is a projection of all experts."""
-        return len(self.shape) == 3
+    is_stack: bool = False
 
     @property
     def matrices(self) -> int:
@@ -75,9 +71,9 @@ def plan_parts(shapes: Mapping[str, tuple[int, ...]], section: QuantizeSection, 
         module, _, projection = name.rpartition(".")
         if is_bank(module):
             sources = tuple(_sources(module, expert, projection) for expert in range(shape[0]))
-            parts.append(Part(name, shape, sources, section.packs_experts))
+            parts.append(Part(name, shape, sources, section.packs_experts, is_stack=True))
         else:
-            packed = section.packs_attention and projection == "weight" and is_linear(module)
+            packed = section.packs_attention and projection == "weight" and is_packable(module)
             parts.append(Part(name, shape, ((name,),), packed))
     return parts
 
@@ -87,7 +83,7 @@ def packed_sources(name: str, section: QuantizeSection) -> tuple[str, ...]:
     module = name.removesuffix(".weight")
     if (found := expert_matrix(module)) is not None:
         return _sources(found.bank, found.expert, found.projection) if section.packs_experts else ()
-    return (name,) if section.packs_attention and is_linear(module) else ()
+    return (name,) if section.packs_attention and is_packable(module) else ()
 
 
 def _sources(bank: str, expert: int, projection: str) -> tuple[str, ...]:
@@ -105,8 +101,7 @@ def check_parts(checkpoint: Checkpoint, parts: list[Part]) -> None:
     """Raises ModelError for tensors that are missing, misshapen, of a wrong type, or left over in a layer."""
     problems, used = [], set()
     for part in parts:
-        rows = part.shape[-2] // part.matrices if len(part.shape) > 1 else 0
-        expected = (rows, part.shape[-1]) if rows else part.shape
+        expected = (part.shape[1] // part.matrices, part.shape[2]) if part.is_stack else part.shape
         for source in (source for row in part.sources for source in row):
             used.add(source)
             where, info = f"{checkpoint.path}: {source}", checkpoint.tensors.get(source)

@@ -1,10 +1,14 @@
-"""Progress of runs, reads and writes: a live line in a terminal, HTML in a notebook, silence in a pipe."""
+"""Progress of runs, reads and writes: a live line in a terminal, HTML in a notebook, silence in a pipe.
+
+A wait that nothing counts is told in a pipe too, once it takes long.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from html import escape
 from typing import Any, Protocol
 
@@ -17,10 +21,13 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 TEXT = TextColumn("{task.fields[text]}")
+PATIENCE_S = 2.0
+"""A wait that takes longer is told where no live line shows it."""
 
 
 class Bar(Protocol):
@@ -38,27 +45,44 @@ class TrainingProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._bar: Bar = _Silence()
+        self._bar: Bar | None = None
+        self._first_step = ExitStack()
         self._total: int | None = None
         self._seen: dict[str, Any] = {}
 
-    def start(self, total_steps: int) -> None:
-        """Draw the bar."""
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """See `waiting`."""
+        return waiting(self._console, what)
+
+    def start(self, total_steps: int, first: str = "") -> None:
+        """Draw the bar, behind the first step where that does something else beside training, which `first` says."""
         self._total = total_steps
+        if first:
+            self._first_step.enter_context(waiting(self._console, first))
+        else:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._first_step.close()  # a terminal has one live line
         columns = TextColumn("training"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TEXT
         self._bar = _bar(self._console, *columns)
-        self._bar.update(0, total_steps, "")
+        self._bar.update(0, self._total, "")
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._bar.close()
+        self._first_step.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Show one row of metrics.jsonl."""
         for warning in row.get("warnings", ()):
             self._console.print(f"warning: step {row['step']}: {warning}", style="yellow", soft_wrap=True)
         self._seen |= row
-        self._bar.update(row["step"], self._total, describe(self._seen))
+        if self._bar is None and "seconds_to_first_step" in row:
+            self._draw()
+        if self._bar is not None:
+            self._bar.update(row["step"], self._total, describe(self._seen))
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -73,6 +97,22 @@ def describe(row: dict[str, Any]) -> str:
     if "eval_loss" in row:
         parts.append(f"eval {row['eval_loss']:.4f} (exact {100 * row['eval_exact_match']:.1f} %)")
     return " · ".join(parts)
+
+
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """A line with the seconds that `what` takes; in a pipe a plain one, unless it is over soon."""
+    bar = _bar(console, SpinnerColumn(), TEXT, TimeElapsedColumn(), transient=True)
+    bar.update(0, None, what)
+    late = threading.Timer(PATIENCE_S, lambda: console.print(what, highlight=False))
+    late.daemon = True
+    if isinstance(bar, _Silence) and not console.quiet:
+        late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
+        bar.close()
 
 
 @contextmanager

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from finetune.errors import Problem, RoutingError
+from finetune.kernels.log_probs import log_probs
 from finetune.models.attention import layout_of
-from finetune.models.live import expert_layers
-from finetune.models.scoring import IGNORED
+from finetune.models.live import expert_layers, has_linear_attention
+from finetune.models.scoring import IGNORED, head_operands
 from finetune.routing.profile import RoutingProfile
 
 BLOCK_TOKENS = 2048
@@ -70,6 +70,8 @@ def profile_routing(
         raise RoutingError(Problem("model", "has no experts", hint))
     if not len(rows):
         raise RoutingError(Problem("sample", "has no rows", "give at least one row"))
+    if has_linear_attention(model):
+        block_tokens = 0  # each row by itself: its state would go on into the next
     tally = _Tally(model, layers, measure)
     with tally.listening(), _evaluating(model), torch.set_grad_enabled(measure.gradient):
         for done, block in _blocks(rows, block_tokens):
@@ -102,9 +104,9 @@ class Block:
     lengths: tuple[int, ...]
 
     def layout(self, device: torch.device) -> dict[str, Any]:
-        """Arguments of a model that tell where rows begin and end."""
-        layout = layout_of(self.lengths).items()
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in layout}
+        """Arguments of a model that tell where rows begin and end; none for one row, which any model takes."""
+        layout = layout_of(self.lengths) if len(self.lengths) > 1 else {}
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in layout.items()}
 
 
 def _blocks(rows: Sequence[Row], block_tokens: int) -> Iterator[tuple[int, Block]]:
@@ -239,18 +241,13 @@ def _output_norms(experts: nn.Module, x_TH: Tensor, index_TK: Tensor, chunk: int
     return torch.cat(norms)
 
 
-def _loss(lm_head: nn.Module, hidden_TH: Tensor, labels_T: Tensor, positions_T: Tensor, chunk: int = 512) -> Tensor:
+def _loss(lm_head: Any, hidden_TH: Tensor, labels_T: Tensor, positions_T: Tensor) -> Tensor:
     """Summed negative log-likelihood of the loss tokens, each predicted from the token before it in its row."""
     target_T = labels_T[1:].clone()
     target_T[positions_T[1:] == 0] = IGNORED
     chosen = target_T != IGNORED
-
-    def part(hidden: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(lm_head(hidden).float(), target, reduction="sum")
-
-    pieces = zip(hidden_TH[:-1][chosen].split(chunk), target_T[chosen].split(chunk), strict=True)
-    losses = [checkpoint(part, hidden, target, use_reentrant=False) for hidden, target in pieces]
-    return torch.stack(losses).sum() if losses else hidden_TH.sum() * 0
+    hidden_NH, head_VH = head_operands(hidden_TH[:-1][chosen], lm_head.weight)
+    return -log_probs(hidden_NH, head_VH, target_T[chosen])[0].sum()
 
 
 @contextmanager

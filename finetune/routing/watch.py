@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.models.live import expert_layers
+from finetune.models.live import expert_layers, has_linear_attention
 from finetune.routing.collect import Row, join_rows
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import Concentration, Counts, Sums, load_share
@@ -101,30 +101,33 @@ class Probe:
 
     def __init__(self, decoder: nn.Module, rows: Sequence[Row], num_experts: int) -> None:
         self._decoder = decoder
-        self._block = join_rows(rows, range(len(rows)))
+        whole = [range(len(rows))]  # linear attention would carry its state from row to row
+        groups = [[row] for row in range(len(rows))] if has_linear_attention(decoder) else whole
+        self._blocks = [join_rows(rows, group) for group in groups]
         self._num_experts = num_experts
 
     @torch.no_grad()
     def choices(self) -> list[Tensor]:
         """The experts (T, K) of every token in each layer, on the CPU; with dropout off, in whatever mode it was."""
-        found: list[Tensor] = []
         decoder: Any = self._decoder
         layers = expert_layers(decoder)
+        found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         handles = [
-            module.register_forward_pre_hook(lambda module, args: found.append(args[1].cpu()))
-            for module in layers.values()
+            module.register_forward_pre_hook(lambda module, args, layer=layer: found[layer].append(args[1].cpu()))
+            for layer, module in layers.items()
         ]
         device, training = next(decoder.parameters()).device, decoder.training
         decoder.eval()
         try:
-            ids_1T = self._block.ids_T.to(device)[None]
-            with torch.compiler.set_stance("force_eager"):  # hooks like these are none of a compiled layer's business
-                decoder(input_ids=ids_1T, **self._block.layout(device), use_cache=False)
+            for block in self._blocks:
+                ids_1T = block.ids_T.to(device)[None]
+                with torch.compiler.set_stance("force_eager"):  # hooks like these are not a compiled layer's business
+                    decoder(input_ids=ids_1T, **block.layout(device), use_cache=False)
         finally:
             decoder.train(training)
             for handle in handles:
                 handle.remove()
-        return found
+        return [torch.cat(choices) for choices in found.values()]
 
     def load(self, choices: list[Tensor]) -> Counts:
         """How often each expert was chosen, (L, E)."""

@@ -48,18 +48,31 @@ class Metrics(TrainerCallback):
 
     A row holds step, loss, learning_rate, grad_norm, tokens (input tokens so far), tokens_per_second and
     elapsed_s (of this process), peak_memory_gib, eval_loss and eval_exact_match where they were measured, and
-    router_aux_loss, router_z_loss and router_kl_to_base (without weights) where they are part of the loss.
+    router_aux_loss, router_z_loss and router_kl_to_base (without weights) where they are part of the loss. The first
+    row of a process has seconds_to_first_step: from the loaded model to the end of the step, with all that is compiled
+    or chosen before and in it.
     """
 
-    def __init__(self, folder: RunFolder, listener: Callable[[Row], None]) -> None:
+    def __init__(self, folder: RunFolder, listener: Callable[[Row], None], began_s: float | None = None) -> None:
+        """began_s: by `time.perf_counter`, when the work before the first step began; as training begins when None."""
         self._folder = folder
         self._listener = listener
+        self._began_s = began_s
+        self._first: Row | None = None
         self._start_s = 0.0
         self._start_tokens: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._start_s = time.perf_counter()
+        self._began_s = self._start_s if self._began_s is None else self._began_s
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when the first step was over; it reads gradients to the host, so the device has done most of it."""
+        if self._first is None and self._began_s is not None:
+            self._first = {"seconds_to_first_step": round(time.perf_counter() - self._began_s, 3)}
+            if is_main_process():
+                self._listener({"step": state.global_step, **self._first})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Row | None = None, **kwargs: Any) -> None:
         """Turn the trainer's log into one row."""
@@ -80,10 +93,15 @@ class Metrics(TrainerCallback):
                 "tokens": int(tokens),
                 "tokens_per_second": round(tokens / elapsed_s, 1),
                 "elapsed_s": round(elapsed_s, 3),
+                **self._take_first(),
                 "peak_memory_gib": round(peak_memory_gib(), 3),
                 **{name: value for name, value in logs.items() if name.startswith("router_")},
             }
         )
+
+    def _take_first(self) -> Row:
+        first, self._first = self._first or {}, {}
+        return first
 
     def write(self, row: Row) -> None:
         """Append one row and flush it; of several processes the main one writes."""

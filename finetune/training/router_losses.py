@@ -3,27 +3,33 @@
 Means over tokens add up over micro-batches. The load-balance loss also needs each expert's share of the whole batch
 before the first backward, so with several micro-batches or processes the batch is read once more without gradients
 to count it. However a batch is cut up, loss and gradient are the same but for rounding.
+
+Of a layer in between, a reading without gradients keeps its counts alone. A loss with gradients needs the logits of all
+layers at once, in the type they were multiplied in, and those of the base for `kl_to_base`: in 16 bit 256 bytes a
+token and layer for 128 experts, each. What is computed from them lives for one tile of one layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.config.schema import RouterSection
 from finetune.errors import Problem, RoutingError
 from finetune.models.attention import LAYOUT
 from finetune.models.live import router_layers
-from finetune.routing.losses import balance_loss, kl_to_base, z_loss
+from finetune.routing.losses import balance_loss, by_tiles, kl_to_base, tokens_of_experts, z_loss
 
 Batch = dict[str, Any]
+LOSSES = ("aux_loss", "z_loss", "kl_to_base")
 
 
 @dataclass(frozen=True)
@@ -54,15 +60,8 @@ class RouterLosses:
     def listening(self) -> Iterator[list[Tensor]]:
         """Collects the logits (T, E) of every layer of the forward pass inside."""
         found: list[Tensor] = []
-        handles = [
-            router.register_forward_hook(lambda module, args, output: found.append(output[0]))
-            for router in self._routers.values()
-        ]
-        try:
+        with self._telling(found.append):
             yield found
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def whole(self, batches: Sequence[Batch]) -> Whole:
         """What the micro-batches of one optimizer step on this process, and those of the others, make together."""
@@ -71,7 +70,7 @@ class RouterLosses:
         alone = len(batches) == 1 and self._accelerator.num_processes == 1
         if not self._section.aux_loss or alone:
             return Whole(num_tokens)
-        tokens = [self._choices(self._read(batch), batch) for batch in batches]
+        tokens = [torch.stack(self._read(batch, partial(self._tokens, batch))) for batch in batches]
         return Whole(num_tokens, self._sum(torch.stack(tokens).sum(0)))
 
     def base_logits(self, batch: Batch) -> list[Tensor]:
@@ -79,72 +78,95 @@ class RouterLosses:
         if not self._section.kl_to_base:
             return []
         with self._model.disable_adapter():
-            return self._read(batch)
+            return self._read(batch, lambda logits_TE: logits_TE)
 
     def parts(self, logits: list[Tensor], base: list[Tensor], batch: Batch, whole: Whole) -> dict[str, Tensor]:
         """What a micro-batch adds to each loss, without weights."""
         real_T = _real_tokens(batch)
-        tokens_LE = self._choices(logits, batch) if whole.tokens_LE is None else whole.tokens_LE
-        found: dict[str, list[Tensor]] = {}
+        names = [name for name in LOSSES if getattr(self._section, name)]
+        found: list[Tensor] = []
         for layer, logits_TE in enumerate(logits):
+            tokens_E = None
             if self._section.aux_loss:
-                loss = balance_loss(logits_TE, tokens_LE[layer], whole.num_tokens, real_T)
-                found.setdefault("aux_loss", []).append(loss)
-            if self._section.z_loss:
-                found.setdefault("z_loss", []).append(z_loss(logits_TE, whole.num_tokens, real_T))
-            if self._section.kl_to_base:
-                loss = kl_to_base(logits_TE, base[layer], whole.num_tokens, real_T)
-                found.setdefault("kl_to_base", []).append(loss)
-        return {name: torch.stack(values).mean() for name, values in found.items()}
+                tokens_E = self._tokens(batch, logits_TE) if whole.tokens_LE is None else whole.tokens_LE[layer]
+            losses = partial(_losses, names, whole.num_tokens, tokens_E)
+            found.append(by_tiles(losses, logits_TE, base[layer] if base else None, real_T))
+        return dict(zip(names, torch.stack(found).mean(0).unbind(), strict=True))
 
     def weighted(self, parts: dict[str, Tensor]) -> Tensor:
         """The sum of the losses times their weights."""
         return torch.stack([getattr(self._section, name) * value for name, value in parts.items()]).sum()
 
     @torch.no_grad()
-    def _read(self, batch: Batch) -> list[Tensor]:
-        """Logits of a forward pass without gradients and dropout."""
+    def _read(self, batch: Batch, keep: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """What `keep` makes of each layer's logits in a forward pass without gradients and dropout."""
         inputs = {
             name: batch[name].to(self._accelerator.device) if isinstance(batch[name], Tensor) else batch[name]
             for name in ("input_ids", "attention_mask", *LAYOUT)
             if name in batch
         }
+        kept: list[Tensor] = []
         training = self._decoder.training
         self._decoder.eval()
         try:
-            with self._accelerator.autocast(), self.listening() as logits, torch.compiler.set_stance("force_eager"):
+            listening = self._telling(lambda logits_TE: kept.append(keep(logits_TE)))
+            with self._accelerator.autocast(), listening, torch.compiler.set_stance("force_eager"):
                 self._decoder(**inputs, use_cache=False)
         finally:
             self._decoder.train(training)
-        return logits
+        return kept
 
-    def _choices(self, logits: list[Tensor], batch: Batch) -> Tensor:
-        """Tokens of each expert in each layer, (L, E)."""
-        real_T = _real_tokens(batch)
-        counts = []
-        for logits_TE in logits:
-            index_TK = logits_TE.detach().float().softmax(-1).topk(self._top_k).indices
-            ones_TK = torch.ones_like(index_TK) if real_T is None else real_T[:, None].expand_as(index_TK)
-            counts_E = index_TK.new_zeros(logits_TE.shape[1])
-            counts.append(counts_E.index_add_(0, index_TK.reshape(-1), ones_TK.reshape(-1)))
-        return torch.stack(counts)
+    @contextmanager
+    def _telling(self, told: Callable[[Tensor], object]) -> Iterator[None]:
+        """Every router tells its logits (T, E), layer after layer."""
+
+        def tell(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            told(output[0])
+
+        handles = [router.register_forward_hook(tell) for router in self._routers.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _tokens(self, batch: Batch, logits_TE: Tensor) -> Tensor:
+        """Tokens of each expert of a layer, (E,)."""
+        return tokens_of_experts(logits_TE, self._top_k, _real_tokens(batch, logits_TE.device))
 
     def _sum(self, values: Tensor) -> Tensor:
         total: Tensor = self._accelerator.reduce(values, "sum")
         return total
 
 
-def _real_tokens(batch: Batch) -> Tensor | None:
+def _losses(
+    names: Sequence[str],
+    num_tokens: Tensor,
+    tokens_E: Any,
+    logits_TE: Tensor,
+    base_TE: Any,
+    real_T: Tensor | None,
+) -> Tensor:
+    """What tokens of a layer add to the losses called `names`; tokens_E and base_TE are None where none needs them."""
+    found = {
+        "aux_loss": lambda: balance_loss(logits_TE, tokens_E, num_tokens, real_T),
+        "z_loss": lambda: z_loss(logits_TE, num_tokens, real_T),
+        "kl_to_base": lambda: kl_to_base(logits_TE, base_TE, num_tokens, real_T),
+    }
+    return torch.stack([found[name]() for name in names])
+
+
+def _real_tokens(batch: Batch, device: torch.device | None = None) -> Tensor | None:
     """1 for those of a micro-batch's tokens that are no padding, 0 for the others, (T,); None when all are."""
     mask = batch.get("attention_mask")
-    return None if mask is None else mask.reshape(-1).long()
+    return None if mask is None else mask.reshape(-1).long().to(device)
 
 
 def _count(batch: Batch, device: torch.device) -> Tensor:
-    real_T = _real_tokens(batch)
+    real_T = _real_tokens(batch, device)
     if real_T is None:
         return torch.full((), batch["input_ids"].numel(), device=device)
-    return real_T.to(device).sum()
+    return real_T.sum()
 
 
 @dataclass

@@ -87,6 +87,7 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
     rows = folder.read_metrics()
     steps = [row for row in rows if "loss" in row]
     evals = [row for row in rows if "eval_loss" in row]
+    first_steps = [row["seconds_to_first_step"] for row in steps if "seconds_to_first_step" in row]
     summary: dict[str, Any] = {
         "run": str(folder.path),
         "adapter": str(folder.adapter),
@@ -97,6 +98,7 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "trainable_parameters": trainable_parameters(model),
         "trainable_share": trainable_parameters(model) / count_weights(model),
         "seconds": steps[-1]["elapsed_s"],
+        "seconds_to_first_step": first_steps[-1] if first_steps else None,
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
     }

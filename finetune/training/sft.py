@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +17,15 @@ from transformers.trainer_callback import PrinterCallback
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
 from finetune.data.packing import packed
-from finetune.kernels.prepare import prepare_experts
+from finetune.kernels.prepare import prepare_experts, tune_experts
+from finetune.kernels.tiles import Load
 from finetune.models.live import expert_layers
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpointing import checkpoint_layers_
 from finetune.training.checkpoints import newest_complete, step_of
 from finetune.training.compiled import compile_layers_
+from finetune.training.processes import is_main_process, processes
 from finetune.training.reselection import Reselection
 from finetune.training.router_losses import RouterLosses
 from finetune.training.routing_monitor import RoutingMonitor
@@ -36,8 +40,11 @@ MEASURED_ROWS = 256
 class Progress(Protocol):
     """What is told how the run goes."""
 
-    def start(self, total_steps: int) -> None:
-        """The run begins."""
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """While `what` is done, before the run begins."""
+
+    def start(self, total_steps: int, first: str = "") -> None:
+        """The run begins. first: what its first step does beside training."""
 
     def __call__(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl was written."""
@@ -71,26 +78,28 @@ def train_sft(
     Raises AdapterError when that checkpoint was taken with another expert plan or rank, TrainingError when a group
     of adapters gets no gradient or the loss is not finite.
     """
+    began_s = time.perf_counter()
     arguments = sft_arguments(recipe, folder.checkpoints)
     train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
     trainer = StepTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
-    with trainer.accelerator.autocast():
-        prepare_experts(model, recipe.train.expert_backend)
+    with processes().local_main_process_first(), trainer.accelerator.autocast():  # others read what one compiled
+        _prepare_experts(model, recipe, progress)
     score_by_tiles(model)
     trainer.data_collator = NamesScored(trainer.data_collator)
     if recipe.router.has_losses:
         trainer.router = RouterLosses(model, recipe.router, trainer.accelerator)
-    _prepare_layers_(model, recipe)
+    compiles = _prepare_layers_(model, recipe)
     total_steps = _total_steps(trainer, recipe)
     arguments.warmup_steps = warmup_steps(recipe, total_steps)
     checkpoint = _checkpoint(model, folder) if resume else None
     if checkpoint is not None and step_of(checkpoint) >= total_steps:  # the trainer would take one step too many
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
-    progress.start(total_steps)
+    first = "compiling the decoder layers in the first step, once" if compiles and is_main_process() else ""
+    progress.start(total_steps, first)
     try:
-        metrics = Metrics(folder, progress)
+        metrics = Metrics(folder, progress, began_s)
         trainer.add_callback(GradientCheck())
         if recipe.quantize.scheme != "none":
             trainer.add_callback(FreeMemory())
@@ -109,13 +118,28 @@ def train_sft(
         progress.close()
 
 
-def _prepare_layers_(model: PeftModel, recipe: Recipe) -> None:
-    """Let the decoder layers run compiled, and keep for backward what the recipe says."""
+def _prepare_experts(model: PeftModel, recipe: Recipe, progress: Progress) -> None:
+    """Choose and check the products of the experts and, on a GPU, their tiles."""
+
+    def waiting(what: str) -> AbstractContextManager[None]:
+        return progress.waiting(what) if is_main_process() else nullcontext()
+
+    with waiting("compiling and checking the expert kernels for this card, once"):
+        prepare_experts(model, recipe.train.expert_backend)
+    if expert_layers(model):
+        tokens, config = recipe.data.max_length * recipe.train.batch_size, model.get_base_model().config
+        with waiting("choosing tiles of the expert kernels for this card, once"):
+            tune_experts(model, Load(tokens, config.num_experts_per_tok))
+
+
+def _prepare_layers_(model: PeftModel, recipe: Recipe) -> bool:
+    """Let the decoder layers run compiled, and keep for backward what the recipe says; whether they are compiled."""
     base, train = model.get_base_model(), recipe.train
     if train.compile == "on" or (train.compile == "auto" and torch.cuda.is_available()):
         compile_layers_(base, train.gradient_checkpointing, whole=not recipe.router.has_losses)
-    else:
-        checkpoint_layers_(base, train.gradient_checkpointing)
+        return True
+    checkpoint_layers_(base, train.gradient_checkpointing)
+    return False
 
 
 def _total_steps(trainer: StepTrainer, recipe: Recipe) -> int:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from finetune.errors import Problem, TrainingError
 from finetune.kernels.log_probs import log_probs
-from finetune.models.scoring import IGNORED
+from finetune.models.scoring import IGNORED, head_operands
 
 SCORED = "scored"
 
@@ -65,7 +64,7 @@ def score_by_tiles(model: PeftModel) -> None:
         hidden_BSH = base.model(*args, **kwargs).last_hidden_state
         place_N = scored_places(labels) if scored is None else scored
         with maybe_gather_lm_head_ctx(base.lm_head.weight, None):
-            hidden_NH, head_VH = _operands(hidden_BSH.flatten(0, 1).index_select(0, place_N), base.lm_head.weight)
+            hidden_NH, head_VH = head_operands(hidden_BSH.flatten(0, 1).index_select(0, place_N), base.lm_head.weight)
             logp_N, right_N = log_probs(hidden_NH, head_VH, labels.flatten().index_select(0, place_N + 1))
         zeros_T = logp_N.new_zeros(labels.numel())
         return FusedCausalLMOutput(
@@ -84,12 +83,3 @@ def _check_head(head: Any) -> None:
     if type(head) is not nn.Linear or weight is None or weight.requires_grad or getattr(head, "bias", None) is not None:
         hint = "leave lm_head out of what is adapted or trained"
         raise TrainingError(Problem("lm_head", "is no frozen matrix, which the loss needs", hint, type(head).__name__))
-
-
-def _operands(hidden_NH: Tensor, head_VH: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the type that a linear layer would multiply in, the head whole."""
-    if isinstance(head_VH, DTensor):
-        head_VH = head_VH.full_tensor()
-    device = hidden_NH.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_VH.dtype
-    return hidden_NH.to(dtype), head_VH.to(dtype)

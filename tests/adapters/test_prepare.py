@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from finetune.adapters import expert_lora
 from finetune.adapters.attach import attach
 from finetune.adapters.expert_lora import LoraExperts
 from finetune.errors import AdapterError
 from finetune.kernels import ops
-from finetune.kernels.prepare import prepare_experts
+from finetune.kernels.prepare import prepare_experts, tune_experts
+from finetune.kernels.tiles import Load
 from tests.tiny import tiny_moe
 
 SECTION = {"attention": ["q_proj"], "experts": ["gate_up_proj", "down_proj"], "rank": 4}
@@ -35,3 +37,11 @@ def test_a_backend_that_cannot_run_is_an_error_before_the_first_step(monkeypatch
     ops._choose_products.cache_clear()
     with pytest.raises(AdapterError, match="cannot run here: triton products: no GPU"):
         prepare_experts(attach(tiny_moe(), SECTION, seed=0), "triton")
+
+
+def test_a_run_tunes_every_layer_for_its_load_with_its_adapters(monkeypatch):
+    model, tuned = attach(tiny_moe(), SECTION, seed=0), []
+    monkeypatch.setattr(expert_lora, "tune", lambda layer, load, backend: tuned.append((layer, load)))
+    tune_experts(model, Load(1024, 2))
+    assert len(tuned) == sum(isinstance(module, LoraExperts) for module in model.modules()) > 0
+    assert all(layer.gate_up_lora is not None and load == (1024, 2) for layer, load in tuned)

@@ -12,7 +12,9 @@ from finetune.architecture.shape import shape_of
 from finetune.errors import ModelError
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-SMALL |= {"intermediate_size": 96, "vocab_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+SMALL |= {"intermediate_size": 96, "vocab_size": 128, "num_experts": 16, "num_experts_per_tok": 2}
+SMALL |= {"num_local_experts": 16, "shared_expert_intermediate_size": 40, "linear_conv_kernel_dim": 3}
+SMALL |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 SMALL |= {"moe_intermediate_size": 32, "head_dim": 24, "decoder_sparse_step": 1, "max_position_embeddings": 512}
 
 
@@ -31,8 +33,8 @@ def check(config, tmp_path):
     matrices = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
     kept = {name: size for name, size in shape.linears().items() if name in matrices}
     assert kept == {name: matrices[name] for name in kept}
-    assert shape.positions == model.config.max_position_embeddings
-    banks = [p for p in model.parameters() if p.ndim == 3]
+    assert shape.positions == model.config.get_text_config().max_position_embeddings
+    banks = [p for name, p in model.named_parameters() if "experts." in name]
     assert shape.moe_layers * 2 == len(banks)
     assert shape.num_linears == len(shape.linears()) == len(kept) + 3 * shape.experts * shape.moe_layers
     if banks:
@@ -41,7 +43,10 @@ def check(config, tmp_path):
 
 
 def sizes_of(model_type):
-    return {"model_type": model_type, **{name: SMALL[name] for name in FAMILIES[model_type].sizes}}
+    return {
+        "model_type": FAMILIES[model_type].model_types[-1],
+        **{name: SMALL[name] for name in FAMILIES[model_type].sizes},
+    }
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -51,7 +56,7 @@ def test_every_default_is_that_of_transformers(model_type, tmp_path):
     for name in full:
         if name != "model_type":
             check({key: value for key, value in full.items() if key != name}, tmp_path)
-    check({"model_type": model_type}, tmp_path)
+    check({"model_type": FAMILIES[model_type].model_types[-1]}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -68,17 +73,19 @@ def test_every_default_is_that_of_transformers(model_type, tmp_path):
 )
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_other_settings_that_change_the_shape(model_type, change, tmp_path):
-    if not FAMILIES[model_type].is_moe:
-        change = {key: value for key, value in change.items() if key in (*FAMILIES[model_type].sizes, "attention_bias")}
+    family = FAMILIES[model_type]
+    known = {*family.sizes, "tie_word_embeddings"} | (set() if family.query_key_norms == "none" else {"attention_bias"})
+    known |= {"mlp_only_layers"} if "decoder_sparse_step" in family.sizes else set()
+    change = {key: value for key, value in change.items() if key in known}
     check(sizes_of(model_type) | change, tmp_path)
 
 
 def test_the_two_spellings_of_the_number_of_experts(tmp_path):
     config = sizes_of("qwen3_moe")
-    spelled = {key: value for key, value in config.items() if key != "num_experts"} | {"num_local_experts": 8}
+    spelled = {key: value for key, value in config.items() if key != "num_experts"} | {"num_local_experts": 16}
     check(spelled, tmp_path)
-    assert shape_of(spelled, "c") == shape_of(config, "c") == shape_of(config | {"num_local_experts": 8}, "c")
-    with pytest.raises(ModelError, match="num_experts: contradicts num_local_experts, which is 4, got 8"):
+    assert shape_of(spelled, "c") == shape_of(config, "c") == shape_of(config | {"num_local_experts": 16}, "c")
+    with pytest.raises(ModelError, match="num_experts: contradicts num_local_experts, which is 4, got 16"):
         shape_of(config | {"num_local_experts": 4}, "c")
     with pytest.raises(ModelError, match=r"num_experts: must be a whole number .*, got None"):
         shape_of(spelled | {"num_experts": None}, "c")  # transformers refuses it as well
@@ -96,4 +103,4 @@ def test_unknown_types_are_told_the_known_ones(config):
     with pytest.raises(ModelError, match="is of a model type that is not supported") as caught:
         shape_of(config, "config.json")
     (problem,) = caught.value.problems
-    assert "qwen3 and qwen3_moe" in problem.hint
+    assert "qwen3, qwen3_moe, " in problem.hint

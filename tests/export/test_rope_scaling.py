@@ -80,6 +80,27 @@ def test_a_merged_model_without_it_is_told(base, tmp_path):
         verify(path, tmp_path / "merged")
 
 
+@pytest.mark.parametrize(("trained", "loaded"), [(YARN, None), (YARN, {**YARN, "factor": 2.0}), (None, YARN)])
+def test_an_adapter_does_not_go_on_other_positions(base, tmp_path, trained, loaded):
+    path = train(base, tmp_path / "adapter", trained)
+    with pytest.raises(AdapterError, match=r"rope_scaling.*(other|not)") as error:
+        load_adapter(load_frozen(base, dtype=torch.float32, rope_scaling=loaded), path)
+    assert "finetune.load(path)" in str(error.value)
+
+
+def test_another_scaling_in_the_settings_gives_way(base):
+    config = json.loads((base / "config.json").read_text())
+    linear = {"rope_type": "linear", "factor": 8.0, "attention_factor": 3.0}
+    theta = config.pop("rope_theta", None) or config["rope_parameters"]["rope_theta"]
+    plain = load_frozen(base, dtype=torch.float32, rope_scaling=YARN).model.rotary_emb
+    (base / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_theta": theta, **linear}}))
+    found = load_frozen(base, dtype=torch.float32, rope_scaling=YARN).model.rotary_emb
+    assert torch.equal(found.inv_freq, plain.inv_freq)
+    assert found.attention_scaling == plain.attention_scaling
+    changed = json.loads(with_scaling((base / "config.json").read_bytes(), YARN))
+    assert changed["rope_parameters"] == {"rope_theta": theta, **YARN}
+
+
 def test_adapters_of_different_positions_are_not_added(base, tmp_path):
     paths = [train(base, tmp_path / "one"), train(base, tmp_path / "two", None)]
     with pytest.raises(AdapterError, match="other positions"):

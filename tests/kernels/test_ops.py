@@ -12,7 +12,7 @@ from tests.kernels.problems import make
 
 
 def test_auto_is_the_torch_backend_and_says_so_once(caplog):
-    ops._log_once.cache_clear()
+    ops._log.cache_clear()
     problem = make()
     with caplog.at_level(logging.INFO, logger="finetune"):
         assert torch.equal(problem.run("auto"), problem.run("torch"))

@@ -16,7 +16,7 @@ CASE = self_check.Case("grouped", torch.device("cpu"), torch.float32, 16, 8, 4, 
 def fresh():
     self_check.fault.cache_clear()
     ops._choose_products.cache_clear()
-    ops._log_once.cache_clear()
+    ops._log.cache_clear()
     yield
     self_check.fault.cache_clear()
     ops._choose_products.cache_clear()

@@ -267,7 +267,7 @@ def test_a_rule_without_a_choice_trains_everything(tmp_path):
 
 def test_the_run_watches_its_router(run):
     looks = [row for row in RunFolder(run.path).read_metrics() if "routing" in row]
-    assert [row["step"] for row in looks] == list(range(7))
+    assert [row["step"] for row in looks] == [0, 6]  # a run this short pays for no more
     first, last = looks[0]["routing"], looks[-1]["routing"]
     assert first["overlap"] == [1.0] * 4
     assert 0.3 < min(last["overlap"]) < 1.0
@@ -304,5 +304,4 @@ def test_the_monitor_counts_the_tokens_of_the_steps_and_no_padding(tmp_path, mon
     )
     again = pipeline.train(recipe_for(tmp_path / "run", *overrides))
     rows = [row for row in RunFolder(again.path).read_metrics() if "loss" in row]
-    tokens = [rows[0]["tokens"], rows[1]["tokens"] - rows[0]["tokens"]]
-    assert [counts.sum(dim=1).tolist() for counts in taken] == [[4 * number] * 4 for number in tokens]
+    assert [counts.sum(dim=1).tolist() for counts in taken] == [[4 * rows[1]["tokens"]] * 4]

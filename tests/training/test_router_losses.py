@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from finetune.adapters.attach import attach
 from finetune.config.checks import check_recipe
 from finetune.config.load import parse_recipe
+from finetune.config.schema import RouterSection
 from finetune.errors import RecipeError
-from tests.tiny import save_as_hub, tiny_dense
+from finetune.training.router_losses import RouterLosses
+from tests.live_bytes import LiveBytes
+from tests.tiny import save_as_hub, tiny_dense, tiny_moe, token_ids
 from tests.training import runs
 from tests.training.runs import save_moe
 
@@ -75,7 +80,9 @@ def test_losses_that_only_a_router_can_lower_need_one_that_trains(model, tmp_pat
 def test_a_dense_model_has_no_router(tmp_path):
     dense = save_as_hub(tiny_dense(), tmp_path / "dense")
     text = (
-        f"model: {{path: {dense}}}\ndata: {{train: examples/data/secret-code.jsonl}}\noutput: {{dir: {tmp_path}/run}}"
+        f"model: {{path: {dense}}}\n"
+        "data: {train: examples/data/secret-code.jsonl, max_length: 128}\n"
+        f"output: {{dir: {tmp_path}/run}}"
     )
     recipe = parse_recipe(text, "test.yaml", "router.train=lora", "router.kl_to_base=0.1")
     with pytest.raises(RecipeError) as error:
@@ -90,3 +97,46 @@ def test_kl_to_base_works_with_a_frozen_router(model, tmp_path):
     weak = run_of(model, tmp_path / "weak", *losses, "router.kl_to_base=1e-9")
     kept = [runs.rows_of(one)[-1]["router_kl_to_base"] for one in (strong, weak)]
     assert kept[0] < kept[1]
+
+
+def losses_of_layers(num_layers, num_experts=64):
+    shape = {"num_hidden_layers": num_layers, "num_experts": num_experts, "hidden_size": 8, "moe_intermediate_size": 8}
+    model = attach(tiny_moe(dtype=torch.bfloat16, **shape), {"attention": ("q_proj",), "rank": 2}, seed=0)
+    section = RouterSection(train="frozen", aux_loss=0.5, z_loss=0.02, kl_to_base=0.3)
+    return model, RouterLosses(model, section, Accelerator(cpu=True))
+
+
+def test_counting_a_batch_takes_no_memory_by_layer():
+    most = []
+    for num_layers in (2, 8):
+        _, router = losses_of_layers(num_layers)
+        batch = {"input_ids": token_ids(1, 512)}
+        with LiveBytes() as counted:
+            router.whole([batch, batch])
+        most.append(counted.most)
+    logits = 512 * 64 * 2
+    assert most[1] - most[0] < 6 * 64 * 8 * 4 < logits
+
+
+def test_losses_take_the_logits_of_a_layer_their_gradient_and_no_copy_in_32_bit():
+    most = []
+    for num_layers in (2, 8):
+        model, router = losses_of_layers(num_layers)
+        batch = {"input_ids": token_ids(1, 512)}
+        base = router.base_logits(batch)
+        with torch.no_grad(), router.listening() as found:
+            model(**batch)
+        logits = [logits_TE.requires_grad_() for logits_TE in found]
+        whole = router.whole([batch])
+        with LiveBytes() as counted:
+            parts = router.parts(logits, base, batch, whole)
+            router.weighted(parts).backward()
+        assert all(logits_TE.grad.any() for logits_TE in logits)
+        most.append(counted.most)
+    gradient = 512 * 64 * 2
+    assert most[1] - most[0] <= 6 * 1.1 * gradient
+
+
+def test_base_logits_are_kept_in_the_type_they_were_made_in():
+    _, router = losses_of_layers(2)
+    assert [x.dtype for x in router.base_logits({"input_ids": token_ids()})] == [torch.bfloat16] * 2

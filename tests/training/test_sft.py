@@ -13,6 +13,7 @@ from finetune.config.load import parse_recipe
 from finetune.errors import AdapterError, TrainingError, UserError
 from finetune.pipeline import train
 from finetune.training.arguments import warmup_steps
+from finetune.training.run_folder import RunFolder
 from tests.tiny import save_as_hub, tiny_dense, tiny_moe
 
 BASE = Path("examples/tiny-qwen3-moe")
@@ -123,6 +124,18 @@ def test_epochs_decide_when_there_are_no_steps(models, tmp_path):
     run = train(recipe(models["moe"], tmp_path / "run", *overrides, "train.gradient_accumulation=8"), console=QUIET)
     assert run.summary["steps"] == 10
     assert run.summary["eval"] is None
+
+
+def test_tiles_are_chosen_for_a_micro_batch_and_the_first_step_is_timed(models, tmp_path, monkeypatch):
+    loads = []
+    monkeypatch.setattr("finetune.training.sft.tune_experts", lambda model, load: loads.append(load))
+    overrides = ("train.steps=2", "train.log_every=1", "train.batch_size=2", "data.max_length=128")
+    run = train(recipe(models["moe"], tmp_path / "run", *overrides), console=QUIET)
+    top_k = json.loads((models["moe"] / "config.json").read_text())["num_experts_per_tok"]
+    assert loads == [(256, top_k)]
+    steps = [row for row in RunFolder(run.path).read_metrics() if "loss" in row]
+    assert [row["step"] for row in steps if "seconds_to_first_step" in row] == [1]
+    assert run.summary["seconds_to_first_step"] == steps[0]["seconds_to_first_step"] > 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(models, tmp_path):

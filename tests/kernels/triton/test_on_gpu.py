@@ -6,6 +6,8 @@ import torch
 from benchmarks.gpu import check
 from benchmarks.gpu.layers import Case, Shape, ours
 from finetune.kernels import reference
+from finetune.kernels.layer import ExpertLayer, Factors
+from finetune.kernels.tiles import Load, tune
 from finetune.kernels.triton import remembered, shapes, tuning
 from finetune.kernels.triton.shapes import Shapes, Workload
 
@@ -72,3 +74,20 @@ def test_measuring_chooses_and_remembers(tmp_path):
     assert remembered.read(path) == {tuning.entry_name(at, 4096): found}
     shapes.TUNED.clear()
     assert tuning.prepare(at, 1024, 4, timer=None, path=path) == found
+
+
+def test_a_layer_is_tuned_checked_and_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = workload()
+    gate_up, down = (
+        torch.randn(6, *shape, device=here.device, dtype=here.dtype) * 0.05 for shape in ((512, 512), (512, 256))
+    )
+    slots = torch.arange(6, device=here.device)
+    factors = [
+        Factors(torch.randn(6, 16, wide, device=here.device), torch.randn(6, 512, 16, device=here.device), 1.0, slots)
+        for wide in (512, 256)
+    ]
+    load = Load(TOKENS, TOP_K)
+    tune(ExpertLayer(gate_up, down, *factors), load)
+    chosen = shapes.shapes_for(TOKENS * TOP_K, here)
+    assert remembered.read(remembered.default_path()) == {tuning.entry_name(here, TOKENS * TOP_K): chosen}

@@ -1,0 +1,1 @@
+"""What will run on this machine, why not the better thing, and whether it is right: `finetune doctor`."""

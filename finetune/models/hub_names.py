@@ -1,0 +1,67 @@
+"""A checkpoint's files under the names and in the matrices that its live text model has, wherever the hub differs.
+
+Prefixes and names are replaced, and a fused stack of experts (E, out, in) is told as the matrices of each expert,
+which lie in it one behind the other. What is not of the text model keeps its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from finetune.architecture.family import Hub
+from finetune.architecture.names import EXPERT_MATRICES, expert_module, is_bank
+from finetune.errors import ModelError, Problem
+from finetune.models.tensor_file import WEIGHT_DTYPES, Stored, TensorFile, TensorInfo
+
+_LIVE = "model."
+
+
+def as_live(file: TensorFile, hub: Hub) -> TensorFile:
+    """`file`, its tensors named and cut as the live model's. Raises ModelError for a stack that cannot be cut."""
+    tensors: dict[str, TensorInfo] = {}
+    stored: dict[str, Stored] = {}
+    for name, info in file.tensors.items():
+        parts = _cut(file, name, live_name(name, hub), info, hub)
+        tensors |= parts
+        stored[name] = Stored(info, tuple(parts))
+    if len(tensors) != sum(len(each.parts) for each in stored.values()):
+        hint = "download or copy the checkpoint again, all of it"
+        raise ModelError(Problem(str(file.path), "has a weight under two names", hint))
+    return replace(file, tensors=tensors, renamed=stored)
+
+
+def live_name(name: str, hub: Hub) -> str:
+    """What the live text model calls a tensor of the hub."""
+    if hub.prefix != _LIVE and name.startswith(hub.prefix):
+        name = _LIVE + name.removeprefix(hub.prefix)
+    for theirs, ours in hub.renames:
+        name = name.replace(theirs, ours)
+    module, _, last = name.rpartition(".")
+    owner, _, matrix = module.rpartition(".")
+    return f"{owner}.{hub.matrices[matrix]}.{last}" if matrix in hub.matrices else name
+
+
+def _cut(file: TensorFile, stored: str, name: str, info: TensorInfo, hub: Hub) -> dict[str, TensorInfo]:
+    """The matrices of a stack of experts; any other tensor by itself."""
+    bank, _, projection = name.rpartition(".")
+    if not is_bank(bank) or projection not in EXPERT_MATRICES:
+        return {name: info}
+    matrices = EXPERT_MATRICES[projection]
+    out, width = (info.shape[:0:-1] if hub.transposed else info.shape[1:]) if len(info.shape) == 3 else (1, 0)
+    if len(info.shape) != 3 or out % len(matrices) or not width or info.dtype not in WEIGHT_DTYPES:
+        hint = "give a checkpoint in bfloat16, float16 or float32"
+        raise ModelError(Problem(f"{file.path}: {stored}", "is no stack of experts", hint, list(info.shape)))
+    made = {}
+    height, size = out // len(matrices), info.num_bytes // info.shape[0]
+    for expert in range(info.shape[0]):
+        for index, matrix in enumerate(matrices):
+            start = info.offsets[0] + expert * size
+            columns = None
+            if hub.transposed:  # a matrix is some columns of the expert's (in, out)
+                offsets, columns = (start, start + size), (index * height, (index + 1) * height)
+            else:
+                part = size // len(matrices)
+                offsets = (start + index * part, start + (index + 1) * part)
+            cut = TensorInfo(info.shard, info.dtype, (height, width), offsets, columns)
+            made[f"{expert_module(bank, expert, matrix)}.weight"] = cut
+    return made
