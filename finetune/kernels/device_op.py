@@ -123,7 +123,8 @@ def expert_mlp(
     else:
         out_TH = _run_forward(call, top_k_index_TK, False)[0]
     if any(call.packed) and not torch.compiler.is_compiling() and out_TH.grad_fn is not None:
-        out_TH.grad_fn.metadata["packed"] = layer.gate_up_EGH, layer.down_EHI  # alive as long as the graph
+        node: Any = out_TH.grad_fn
+        node.metadata["packed"] = layer.gate_up_EGH, layer.down_EHI  # alive as long as the graph, as tensors are
     return out_TH
 
 

@@ -127,9 +127,9 @@ class Dropout:
     """Inverted dropout on what the factors read; the frozen path never sees it.
 
     rate: probability of a zero.
-    seed: where the masks come from, a number or a tensor () on the CPU that holds it. A mask is drawn again whenever it is needed, so it costs no memory, and a
-        recomputed forward (gradient checkpointing) or a resumed run that restores torch's CPU generator before
-        `draw` gets the same masks.
+    seed: where the masks come from: a number, or a tensor () on the CPU that holds it. A mask is drawn again whenever
+        it is needed, so it costs no memory, and a recomputed forward (gradient checkpointing) or a resumed run that
+        restores torch's CPU generator before `draw` gets the same masks.
 
     Gate and up read one mask per token (T, H), shared by the token's experts; down reads one per token-expert pair.
     """
