@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -210,7 +211,11 @@ def train_ours(spec: Spec, record: Record) -> float:
 class Silent:
     """Progress that nobody reads."""
 
-    def start(self, total_steps: int) -> None:
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Something is done before the run begins."""
+        return nullcontext()
+
+    def start(self, total_steps: int, first: str = "") -> None:
         """The run begins."""
 
     def __call__(self, row: Any) -> None:
