@@ -1,4 +1,4 @@
-"""Two processes with compiled layers make the run of one without: routers' losses, whole experts, experts chosen anew."""
+"""Two processes with compiled layers make the run of one without: router losses, whole experts, experts chosen anew."""
 
 import json
 import os
