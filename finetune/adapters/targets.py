@@ -25,9 +25,10 @@ from finetune.architecture.names import (
     layer_index,
 )
 from finetune.architecture.registry import FAMILIES, find_family, is_moe
-from finetune.config.findings import NOTHING, Finding, dotted
-from finetune.config.messages import findings_of
-from finetune.config.schema import AdapterSection, Section
+from finetune.config.schema import AdapterSection
+from finetune.diagnostics.findings import NOTHING, Finding, dotted
+from finetune.diagnostics.messages import findings_of
+from finetune.diagnostics.section import Section
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.live import expert_modules, num_experts, projection_names, router_layers

@@ -7,8 +7,8 @@ from os.path import normpath
 
 from finetune.architecture.names import EXPERT_PROJECTIONS
 from finetune.config.files import find_in_files
-from finetune.config.findings import FieldPath, Finding, Places
 from finetune.config.schema import QuantizeSection, Recipe
+from finetune.diagnostics.findings import FieldPath, Finding, Places
 from finetune.errors import RecipeError
 
 

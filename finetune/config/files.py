@@ -10,11 +10,11 @@ from pathlib import Path
 
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
-from finetune.config.advice import close_to, sentence
-from finetune.config.findings import FieldPath, Finding
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.values import parameters_in
+from finetune.diagnostics.advice import close_to, sentence
+from finetune.diagnostics.findings import FieldPath, Finding
 from finetune.errors import ModelError
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")

@@ -10,14 +10,15 @@ import yaml
 from pydantic import ValidationError
 
 from finetune.config.checks import quantize_findings, text_findings
-from finetune.config.document import MAX_BYTES, TOO_LARGE, add_scalars, read_document
 from finetune.config.files import find_in_files
-from finetune.config.findings import Finding, Places
-from finetune.config.messages import findings_of, value_at
-from finetune.config.overrides import apply_overrides
 from finetune.config.packed_folder import settled
-from finetune.config.salvage import Rest, salvage
-from finetune.config.schema import QuantizeSection, Recipe, Section
+from finetune.config.schema import QuantizeSection, Recipe
+from finetune.diagnostics.document import MAX_BYTES, TOO_LARGE, add_scalars, read_document
+from finetune.diagnostics.findings import Finding, Places
+from finetune.diagnostics.messages import findings_of, value_at
+from finetune.diagnostics.overrides import apply_overrides
+from finetune.diagnostics.recovery import Rest, salvage
+from finetune.diagnostics.section import Section
 from finetune.errors import Problem, RecipeError
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from finetune.architecture.names import (
     ALL,
@@ -24,18 +24,16 @@ from finetune.architecture.names import (
     MlpProjection,
 )
 from finetune.architecture.shape import ModelShape
-from finetune.config.values import (
-    Amount,
+from finetune.config.values import Amount, DropoutRate, as_checkpointing, as_files
+from finetune.diagnostics.section import Section
+from finetune.diagnostics.values import (
     Count,
-    DropoutRate,
     Name,
     NonNegative,
     OpenShare,
     PathName,
     Positive,
     Share,
-    as_checkpointing,
-    as_files,
     as_switch,
     as_tuple,
     no_repeats,
@@ -65,12 +63,6 @@ SharedExpertTargets = Annotated[
 ]
 MlpTargets = Annotated[tuple[MlpProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
 ExpertTargets = Annotated[tuple[ExpertProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
-
-
-class Section(BaseModel):
-    """Frozen, no unknown keys, no NaN, no silent conversion between types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RopeScalingSection(Section):

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from finetune.architecture.names import EXPERT_PROJECTIONS
 from finetune.architecture.shape import read_model_shape
-from finetune.config.findings import NOTHING, dotted
-from finetune.config.messages import findings_of
-from finetune.config.schema import AdapterSection, ExpertsSection, Section, SelectRule
+from finetune.config.schema import AdapterSection, ExpertsSection, SelectRule
+from finetune.diagnostics.findings import NOTHING, dotted
+from finetune.diagnostics.messages import findings_of
+from finetune.diagnostics.section import Section
 from finetune.errors import Problem, RoutingError
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import RoutingProfile

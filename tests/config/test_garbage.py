@@ -6,10 +6,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.config.fields import all_fields
 from finetune.config.files import find_in_files
 from finetune.config.load import parse_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
+from finetune.diagnostics.fields import all_fields
 from finetune.errors import RecipeError
 from tests.config.test_broken import GOOD
 

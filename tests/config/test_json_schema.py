@@ -7,10 +7,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from finetune.config.document import read_document
-from finetune.config.fields import all_fields
 from finetune.config.json_schema import recipe_json_schema
 from finetune.config.load import parse_recipe, recipe_to_yaml
+from finetune.diagnostics.document import read_document
+from finetune.diagnostics.fields import all_fields
 from tests.config.test_broken import GOOD, LIMITS, NAMES, TYPES
 
 VALIDATOR = jsonschema.Draft202012Validator(recipe_json_schema())

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune.config.fields import known_part
-from finetune.config.findings import FieldPath, Finding
 from finetune.config.schema import Recipe
+from finetune.diagnostics.fields import known_part
+from finetune.diagnostics.findings import FieldPath, Finding
 
 _STAND_INS: dict[str | int, Any] = {
     "model": {"path": "unknown"},

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finetune.config.advice import advice, name_advice, sentence
-from finetune.config.fields import Kind, kind_at, known_part
-from finetune.config.findings import NOTHING, FieldPath, Finding, dotted
+from finetune.diagnostics.advice import advice, name_advice, sentence
+from finetune.diagnostics.fields import Kind, kind_at, known_part
+from finetune.diagnostics.findings import NOTHING, FieldPath, Finding, dotted
 
 
 def findings_of(error: ValidationError, tree: Any) -> list[Finding]:

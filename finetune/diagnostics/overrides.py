@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.config.document import NULL, read_document
-from finetune.config.fields import kind_at
-from finetune.config.findings import FieldPath, Finding, Places, dotted, printable
 from finetune.config.values import as_files
+from finetune.diagnostics.document import NULL, read_document
+from finetune.diagnostics.fields import kind_at
+from finetune.diagnostics.findings import FieldPath, Finding, Places, dotted, printable
 
 FILE_LISTS: tuple[FieldPath, ...] = (("data", "train"), ("data", "eval"))
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from finetune.config.findings import FieldPath
 from finetune.config.schema import Recipe
+from finetune.diagnostics.findings import FieldPath
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from finetune.config.document import plain_value
-from finetune.config.fields import Kind, all_fields, kind_at
-from finetune.config.findings import dotted, printable
+from finetune.diagnostics.document import plain_value
+from finetune.diagnostics.fields import Kind, all_fields, kind_at
+from finetune.diagnostics.findings import dotted, printable
 
 OTHER_NAMES = {
     "base_model": "model.path",

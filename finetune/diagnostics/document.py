@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from finetune.config.findings import FieldPath, Finding
+from finetune.diagnostics.findings import FieldPath, Finding
 
 MAX_BYTES = 128 * 1024
 MAX_DEPTH = 24
