@@ -16,7 +16,7 @@ from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
 from finetune.adapters.frozen import BaseWeights, choose_base, frozen_text, refuse_to_merge_packed
 from finetune.adapters.stock_config import ADAPTER_CONFIG
-from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_section
+from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_adapter
 from finetune.config.rope import has_scaling
 from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
@@ -57,7 +57,7 @@ def attach(
     loss is computed stays its `output_router_logits` (off by default).
     Raises AdapterError with every setting that is wrong and every target that matches nothing.
     """
-    config = lora_config(model, parse_section(adapter), experts, expert_mode, router)
+    config = lora_config(model, parse_adapter(adapter), experts, expert_mode, router)
     with _seeded(seed), _quiet(), known_to_peft(model):
         return refuse_to_merge_packed(get_peft_model(model, config))
 

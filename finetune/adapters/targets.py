@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import nn
 
 from finetune.adapters.config import ExpertLoraConfig
@@ -25,10 +24,8 @@ from finetune.architecture.names import (
     layer_index,
 )
 from finetune.architecture.registry import FAMILIES, find_family, is_moe
+from finetune.config.load import parse_section
 from finetune.config.schema import AdapterSection
-from finetune.diagnostics.findings import NOTHING, Finding, dotted
-from finetune.diagnostics.messages import findings_of
-from finetune.diagnostics.section import Section
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.live import expert_modules, num_experts, projection_names, router_layers
@@ -38,29 +35,14 @@ ExpertMode = Literal["lora", "full"]
 Router = Literal["frozen", "lora", "full"]
 
 
-def parse_section(adapter: Any) -> AdapterSection:
+def parse_adapter(adapter: Any) -> AdapterSection:
     """The adapter section of a recipe, also from a dict with its fields. Raises AdapterError with every problem."""
     if isinstance(adapter, AdapterSection):
         return adapter
     if not isinstance(adapter, dict):
         hint = f'give a dict like {{"attention": ["{ATTENTION_PROJECTIONS[0]}"], "rank": 8}}, or recipe.adapter'
         raise AdapterError(Problem("adapter", "must be a dict or an AdapterSection", hint, type(adapter).__name__))
-    tree = {"adapter": adapter}
-    try:
-        return _OnlyAdapter.model_validate(tree).adapter
-    except ValidationError as error:
-        raise AdapterError(*(_problem(finding) for finding in findings_of(error, tree))) from None
-
-
-class _OnlyAdapter(Section):
-    """A recipe with nothing but its adapter section, so that mistakes are told as a recipe's are."""
-
-    adapter: AdapterSection
-
-
-def _problem(finding: Finding) -> Problem:
-    got = {} if finding.got is NOTHING else {"got": finding.got}
-    return Problem(dotted(finding.path), finding.what, finding.hint, **got)
+    return parse_section(AdapterSection, adapter, AdapterError)
 
 
 def lora_config(

@@ -24,12 +24,13 @@ from finetune.architecture.names import (
     MlpProjection,
 )
 from finetune.architecture.shape import ModelShape
-from finetune.config.values import Amount, DropoutRate, as_checkpointing, as_files
+from finetune.config.values import Amount, DropoutRate, as_checkpointing
 from finetune.diagnostics.section import Section
 from finetune.diagnostics.values import (
     Count,
     Name,
     NonNegative,
+    OneOrMany,
     OpenShare,
     PathName,
     Positive,
@@ -347,13 +348,14 @@ class DataFile(Section):
     split: Name = Field(default="train", description="split of a hub data set")
 
 
+DataFiles = Annotated[tuple[DataFile, ...], OneOrMany("path", "a file name, or a list of files")]
+
+
 class DataSection(Section):
     """Rows, how to read them, and how they become token blocks."""
 
-    train: Annotated[tuple[DataFile, ...], BeforeValidator(as_files)] = Field(
-        min_length=1, description="a file, or several with weights"
-    )
-    eval: Annotated[tuple[DataFile, ...], BeforeValidator(as_files)] = Field(default=(), description="held-out files")
+    train: DataFiles = Field(min_length=1, description="a file, or several with weights")
+    eval: DataFiles = Field(default=(), description="held-out files")
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="share of the training rows to hold out when `eval` is empty"
     )

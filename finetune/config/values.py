@@ -6,7 +6,7 @@ import re
 from decimal import Decimal
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
 
 from finetune.diagnostics.values import refusal
 
@@ -25,15 +25,6 @@ def parameters_in(value: str | int) -> int:
     """An amount as a number: `1.5M` is 1,500,000."""
     text = str(value)
     return int(Decimal(text[:-1]) * _UNITS[text[-1]]) if text[-1] in _UNITS else int(text)
-
-
-def as_files(value: Any) -> Any:
-    """The shorthands of `data.train` and `data.eval`, a name or a list of names, as a tuple of file sections."""
-    if isinstance(value, str | dict | BaseModel):
-        value = (value,)
-    if not isinstance(value, list | tuple):
-        return value
-    return tuple({"path": file} if isinstance(file, str) else file for file in value)
 
 
 def as_checkpointing(value: Any) -> Any:

@@ -1,49 +1,41 @@
-"""The readable rest of a broken recipe, so that one run reports what else is wrong with it."""
+"""Error recovery: a broken document without its broken fields, so that one run reports what else is wrong with it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from finetune.config.schema import Recipe
-from finetune.diagnostics.fields import known_part
-from finetune.diagnostics.findings import FieldPath, Finding
+from finetune.diagnostics.findings import NOTHING, FieldPath, Finding
+from finetune.diagnostics.schema import Schema
 
-_STAND_INS: dict[str | int, Any] = {
-    "model": {"path": "unknown"},
-    "data": {"train": "unknown"},
-    "output": {"dir": "unknown"},
-    "train": "unknown",
-    "path": "unknown",
-    "dir": "unknown",
-}
+M = TypeVar("M", bound=BaseModel)
 _ROUNDS = 4
 
 
 @dataclass(frozen=True)
-class Rest:
-    """A recipe in which broken fields have their defaults or stand-ins.
+class Recovered(Generic[M]):
+    """A document in which broken fields have their defaults or placeholders.
 
     broken: the paths of those fields.
     """
 
-    recipe: Recipe
+    value: M
     broken: frozenset[FieldPath]
 
     def still_true(self, finding: Finding) -> bool:
-        """Whether a finding about the rest also holds for the recipe as it was written."""
+        """Whether a finding about what was recovered also holds for the document as it was written."""
         if not finding.with_paths:
             return not any(_touches(path, finding.path) for path in self.broken)
         sections = {path[:1] for path in (finding.path, *finding.with_paths)}
         return not any(path[:1] in sections for path in self.broken)
 
 
-def salvage(tree: dict[str, Any], unread: Iterable[FieldPath] = ()) -> Rest | None:
-    """What is left of `tree` without its broken fields; None when that is no recipe either.
+def recover(tree: dict[str, Any], schema: Schema[M], unread: Iterable[FieldPath] = ()) -> Recovered[M] | None:
+    """What is left of `tree` without its broken fields; None when the model refuses that too.
 
     unread: fields already known to be broken.
     """
@@ -51,18 +43,19 @@ def salvage(tree: dict[str, Any], unread: Iterable[FieldPath] = ()) -> Rest | No
     broken = set(unread)
     for _ in range(_ROUNDS):
         try:
-            return Rest(Recipe.model_validate(tree), frozenset(broken))
+            return Recovered(schema.model.model_validate(tree), frozenset(broken))
         except ValidationError as error:
             for detail in error.errors(include_url=False, include_input=False, include_context=False):
                 loc = detail["loc"]
-                path = loc if detail["type"] == "extra_forbidden" else known_part(loc)
+                path = loc if detail["type"] == "extra_forbidden" else schema.known_part(loc)
                 broken.add(path)
-                _repair(tree, path, missing=detail["type"] == "missing")
+                kind = schema.kind_at(path) if detail["type"] == "missing" else None
+                _repair_(tree, path, NOTHING if kind is None else kind.placeholder())
     return None
 
 
-def _repair(tree: Any, path: FieldPath, missing: bool) -> None:
-    """Remove the value at `path`, the whole list when it is an item; put a stand-in where something is missing."""
+def _repair_(tree: Any, path: FieldPath, placeholder: Any) -> None:
+    """Remove the value at `path`, the whole list when it is an item; put the placeholder there if there is one."""
     if not path:
         return
     while isinstance(path[-1], int):
@@ -74,10 +67,9 @@ def _repair(tree: Any, path: FieldPath, missing: bool) -> None:
             return
     if not isinstance(tree, dict):
         return
-    if missing:
-        tree[str(path[-1])] = deepcopy(_STAND_INS.get(path[-1]))
-    else:
-        tree.pop(path[-1], None)
+    tree.pop(path[-1], None)
+    if placeholder is not NOTHING:
+        tree[str(path[-1])] = placeholder
 
 
 def _touches(one: FieldPath, other: FieldPath) -> bool:

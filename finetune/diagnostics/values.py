@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from os.path import expanduser
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, StringConstraints
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, StringConstraints
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -34,6 +35,33 @@ def as_tuple(value: Any) -> Any:
 def as_switch(value: Any) -> Any:
     """True and false as `on` and `off`, which YAML 1.1 reads as those."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+@dataclass(frozen=True)
+class OneOrMany:
+    """Marks a list of sections that may be written as one section, and each section as the text of one of its fields.
+
+    field: that field.  words: what may be written, before the list of its fields.
+    """
+
+    field: str
+    words: str
+
+    def spelled_out(self, value: Any) -> Any:
+        """The list that a shorthand stands for, as a tuple; anything that is neither unchanged."""
+        if isinstance(value, str | dict | BaseModel):
+            value = (value,)
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple({self.field: item} if isinstance(item, str) else item for item in value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.spelled_out, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        several = handler(schema)
+        one = {"anyOf": [{"type": "string", "minLength": 1}, several["items"]]}
+        return {"anyOf": [*one["anyOf"], {**several, "items": one}]}
 
 
 def no_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
