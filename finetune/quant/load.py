@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,14 +20,12 @@ from finetune.config.rope import RopeScaling
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem, UserError
 from finetune.models.checkpoint import Checkpoint, find_checkpoint
+from finetune.models.hf_types import PreTrainedModel
 from finetune.models.loading import check_config, load_model, read_config, run_device, stored_dtype
 from finetune.models.skeleton import skeleton
 from finetune.quant.build import decoded_dtype, fill, weight_shapes
 from finetune.quant.folder import Origin, PackedFolder, write_packed
 from finetune.quant.parts import Part, Progress, check_parts, plan_parts, read_parts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def load_frozen(
