@@ -132,8 +132,14 @@ def load(
         return model, load_tokenizer(path)
     files = AdapterFiles.open(path)
     chosen = choose_base(files, base, base_weights, dtype)
-    options: Any = {"revision": chosen.revision, "device": device, "rope_scaling": files.rope_scaling}
-    model = load_frozen(chosen.path, chosen.section, dtype=dtype, **options)
+    model = load_frozen(
+        chosen.path,
+        chosen.section,
+        dtype=dtype,
+        revision=chosen.revision,
+        rope_scaling=files.rope_scaling,
+        device=device,
+    )
     known = files.base_fingerprint
     if known is not None and known != base_fingerprint(Checkpoint.open(find_checkpoint(chosen.path, chosen.revision))):
         hint = "put the original base back; or load a model yourself and use load_adapter to run on another base"

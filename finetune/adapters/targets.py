@@ -74,24 +74,21 @@ def lora_config(
     if main and experts is not None and experts.max_rank is not None:  # every expert keeps the scale of the section
         ratio = experts.max_rank / rank
         rank, alpha = experts.max_rank, alpha * (ratio**0.5 if section.rslora else ratio)
-    options: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": _whole(alpha),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     routers = [ROUTER] if router != "frozen" else []
     if main and (rank, alpha) != (section.rank, section.alpha):
         # on disk a dense MLP's target is its weight, live it is the module: the pattern matches both
         names = [*attention, *(rf"{target}(\.weight)?" for target in (*mlp, *routers))]
-        options["rank_pattern"] = dict.fromkeys(names, section.rank)
-        options["alpha_pattern"] = dict.fromkeys(names, _whole(section.alpha))
+        ranks, alphas = dict.fromkeys(names, section.rank), dict.fromkeys(names, _whole(section.alpha))
     if router == "full":
-        rank = num_experts(model)
-        options["rank_pattern"][_ROUTER_WEIGHT] = rank
-        options["alpha_pattern"][_ROUTER_WEIGHT] = rank**0.5 if section.rslora else rank  # a scale of 1
+        ranks[_ROUTER_WEIGHT] = num = num_experts(model)
+        alphas[_ROUTER_WEIGHT] = num**0.5 if section.rslora else num  # a scale of 1
     return ExpertLoraConfig(
-        **options,
+        r=rank,
+        lora_alpha=_whole(alpha),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         target_modules=[*attention, *mlp, *bank_targets, *routers],
         lora_dropout=section.dropout,
         use_rslora=section.rslora,
