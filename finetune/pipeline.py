@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from finetune.inference.evaluate import EvalReport
     from finetune.models.generation import Generation
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
+    from finetune.routing.expert_files import ExpertFiles
     from finetune.routing.profile import RoutingProfile
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
@@ -140,26 +141,41 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     resume: continue the run in `output.dir` from its newest complete checkpoint.
     overwrite: replace a run that is in `output.dir`.
     """
-    from finetune.adapters.attach import attach, save_adapter
-    from finetune.adapters.table import render_table, target_table
     from finetune.config.packed_folder import settled
-    from finetune.models.attention import check_attention, explain_attention
-    from finetune.models.live import refuse_packed_rows
+    from finetune.models.attention import check_attention
     from finetune.quant.load import check_source
-    from finetune.report.routing_table import render_choice
     from finetune.routing.expert_files import ExpertFiles
-    from finetune.training.experts import choose_experts
-    from finetune.training.memory import hold_little_memory
-    from finetune.training.processes import is_main_process, load_device
-    from finetune.training.run import open_run, summarize
-    from finetune.training.sft import Rows, train_sft
+    from finetune.training.run import open_run
 
     console, recipe = console or Console(stderr=True), settled(recipe)
     files = ExpertFiles.read(recipe)
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
-    folder = open_run(recipe, resume=resume, overwrite=overwrite)
-    prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
+    with open_run(recipe, resume=resume, overwrite=overwrite) as folder:
+        return _train(recipe, folder, files, resume=resume, console=console)
+
+
+def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: bool, console: Console) -> Run:
+    """The run in its folder."""
+    from finetune.adapters.attach import attach, save_adapter
+    from finetune.adapters.table import render_table, target_table
+    from finetune.models.attention import explain_attention
+    from finetune.models.live import refuse_packed_rows
+    from finetune.report.routing_table import render_choice
+    from finetune.training.experts import choose_experts
+    from finetune.training.memory import hold_little_memory
+    from finetune.training.processes import is_main_process, load_device
+    from finetune.training.provenance import Provenance, check_processes_agree, check_same, record
+    from finetune.training.run import summarize
+    from finetune.training.sft import Rows, train_sft
+
+    prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is reported in seconds
+    provenance = Provenance.of(recipe, prepared.train, prepared.eval, tokenizer)
+    check_processes_agree(recipe, provenance)
+    if resume:
+        check_same(folder.provenance, provenance)
+    else:
+        record(folder.provenance, provenance)
     if recipe.quantize.scheme != "none":
         hold_little_memory(recipe.data.max_length * recipe.train.batch_size)
     model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
