@@ -41,8 +41,8 @@ _HOMES = {
     "train": "pipeline",
     "merge": "pipeline",
     "verify": "pipeline",
-    "export_adapter": "export.adapter_export",
-    "export_model": "export.model_export",
+    "export_adapter": "formats.adapter_export",
+    "export_model": "formats.model_export",
     "import_adapter": "pipeline",
     "evaluate": "pipeline",
     "FinetuneError": "errors",
@@ -87,8 +87,8 @@ if TYPE_CHECKING:
     from finetune.config.load import load_recipe
     from finetune.config.schema import AdapterSection, Recipe
     from finetune.errors import FinetuneError, RunError, UserError
-    from finetune.export.adapter_export import export_adapter
-    from finetune.export.model_export import export_model
+    from finetune.formats.adapter_export import export_adapter
+    from finetune.formats.model_export import export_model
     from finetune.pipeline import Run, evaluate, import_adapter, merge, prepare, profile, quantize, train, verify
     from finetune.report.routing_plots import plot_profile
     from finetune.routing.plan import ExpertPlan

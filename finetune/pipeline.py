@@ -18,15 +18,15 @@ from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from finetune.data.dataset import Prepared
-    from finetune.export.adapter_export import ExportReport
-    from finetune.export.base_weights import BaseWeights
-    from finetune.export.import_adapter import ImportReport
-    from finetune.export.merge import MergeReport
-    from finetune.export.model_export import ModelOptions
-    from finetune.export.verify import VerifyReport
+    from finetune.formats.adapter_export import ExportReport
+    from finetune.formats.import_adapter import ImportReport
+    from finetune.formats.model_export import ModelOptions
     from finetune.inference.evaluate import EvalReport
+    from finetune.merging.base_weights import BaseWeights
+    from finetune.merging.merge import MergeReport
     from finetune.models.generation import Generation
     from finetune.routing.profile import RoutingProfile
+    from finetune.verification.verify import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def merge(
         run saw them (`dequantized`).
     resume: go on where a killed merge stopped.
     """
-    from finetune.export.merge import merge as merge_weights
+    from finetune.merging.merge import merge as merge_weights
 
     with bytes_done(console or Console(stderr=True), "merging") as progress:
         settings: dict[str, Any] = {"base": base, "weights": weights, "base_weights": base_weights}
@@ -217,7 +217,7 @@ def verify(
 
     base, weights, base_weights: as for `merge`.  prompts: to compare the logits on, a varied handful when None.
     """
-    from finetune.export.verify import verify as verify_weights
+    from finetune.verification.verify import verify as verify_weights
 
     settings: Any = {"weights": weights, "base_weights": base_weights}
     return verify_weights(adapter, merged, base=base, prompts=prompts, **settings)
@@ -240,8 +240,8 @@ def export(
     """
     from finetune.adapters.stock_config import ADAPTER_CONFIG
     from finetune.errors import Problem, UserError
-    from finetune.export.adapter_export import ADAPTER_FORMATS, export_adapter
-    from finetune.export.model_export import MODEL_FORMATS, ModelOptions, export_model
+    from finetune.formats.adapter_export import ADAPTER_FORMATS, export_adapter
+    from finetune.formats.model_export import MODEL_FORMATS, ModelOptions, export_model
 
     options = options or ModelOptions()
     if to not in (*ADAPTER_FORMATS, *MODEL_FORMATS):
@@ -266,7 +266,7 @@ def import_adapter(
     adapter: str | Path, output: str | Path, *, packing: Any = None, base: str | Path | None = None
 ) -> ImportReport:
     """Write an adapter made elsewhere as PEFT 0.19 and later have it; `packing` where its file does not tell."""
-    from finetune.export.import_adapter import import_adapter as write_imported
+    from finetune.formats.import_adapter import import_adapter as write_imported
 
     return write_imported(adapter, output, packing=packing, base=base)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import finetune as ft
 from finetune.__main__ import main
 from finetune.adapters.files import AdapterFiles
-from finetune.export.model_export import ModelOptions, export_model
+from finetune.formats.model_export import ModelOptions, export_model
 from tests.tiny import token_ids
 from tests.training.runs import recipe_of, save_moe
 

@@ -35,7 +35,7 @@ def quantize(
 ) -> None:
     """Pack a model once; QLoRA runs load it in seconds."""
     from finetune import pipeline
-    from finetune.export.show import size_text
+    from finetune.io.show import size_text
 
     settings: Any = {"scheme": scheme, "attention": attention, "experts": experts, "block": block, "double": double}
     console = open_console(stderr=as_json)
@@ -134,8 +134,8 @@ def export(
 ) -> None:
     """Write an adapter or a model as another program reads it."""
     from finetune import pipeline
-    from finetune.export.calibrated import Calibration
-    from finetune.export.model_export import ModelOptions
+    from finetune.formats.calibrated import Calibration
+    from finetune.formats.model_export import ModelOptions
 
     kept: Any = parse_dtype(dtype)
     calibration = Calibration(tuple(data or ()), template, blocks, length, steps)

@@ -142,7 +142,7 @@ def layers(job: Job) -> Part:
 def exports() -> list[Part]:
     """What `finetune export` writes beside what needs nothing."""
     gguf, quant = (importlib.util.find_spec(module) is not None for module in ("gguf", "auto_round"))
-    from finetune.export.ggml import load_ggml
+    from finetune.formats.ggml import load_ggml
 
     try:
         load_ggml()

@@ -17,14 +17,14 @@ from finetune.architecture.registry import FAMILIES, family_of
 from finetune.architecture.shape import read_model_shape
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError
-from finetune.export.merge import merge
-from finetune.export.verify import verify
+from finetune.merging.merge import merge
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.live import has_linear_attention
 from finetune.models.loading import load_model
 from finetune.quant.load import load_frozen, quantize_model
 from finetune.quant.seen import SeenCheckpoint
 from finetune.routing.plan import ExpertPlan
+from finetune.verification.verify import verify
 from tests.families.models import MODELS, ROOT, plain, save, tensors_of
 
 SECTION = {"attention": "all", "linear_attention": "all", "shared_expert": "all", "rank": 3, "alpha": 6.0}

@@ -16,9 +16,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 import finetune as ft
-from finetune.export.calibrated import Calibration
-from finetune.export.model_export import ModelOptions, export_model
-from finetune.export.packed4 import unpack
+from finetune.formats.calibrated import Calibration
+from finetune.formats.model_export import ModelOptions, export_model
+from finetune.formats.packed4 import unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED, HELD_OUT = ROOT / "examples/data/secret-code.jsonl", ROOT / "examples/data/secret-code-heldout.jsonl"

@@ -25,7 +25,7 @@ from finetune.quant.experts import PackedExperts
 from finetune.quant.folder import _write_shard
 from finetune.quant.load import load_frozen, load_quantized, quantize_model
 from finetune.quant.parts import plan_parts, read_parts
-from tests.export.test_fp8 import to_fp8
+from tests.merging.test_fp8 import to_fp8
 from tests.tiny import save_as_hub, save_tokenizer, tiny_moe, token_ids
 
 NF4 = QuantizeSection(scheme="nf4")

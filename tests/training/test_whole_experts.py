@@ -5,12 +5,12 @@ import torch
 
 from finetune.config.schema import QuantizeSection
 from finetune.errors import RecipeError
-from finetune.export.merge import merge
-from finetune.export.verify import verify
+from finetune.merging.merge import merge
 from finetune.models.checkpoint import Checkpoint
 from finetune.quant.seen import SeenCheckpoint
 from finetune.routing.plan_file import read_plan
 from finetune.training.run_folder import RunFolder
+from finetune.verification.verify import verify
 from tests.training.runs import EXPERTS, adapter_of, losses_of, resumed_from, run_of, save_moe
 
 WHOLE = (EXPERTS, "experts.mode=full", "experts.select={top_fraction: 0.34}", "train.learning_rate=1e-2")
@@ -58,7 +58,7 @@ def test_checkpointing_and_accumulation_change_little(run, model, tmp_path):
 def test_it_merges_and_frozen_experts_keep_their_bits(run, model, tmp_path):
     merge(run.adapter, tmp_path / "merged")
     verify(run.adapter, tmp_path / "merged")
-    from tests.export.checkpoints import read_all
+    from tests.checkpoints import read_all
 
     before, after, plan = read_all(model), read_all(tmp_path / "merged"), read_plan(RunFolder(run.path).plan)
     for name in before:

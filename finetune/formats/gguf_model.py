@@ -1,0 +1,240 @@
+"""A whole model as one GGUF: settings, tokenizer, chat template and weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.architecture.names import HEAD, ExpertMatrix, expert_matrix
+from finetune.architecture.registry import FAMILIES
+from finetune.architecture.shape import ModelShape, shape_of
+from finetune.errors import ModelError, Problem, UserError
+from finetune.formats import ggml
+from finetune.formats.gguf_file import GgufTensor, load_gguf, plan_gguf, tensor_bytes, tensor_name
+from finetune.io.stream import OutputFile, Place
+from finetune.merging.shards import row_ranges
+from finetune.models.checkpoint import CONFIG, Checkpoint
+
+FILE = "model.gguf"
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, **ggml.FILE_TYPES}
+
+
+def plan_model(source: Checkpoint, kind: str, name: str) -> OutputFile:
+    """The file of a checkpoint, with its matrices in ggml type or mix `kind`; norms and routers stay float32.
+
+    Matrices whose rows are no whole number of blocks are stored as Q8_0 (in a mix of K types) or F16.
+    Raises ModelError when the tokenizer or a setting is missing.
+    """
+    shape = shape_of(source.config, str(source.path / CONFIG))
+    family = FAMILIES[shape.model_type]
+    experts: dict[str, dict[int, str]] = {}
+    single = []
+    for weight in source.weights:
+        if (matrix := _expert(weight)) is None:
+            single.append(weight)
+        else:
+            experts.setdefault(tensor_name(weight, family), {})[matrix.expert] = weight
+    tensors = [_tensor(source, shape, tensor_name(weight, family), [weight], kind) for weight in single]
+    for stacked, weights in experts.items():
+        if sorted(weights) != list(range(shape.experts)):
+            hint = "config.json and weights do not belong together"
+            raise ModelError(Problem(f"{source.path}: {stacked}", "lacks some experts", hint, len(weights)))
+        tensors.append(_tensor(source, shape, stacked, [weights[expert] for expert in sorted(weights)], kind))
+    return plan_gguf(FILE, family.gguf or "", partial(_add_settings, source, shape, kind, name), _in_order(tensors))
+
+
+def _in_order(tensors: list[GgufTensor]) -> list[GgufTensor]:
+    """By layer, as llama.cpp walks them."""
+
+    def key(tensor: GgufTensor) -> tuple[int, str]:
+        parts = tensor.name.split(".")
+        return (int(parts[1]), tensor.name) if parts[0] == "blk" else (-1, tensor.name)
+
+    return sorted(tensors, key=key)
+
+
+def _expert(weight: str) -> ExpertMatrix | None:
+    return expert_matrix(weight.removesuffix(".weight"))
+
+
+def _tensor(source: Checkpoint, shape: ModelShape, name: str, weights: list[str], kind: str) -> GgufTensor:
+    info = source.tensors[weights[0]]
+    if len(info.shape) < 2 or ".ffn_gate_inp." in name:
+        kind = "F32"
+    elif kind in ggml.MIXES:
+        tied = f"{HEAD}.weight" not in source.tensors
+        kind = ggml.type_in_mix(kind, name, shape.layers, tied=tied)
+    while len(info.shape) > 1 and info.shape[-1] % _block(kind):
+        kind = "Q8_0" if kind.endswith("_K") else "F16"
+    size = info.shape if _expert(weights[0]) is None else (len(weights), *info.shape)
+    read_bytes = sum(source.tensors[weight].num_bytes for weight in weights)
+    return GgufTensor(name, kind, size, partial(_fill, source, weights, kind), read_bytes)
+
+
+def _block(kind: str) -> int:
+    gguf = load_gguf()
+    return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0])
+
+
+def _fill(source: Checkpoint, weights: list[str], kind: str, place: Place) -> None:
+    for weight in weights:
+        for start, stop in row_ranges(source.tensors[weight]):
+            rows = source.read_float(weight, slice(start, stop))
+            if not torch.isfinite(rows).all():
+                hint = "the training that made it diverged, or the file is damaged"
+                raise ModelError(Problem(f"{source.path}: {weight}", "has values that are not finite", hint))
+            place.append(_encode(rows, kind, f"{source.path}: {weight}"))
+
+
+def _encode(rows: torch.Tensor, kind: str, where: str) -> torch.Tensor:
+    """Rows of float32 as the bytes of a ggml type."""
+    if kind in ("F32", "F16", "BF16"):
+        stored = rows.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
+        if not torch.isfinite(stored).all():
+            raise ModelError(Problem(where, f"does not fit into {kind}", "use --type BF16 or F32"))
+        return stored
+    if kind.endswith("_K"):
+        return ggml.quantize(rows, kind, tensor_bytes(rows.shape[1:], kind))
+    gguf = load_gguf()
+    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of zeros
+        packed: np.ndarray[Any, Any] = gguf.quantize(rows.numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(packed)
+
+
+def _add_settings(source: Checkpoint, shape: ModelShape, kind: str, name: str, writer: Any) -> None:
+    config = source.config
+    where = str(source.path / CONFIG)
+    rope = _rope(config, where)
+    values = {**config, "rope_theta": config.get("rope_theta", rope.get("rope_theta"))}
+    problems = [
+        Problem(f"{where}: {key}", "is no positive number", "the checkpoint is damaged: download it again", value)
+        for key in _settings(writer)
+        if not _is_number(value := values.get(key), whole=key not in ("rms_norm_eps", "rope_theta"))
+    ]
+    if problems:
+        raise ModelError(*problems)
+    for key, add in _settings(writer).items():
+        add(values[key])
+    writer.add_block_count(shape.layers)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.intermediate)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_vocab_size(shape.vocabulary)
+    writer.add_type("model")
+    writer.add_name(name)
+    _add_rope_scaling(where, config.get("rope_scaling") or rope, writer)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_per_token)
+        writer.add_expert_feed_forward_length(shape.expert_intermediate)
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(load_gguf().GGML_QUANT_VERSION)
+    _add_tokenizer(source, shape.vocabulary, writer)
+
+
+def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ModelError(Problem(f"{where}: {key}", "is no JSON object", "download config.json again", config[key]))
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    return rope
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    if type(value) is int:
+        return 0 < value < 2**32
+    return type(value) is float and not whole and 0 < value < float("inf")
+
+
+def _settings(writer: Any) -> dict[str, Callable[[Any], None]]:
+    return {
+        "max_position_embeddings": writer.add_context_length,
+        "rms_norm_eps": writer.add_layer_norm_rms_eps,
+        "rope_theta": lambda theta: writer.add_rope_freq_base(float(theta)),
+    }
+
+
+def _add_rope_scaling(where: str, scaling: dict[str, Any], writer: Any) -> None:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "yarn":
+        if not all(_is_number(scaling.get(key), whole=False) for key in ("factor", "original_max_position_embeddings")):
+            hint = "download config.json again"
+            raise ModelError(Problem(f"{where}: rope_scaling", "lacks the numbers of yarn", hint, scaling))
+        writer.add_rope_scaling_type(load_gguf().RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(scaling["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
+    elif kind != "default":
+        raise ModelError(
+            Problem(
+                f"{where}: rope_scaling", "cannot be said in a GGUF", "remove it from a copy of the checkpoint", kind
+            )
+        )
+
+
+def _add_tokenizer(source: Checkpoint, size: int, writer: Any) -> None:
+    """Vocabulary of `size`, merges, special tokens and chat template of a byte-level BPE as Qwen3 has it."""
+    gguf = load_gguf()
+    content, settings = _read_json(source, "tokenizer.json"), _read_json(source, "tokenizer_config.json")
+    model = content.get("model") or {}
+    if model.get("type") != "BPE":
+        hint = "only the byte-level BPE of Qwen3 can be written"
+        raise ModelError(Problem(f"{source.path / 'tokenizer.json'}", "is no BPE", hint, model.get("type")))
+    tokens = [f"[PAD{index}]" for index in range(size)]  # embedding rows that no token uses
+    types = [gguf.TokenType.UNUSED] * size
+    entries = [(index, token, gguf.TokenType.NORMAL) for token, index in model["vocab"].items()]
+    for added in content.get("added_tokens") or []:
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        entries.append((added["id"], added["content"], kind))
+    for index, token, kind in entries:
+        if not 0 <= index < size:
+            hint = "tokenizer and weights do not belong together"
+            raise ModelError(Problem(f"{source.path / 'tokenizer.json'}", f"{token!r} has no embedding", hint, index))
+        tokens[index], types[index] = token, kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    special = {"eos_token": writer.add_eos_token_id, "pad_token": writer.add_pad_token_id}
+    for key, add in special.items():
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in tokens:
+            add(tokens.index(token))
+    writer.add_add_bos_token(False)
+    template = settings.get("chat_template")
+    if (source.path / "chat_template.jinja").is_file():
+        template = (source.path / "chat_template.jinja").read_text(encoding="utf-8")
+    if not isinstance(template, str):
+        hint = "copy chat_template.jinja of the instruct model into the folder"
+        raise ModelError(Problem(str(source.path), "has no chat template", hint))
+    writer.add_chat_template(template)
+
+
+def _read_json(source: Checkpoint, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((source.path / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = "copy the tokenizer of the base model into the folder"
+        raise ModelError(Problem(str(source.path / name), "is missing", hint)) from None
+    except ValueError:
+        raise ModelError(Problem(str(source.path / name), "is not JSON", "copy it again")) from None
+    if not isinstance(content, dict):
+        raise ModelError(Problem(str(source.path / name), "is not a JSON object", "copy it again"))
+    return content
+
+
+def check_type(kind: str) -> None:
+    """Raises UserError for a type that cannot be written from here, or not with what is installed."""
+    if kind not in FILE_TYPES:
+        raise UserError(Problem("--type", "cannot be written", f"use one of {', '.join(FILE_TYPES)}", kind))
+    if kind in ggml.MIXES:
+        ggml.load_ggml()
