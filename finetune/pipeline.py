@@ -18,9 +18,9 @@ from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from finetune.data.dataset import Prepared
-    from finetune.formats.adapter_export import ExportReport
+    from finetune.formats.export import ExportReport
+    from finetune.formats.format import Format
     from finetune.formats.import_adapter import ImportReport
-    from finetune.formats.model_export import ModelOptions
     from finetune.inference.evaluate import EvalReport
     from finetune.merging.base_weights import BaseWeights
     from finetune.merging.merge import MergeReport
@@ -226,40 +226,21 @@ def verify(
 def export(
     source: str | Path,
     output: str | Path,
-    to: str,
+    to: Format | str,
     *,
     base: str | Path | None = None,
-    options: ModelOptions | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> ExportReport:
     """Write an adapter, or a model such as `merge` made, as another program reads it, with a note on how to start that.
 
-    source: an adapter folder for peft, peft-per-expert, vllm, sglang and gguf-lora; a model for gguf, fp8, fp8-ct,
-    int4, gptq, awq and hf.  base: of an adapter, where the adapter says it is when None.
+    to: a format by name, or with its options, as `make_format` makes it.
+    base: of an adapter, where the adapter says it is when None.
     """
-    from finetune.adapters.stock_config import ADAPTER_CONFIG
-    from finetune.errors import Problem, UserError
-    from finetune.formats.adapter_export import ADAPTER_FORMATS, export_adapter
-    from finetune.formats.model_export import MODEL_FORMATS, ModelOptions, export_model
+    from finetune.formats.export import export as write_exported
 
-    options = options or ModelOptions()
-    if to not in (*ADAPTER_FORMATS, *MODEL_FORMATS):
-        known = f"is none of {', '.join(ADAPTER_FORMATS)} for adapters, {', '.join(MODEL_FORMATS)} for models"
-        raise UserError(Problem("--to", known, "name one of them", to))
-    problems = options.unused(to)
-    if base is not None and to in MODEL_FORMATS:
-        problems.append(Problem("--base", f"has no meaning for {to}", "leave it out: only an adapter has a base"))
-    if problems:
-        raise UserError(*problems)
     with bytes_done(console or Console(stderr=True), "exporting") as progress:
-        if to in ADAPTER_FORMATS:
-            settings: Any = {"dtype": options.dtype, "thinking": options.thinking, "resume": resume}
-            return export_adapter(source, output, to, base=base, progress=progress, **settings)
-        if (Path(source) / ADAPTER_CONFIG).is_file():
-            hint = f"merge it first: finetune merge {source} --output MERGED, then export MERGED"
-            raise UserError(Problem(str(source), f"is an adapter, and --to {to} writes whole models", hint))
-        return export_model(source, output, to, options, resume=resume, progress=progress)  # type: ignore[arg-type]
+        return write_exported(source, output, to, base=base, resume=resume, progress=progress)
 
 
 def import_adapter(

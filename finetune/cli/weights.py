@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from finetune.cli.format_options import FORMAT_NAMES, format_list, takes_format_options
 from finetune.cli.options import (
     AdapterPath,
     AdapterPaths,
@@ -20,6 +21,7 @@ from finetune.cli.options import (
     parse_shares,
 )
 from finetune.cli.printing import open_console, print_json
+from finetune.formats.registry import make_format
 
 
 def quantize(
@@ -100,48 +102,32 @@ def verify(
         open_console().print(report)
 
 
+def _list_formats(asked: bool) -> None:
+    if asked:
+        typer.echo(format_list())
+        raise typer.Exit
+
+
+@takes_format_options
 def export(
     source: Annotated[
         str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="an adapter, or a model such as merge made")
     ],
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            help="adapters: peft, peft-per-expert, vllm, sglang, gguf-lora; models: gguf, fp8, fp8-ct, int4, gptq, "
-            "awq, hf",
-        ),
-    ],
+    to: Annotated[str, typer.Option("--to", help=FORMAT_NAMES)],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
-    dtype: WeightType = None,
-    gguf_type: Annotated[
-        str, typer.Option("--type", help="gguf: F32, F16, BF16, Q8_0, Q4_0, Q6_K, Q5_K_M ...")
-    ] = "F16",
-    shard_gb: Annotated[float, typer.Option("--shard-gb", help="size of a file at most, in 10^9 bytes")] = 4.0,
-    group: Annotated[int, typer.Option("--group", min=8, help="int4, gptq, awq: weights per scale")] = 128,
-    data: Annotated[list[str] | None, typer.Option("--data", help="gptq, awq: file with rows to fit to")] = None,
-    template: Annotated[str, typer.Option("--template", help="gptq, awq: data template of the files")] = "chat",
-    blocks: Annotated[int, typer.Option("--calibration-blocks", min=1, help="gptq, awq: blocks of tokens")] = 128,
-    length: Annotated[int, typer.Option("--calibration-length", min=8, help="gptq, awq: tokens of a block")] = 512,
-    steps: Annotated[int, typer.Option("--calibration-steps", min=0, help="gptq, awq: search steps per layer")] = 200,
-    thinking: Annotated[
-        bool | None,
-        typer.Option("--thinking/--no-thinking", help="what it was trained for, where no run wrote it down"),
-    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an export that was killed")] = False,
     as_json: AsJson = False,
+    formats: Annotated[
+        bool, typer.Option("--list", callback=_list_formats, is_eager=True, help="print the formats and exit")
+    ] = False,
+    **options: object,
 ) -> None:
     """Write an adapter or a model as another program reads it."""
     from finetune import pipeline
-    from finetune.formats.calibrated import Calibration
-    from finetune.formats.model_export import ModelOptions
 
-    kept: Any = parse_dtype(dtype)
-    calibration = Calibration(tuple(data or ()), template, blocks, length, steps)
-    options = ModelOptions(gguf_type, kept, int(shard_gb * 1e9), group, thinking, calibration)
-    console = open_console(stderr=True)
-    report = pipeline.export(source, output, to, base=base, options=options, resume=resume, console=console)
+    made = make_format(to, {name: value for name, value in options.items() if value is not None})
+    report = pipeline.export(source, output, made, base=base, resume=resume, console=open_console(stderr=True))
     if as_json:
         print_json(report.to_dict())
     else:

@@ -7,7 +7,6 @@ else (router, embeddings, norms, head) is written from the model itself.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -26,8 +25,9 @@ from finetune.architecture.names import HEAD, ROUTER, is_router
 from finetune.config.schema import DataSection
 from finetune.data.dataset import prepare
 from finetune.errors import ExportError, Problem, UserError
+from finetune.formats.format import ModelSource, Planned
+from finetune.formats.model_files import keep, plan_folder, quantized_config, refuse_quantized
 from finetune.formats.packed4 import packed_shapes, unpack
-from finetune.formats.quantized import keep
 from finetune.io.safetensors_file import Tensor
 from finetune.merging.shards import copy
 from finetune.models.checkpoint import Checkpoint
@@ -88,29 +88,25 @@ class Rounded:
         ]
 
 
-def is_installed() -> bool:
-    """Whether AutoRound can be run here; without importing it, which changes transformers."""
-    return importlib.util.find_spec("auto_round") is not None
+def plan_calibrated(model: ModelSource, to: str, group: int, calibration: Calibration, max_shard_bytes: int) -> Planned:
+    """Finds the rounding before anything is planned; what it took lies beside the output until the end."""
+    source, linears = model.checkpoint, model.linears
+    refuse_quantized(source)
+    check_fit(to, linears, group)
+    work = Path(model.held.enter_context(workplace(model.output)))
+    rounded = round_weights(source, to, linears, group, calibration, work)
+    config = quantized_config(source, rounded.config(source))
+    facts = {"quantized matrices": len(linears), "largest error": f"{rounded.error:.1%}"}
+    tensors = rounded.tensors(source, linears)
+    return plan_folder(source, tensors, max_shard_bytes, dtype="float16", config=config, facts=facts)
 
 
-def check_fit(to: str, linears: dict[str, tuple[int, int]], group: int, calibration: Calibration) -> None:
-    """Raises UserError, before anything is computed, when something is missing or does not fit."""
-    problems = []
-    if not is_installed():
-        hint = "pip install 'finetune-moe[quant]'; --to int4 and --to fp8 need no data and nothing to install"
-        problems.append(Problem(f"--to {to}", "needs the auto-round package, which is not installed", hint))
-    if not calibration.data:
-        hint = "name the training file; its rows decide which rounding errors matter"
-        problems.append(Problem("--data", f"is needed with --to {to}", hint))
-    for name, value in (("--calibration-blocks", calibration.blocks), ("--calibration-length", calibration.length)):
-        if value < 1:
-            problems.append(Problem(name, "is no positive number", "leave it out", value))
+def check_fit(to: str, linears: dict[str, tuple[int, int]], group: int) -> None:
+    """Raises UserError, before anything is computed, for rows that are no whole number of groups."""
     odd = {shape for shape in linears.values() if shape[1] % group or shape[0] % 8}
     if odd or group % 8:
         what = f"rows of {', '.join(str(width) for _, width in sorted(odd))} are no whole number of groups"
-        problems.append(Problem(f"--to {to}", what, "choose a group that divides the rows with --group", group))
-    if problems:
-        raise UserError(*problems)
+        raise UserError(Problem(f"--to {to}", what, "choose a group that divides the rows with --group", group))
 
 
 def round_weights(

@@ -58,6 +58,16 @@ class Factors:
         """The largest rank of any weight."""
         return max(self.ranks.values())
 
+    @property
+    def zero_filled(self) -> int:
+        """Experts that have no factors of their own, in banks of which some have."""
+        trained = {
+            (matrix.bank, matrix.expert)
+            for name in self.ranks
+            if (matrix := expert_matrix(name.removesuffix(".weight"))) is not None and self.plan.read(name) is not None
+        }
+        return len(self.banks) * self.num_experts - len(trained)
+
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of a weight, whether it has factors or not."""
         out, width = self.plan.base.tensors[f"{module}.weight"].shape

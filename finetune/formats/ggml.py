@@ -17,7 +17,6 @@ import torch
 from finetune.errors import Problem, UserError
 
 MIXES = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K"}
-FILE_TYPES = {"Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18}
 _TYPES = {"Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 _PACKAGES = {"xllamacpp": "*.so", "llama_cpp": "lib/libggml-base.*"}
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
+
 from finetune.architecture.family import Family
 from finetune.architecture.names import in_layer, layer_index, place_in_layer
 from finetune.errors import Problem, UserError
@@ -35,23 +37,12 @@ class GgufTensor:
 
 def tensor_bytes(shape: Sequence[int], kind: str) -> int:
     """Bytes of a tensor of a ggml type; rows are whole blocks of it."""
-    gguf = load_gguf()
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     elements = 1
     for length in shape:
         elements *= length
     assert shape[-1] % block == 0, "a row is not a whole number of blocks"
     return elements // block * size
-
-
-def load_gguf() -> Any:
-    """The `gguf` package. Raises UserError when it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        hint = "pip install 'finetune-moe[gguf]'"
-        raise UserError(Problem("--to gguf", "needs the gguf package, which is not installed", hint)) from None
-    return gguf
 
 
 def tensor_name(name: str, family: Family) -> str:
@@ -72,7 +63,6 @@ def plan_gguf(
 
     settings: key -> text or float, or a function that adds them to a GGUFWriter.
     """
-    gguf = load_gguf()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header"
         writer = gguf.GGUFWriter(path, arch)

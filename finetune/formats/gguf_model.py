@@ -7,29 +7,32 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 
 from finetune.architecture.names import HEAD, ExpertMatrix, expert_matrix
 from finetune.architecture.registry import FAMILIES
 from finetune.architecture.shape import ModelShape, shape_of
-from finetune.errors import ModelError, Problem, UserError
+from finetune.errors import ModelError, Problem
 from finetune.formats import ggml
-from finetune.formats.gguf_file import GgufTensor, load_gguf, plan_gguf, tensor_bytes, tensor_name
+from finetune.formats.gguf_file import GgufTensor, plan_gguf, tensor_bytes, tensor_name
 from finetune.io.stream import OutputFile, Place
 from finetune.merging.shards import row_ranges
 from finetune.models.checkpoint import CONFIG, Checkpoint
 
 FILE = "model.gguf"
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, **ggml.FILE_TYPES}
 
 
-def plan_model(source: Checkpoint, kind: str, name: str) -> OutputFile:
+def plan_model(source: Checkpoint, kind: str, file_type: int, name: str) -> OutputFile:
     """The file of a checkpoint, with its matrices in ggml type or mix `kind`; norms and routers stay float32.
 
+    file_type: the number that llama.cpp has for it.
     Matrices whose rows are no whole number of blocks are stored as Q8_0 (in a mix of K types) or F16.
     Raises ModelError when the tokenizer or a setting is missing.
     """
+    if kind in ggml.MIXES:
+        ggml.load_ggml()
     shape = shape_of(source.config, str(source.path / CONFIG))
     family = FAMILIES[shape.model_type]
     experts: dict[str, dict[int, str]] = {}
@@ -45,7 +48,9 @@ def plan_model(source: Checkpoint, kind: str, name: str) -> OutputFile:
             hint = "config.json and weights do not belong together"
             raise ModelError(Problem(f"{source.path}: {stacked}", "lacks some experts", hint, len(weights)))
         tensors.append(_tensor(source, shape, stacked, [weights[expert] for expert in sorted(weights)], kind))
-    return plan_gguf(FILE, family.gguf or "", partial(_add_settings, source, shape, kind, name), _in_order(tensors))
+    return plan_gguf(
+        FILE, family.gguf or "", partial(_add_settings, source, shape, file_type, name), _in_order(tensors)
+    )
 
 
 def _in_order(tensors: list[GgufTensor]) -> list[GgufTensor]:
@@ -77,7 +82,6 @@ def _tensor(source: Checkpoint, shape: ModelShape, name: str, weights: list[str]
 
 
 def _block(kind: str) -> int:
-    gguf = load_gguf()
     return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0])
 
 
@@ -100,13 +104,12 @@ def _encode(rows: torch.Tensor, kind: str, where: str) -> torch.Tensor:
         return stored
     if kind.endswith("_K"):
         return ggml.quantize(rows, kind, tensor_bytes(rows.shape[1:], kind))
-    gguf = load_gguf()
     with np.errstate(divide="ignore", invalid="ignore"):  # blocks of zeros
         packed: np.ndarray[Any, Any] = gguf.quantize(rows.numpy(), gguf.GGMLQuantizationType[kind])
     return torch.from_numpy(packed)
 
 
-def _add_settings(source: Checkpoint, shape: ModelShape, kind: str, name: str, writer: Any) -> None:
+def _add_settings(source: Checkpoint, shape: ModelShape, file_type: int, name: str, writer: Any) -> None:
     config = source.config
     where = str(source.path / CONFIG)
     rope = _rope(config, where)
@@ -135,8 +138,8 @@ def _add_settings(source: Checkpoint, shape: ModelShape, kind: str, name: str, w
         writer.add_expert_count(shape.experts)
         writer.add_expert_used_count(shape.experts_per_token)
         writer.add_expert_feed_forward_length(shape.expert_intermediate)
-    writer.add_file_type(FILE_TYPES[kind])
-    writer.add_quantization_version(load_gguf().GGML_QUANT_VERSION)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_tokenizer(source, shape.vocabulary, writer)
 
 
@@ -168,7 +171,7 @@ def _add_rope_scaling(where: str, scaling: dict[str, Any], writer: Any) -> None:
         if not all(_is_number(scaling.get(key), whole=False) for key in ("factor", "original_max_position_embeddings")):
             hint = "download config.json again"
             raise ModelError(Problem(f"{where}: rope_scaling", "lacks the numbers of yarn", hint, scaling))
-        writer.add_rope_scaling_type(load_gguf().RopeScalingType.YARN)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(scaling["factor"]))
         writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
     elif kind != "default":
@@ -181,7 +184,6 @@ def _add_rope_scaling(where: str, scaling: dict[str, Any], writer: Any) -> None:
 
 def _add_tokenizer(source: Checkpoint, size: int, writer: Any) -> None:
     """Vocabulary of `size`, merges, special tokens and chat template of a byte-level BPE as Qwen3 has it."""
-    gguf = load_gguf()
     content, settings = _read_json(source, "tokenizer.json"), _read_json(source, "tokenizer_config.json")
     model = content.get("model") or {}
     if model.get("type") != "BPE":
@@ -230,11 +232,3 @@ def _read_json(source: Checkpoint, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(Problem(str(source.path / name), "is not a JSON object", "copy it again"))
     return content
-
-
-def check_type(kind: str) -> None:
-    """Raises UserError for a type that cannot be written from here, or not with what is installed."""
-    if kind not in FILE_TYPES:
-        raise UserError(Problem("--type", "cannot be written", f"use one of {', '.join(FILE_TYPES)}", kind))
-    if kind in ggml.MIXES:
-        ggml.load_ggml()

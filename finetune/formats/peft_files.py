@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from finetune.adapters.files import WEIGHTS
 from finetune.adapters.layouts import pack_a, pack_b
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.architecture.names import (
@@ -27,7 +28,8 @@ from finetune.architecture.names import (
 )
 from finetune.errors import AdapterError, Problem
 from finetune.formats.factors import Factors
-from finetune.io.safetensors_file import Tensor
+from finetune.formats.format import Planned
+from finetune.io.safetensors_file import Tensor, plan_file
 from finetune.io.stream import Place
 from finetune.models.tensor_file import TORCH_DTYPES
 
@@ -59,6 +61,12 @@ def per_expert(factors: Factors, dtype: str, *, served: bool) -> tuple[list[Tens
     ]
     content = {"r": rank, "lora_alpha": _number(scale * rank), "target_modules": _targets(factors, modules)}
     return tensors, _settings(factors, content)
+
+
+def plan_weights(tensors: list[Tensor], side: dict[str, bytes], facts: dict[str, int]) -> Planned:
+    """The adapter's file and its settings. facts: those that are 0 are not told."""
+    file = plan_file(WEIGHTS, tensors, {"format": "pt"})
+    return Planned((file,), {**side}, {name: value for name, value in facts.items() if value})
 
 
 def fused(factors: Factors, dtype: str) -> tuple[list[Tensor], dict[str, bytes]]:

@@ -19,7 +19,6 @@ from finetune.models.checkpoint import CONFIG, Checkpoint
 from finetune.models.files import check_target, finished_folder, write_atomic
 
 Progress = Callable[[str, int, int], None]
-CONFIG_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SPARE_BYTES = 2**26
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -15,7 +15,8 @@ from rich.text import Text
 
 from finetune.config.rope import with_scaling
 from finetune.errors import Problem, UserError
-from finetune.io.folder import CONFIG_DTYPES, Progress, Work, describe_job, side_contents, write_folder
+from finetune.io.dtypes import CONFIG_DTYPES, SAFETENSORS_DTYPES, StorageDtype
+from finetune.io.folder import Progress, Work, describe_job, side_contents, write_folder
 from finetune.io.show import Shown, size_text, table, warnings
 from finetune.merging.base_weights import BaseWeights, QuantizationError, quantization_errors
 from finetune.merging.base_weights import advice as advice_on_base
@@ -23,8 +24,6 @@ from finetune.merging.plan import Adapters, MergePlan, plan_merge
 from finetune.merging.retention import Retention, Tally, advice
 from finetune.merging.shards import num_bytes, plan_files, reports_by_weight, stored_dtypes
 from finetune.models.checkpoint import CONFIG, INDEX
-
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def merge(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    dtype: StorageDtype | None = None,
     base_weights: BaseWeights = "original",
     resume: bool = False,
     progress: Progress | None = None,
@@ -98,16 +97,17 @@ def merge(
     progress: called with (shard, bytes read so far, bytes in all).
     Raises AdapterError, ModelError or UserError before the first byte is written if anything does not fit.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(Problem("--dtype", f"is none of {', '.join(DTYPES)}", "leave it out to keep the dtype", dtype))
+    if dtype is not None and dtype not in SAFETENSORS_DTYPES:
+        what = f"is none of {', '.join(SAFETENSORS_DTYPES)}"
+        raise UserError(Problem("--dtype", what, "leave it out to keep the dtype", dtype))
     started = time.perf_counter()
     output = Path(output).absolute()
     plan = plan_merge(adapters, base, weights, base_weights)
     if base_weights == "dequantized" and plan.base.fp8_block is not None and dtype is None:
         hint = "give --dtype bf16"
         raise UserError(Problem("--base-weights", "dequantized weights would be rounded to the base's FP8", hint))
-    stored = stored_dtypes(plan, DTYPES[dtype] if dtype else None)
-    files = plan_files(plan, DTYPES[dtype] if dtype else None)
+    kept = SAFETENSORS_DTYPES[dtype] if dtype else None
+    stored, files = stored_dtypes(plan, kept), plan_files(plan, kept)
     config = with_scaling((plan.base.path / CONFIG).read_bytes(), plan.rope_scaling)
     side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None, config) | _index(plan, stored)
     job = describe_job("merge", dtype, list(plan.shares), base_weights, folders=[plan.base.path, *plan.paths])

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from finetune.adapters.files import AdapterFiles
 from finetune.errors import AdapterError, UserError
-from finetune.formats.adapter_export import export_adapter
+from finetune.formats.export import export
+from finetune.formats.registry import make_format
 from finetune.merging.merge import merge
 from finetune.merging.plan import plan_merge
 from tests.checkpoints import (
@@ -76,7 +77,7 @@ def assert_same(one, other, atol):
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_change_stays_the_same(sources, tmp_path, name, to):
     base, adapter = sources[name]
-    report = export_adapter(adapter, tmp_path / "out", to, dtype="fp32")
+    report = export(adapter, tmp_path / "out", make_format(to, {"dtype": "fp32"}))
     assert_same(deltas(adapter, base), deltas(tmp_path / "out", base), atol=1e-6)
     assert report.files.keys() == {"adapter_config.json", "adapter_model.safetensors", "SERVING.md"}
     assert json.loads(json.dumps(report.to_dict()))["tensors"] == len(read_all(tmp_path / "out"))
@@ -86,18 +87,18 @@ def test_the_change_stays_the_same(sources, tmp_path, name, to):
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "dense layer in MoE"])
 def test_stock_peft_reads_it(sources, tmp_path, name, to):
     base, adapter = sources[name]
-    export_adapter(adapter, tmp_path / "out", to)
+    export(adapter, tmp_path / "out", to)
     assert (stock_logits(base, adapter) - stock_logits(base, tmp_path / "out")).abs().max() <= 1e-4
 
 
 def test_peft_is_exact_and_goes_round(sources, tmp_path):
     base, adapter = sources["attention and experts"]
-    export_adapter(adapter, tmp_path / "one", "peft")
+    export(adapter, tmp_path / "one", "peft")
     before, after = read_all(adapter), read_all(tmp_path / "one")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    export_adapter(tmp_path / "one", tmp_path / "single", "peft-per-expert", base=base)
-    export_adapter(tmp_path / "single", tmp_path / "two", "peft", base=base)
+    export(tmp_path / "one", tmp_path / "single", "peft-per-expert", base=base)
+    export(tmp_path / "single", tmp_path / "two", "peft", base=base)
     again = read_all(tmp_path / "two")
     assert all(torch.equal(before[name], again[name]) for name in before)
 
@@ -105,7 +106,7 @@ def test_peft_is_exact_and_goes_round(sources, tmp_path):
 @pytest.mark.parametrize("to", ["vllm", "sglang"])
 def test_served_adapters_are_complete_and_of_one_rank(sources, tmp_path, to):
     base, adapter = sources["down only"]
-    report = export_adapter(adapter, tmp_path / "out", to)
+    report = export(adapter, tmp_path / "out", to)
     tensors, config = read_all(tmp_path / "out"), json.loads((tmp_path / "out/adapter_config.json").read_text())
     names = {
         f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{part}_proj.lora_{side}.weight"
@@ -126,8 +127,8 @@ def test_served_adapters_are_complete_and_of_one_rank(sources, tmp_path, to):
 
 def test_thinking_is_told(sources, tmp_path):
     adapter = sources["dense"][1]
-    export_adapter(adapter, tmp_path / "on", "vllm", thinking=True)
-    export_adapter(adapter, tmp_path / "off", "vllm")
+    export(adapter, tmp_path / "on", make_format("vllm", {"thinking": True}))
+    export(adapter, tmp_path / "off", "vllm")
     assert "default, true" in (tmp_path / "on/SERVING.md").read_text()
     assert '"enable_thinking": false' in (tmp_path / "off/SERVING.md").read_text()
 
@@ -135,15 +136,15 @@ def test_thinking_is_told(sources, tmp_path):
 def test_thinking_is_what_training_wrote_down(sources, tmp_path):
     shutil.copytree(sources["dense"][1], tmp_path / "adapter")
     (tmp_path / "adapter/finetune_adapter.json").write_text(json.dumps({"format_version": 1, "thinking": True}))
-    export_adapter(tmp_path / "adapter", tmp_path / "told", "vllm")
-    export_adapter(tmp_path / "adapter", tmp_path / "asked", "vllm", thinking=False)
+    export(tmp_path / "adapter", tmp_path / "told", "vllm")
+    export(tmp_path / "adapter", tmp_path / "asked", make_format("vllm", {"thinking": False}))
     assert "default, true" in (tmp_path / "told/SERVING.md").read_text()
     assert '"enable_thinking": false' in (tmp_path / "asked/SERVING.md").read_text()
 
 
 def test_exported_and_merged_equals_merged(sources, tmp_path):
     base, adapter = sources["rslora and ranks"]
-    export_adapter(adapter, tmp_path / "out", "vllm", dtype="fp32")
+    export(adapter, tmp_path / "out", make_format("vllm", {"dtype": "fp32"}))
     merge(adapter, tmp_path / "one")
     merge(tmp_path / "out", tmp_path / "two", base=base)
     one, two = read_all(tmp_path / "one"), read_all(tmp_path / "two")
@@ -154,14 +155,14 @@ def test_what_cannot_be_said_is_refused(tmp_path):
     base = write_base(tmp_path / "base", MOE)
     router = write_adapter(tmp_path / "router", base, target_modules="all-linear")
     with pytest.raises(AdapterError, match="servers do not apply"):
-        export_adapter(router, tmp_path / "out", "vllm")
+        export(router, tmp_path / "out", "vllm")
     wide = write_adapter(tmp_path / "wide", base, r=513, target_modules=["q_proj"])
     with pytest.raises(AdapterError, match="at most 512"):
-        export_adapter(wide, tmp_path / "out", "sglang")
+        export(wide, tmp_path / "out", "sglang")
     with pytest.raises(UserError, match="none of peft"):
-        export_adapter(wide, tmp_path / "out", "onnx")
+        export(wide, tmp_path / "out", "onnx")
     with pytest.raises(AdapterError, match="fp32 or fp16"):
-        export_adapter(wide, tmp_path / "out", "gguf-lora", dtype="bf16")
+        export(wide, tmp_path / "out", make_format("gguf-lora", {"dtype": "bf16"}))
     assert not (tmp_path / "out").exists()
 
 
@@ -172,7 +173,7 @@ def test_values_that_overflow_are_refused(sources, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
     edit_tensors(adapter / "adapter_model.safetensors", lambda tensors: next(iter(tensors.values())).fill_(1e6))
     with pytest.raises(AdapterError, match="not finite"):
-        export_adapter(adapter, tmp_path / "out", "peft", dtype="fp16")
+        export(adapter, tmp_path / "out", make_format("peft", {"dtype": "fp16"}))
     assert not (tmp_path / "out").exists()
 
 
@@ -194,7 +195,7 @@ def moe(tmp_path_factory):
 def test_any_adapter_any_layout(moe, tmp_path_factory, rank, alpha, targets, attention, frozen, seed, to):
     folder = tmp_path_factory.mktemp("adapter")
     adapter = packed(folder / "adapter", moe, rank, alpha, targets, attention, frozen, seed)
-    export_adapter(adapter, folder / "out", to, dtype="fp32")
+    export(adapter, folder / "out", make_format(to, {"dtype": "fp32"}))
     assert_same(deltas(adapter, moe), deltas(folder / "out", moe), atol=1e-5)
     assert AdapterFiles.open(folder / "out").num_experts == (
         AdapterFiles.open(adapter).num_experts if to == "peft" else {}

@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import ExportError, UserError
 from finetune.formats import calibrated
 from finetune.formats.calibrated import Calibration, calibration_tokens, check_rounded
-from finetune.formats.model_export import ModelOptions, export_model
+from finetune.formats.export import export
+from finetune.formats.fitted import Gptq
+from finetune.formats.format import Package
 from finetune.formats.packed4 import AWQ_ORDER, unpack
+from finetune.formats.registry import make_format
 from finetune.merging.plan import check_model
 from finetune.models.checkpoint import Checkpoint
 from tests.checkpoints import MOE, read_all, write_base
@@ -64,6 +67,11 @@ def rows(tmp_path):
     return str(tmp_path / "rows.jsonl")
 
 
+def fitted(to, rows):
+    options = {"group": GROUP, "data": [rows], "calibration_blocks": 4, "calibration_length": 16}
+    return make_format(to, options)
+
+
 @pytest.fixture
 def stand_in(base, tmp_path, monkeypatch):
     """AutoRound replaced by rounding to nearest; `change` edits what it writes."""
@@ -85,7 +93,7 @@ def stand_in(base, tmp_path, monkeypatch):
         assert load_file(job["tokens"])["input_ids"].shape == (4, 16)
 
     monkeypatch.setattr(calibrated, "run_job", run)
-    monkeypatch.setattr(calibrated, "is_installed", lambda: True)
+    monkeypatch.setattr(Package, "is_installed", True)
     return changes
 
 
@@ -100,8 +108,7 @@ def test_unpacked_is_what_was_packed(to):
 
 @pytest.mark.parametrize("to", ["gptq", "awq"])
 def test_written(base, rows, stand_in, tmp_path, to):
-    calibration = Calibration((rows,), blocks=4, length=16)
-    report = export_model(base, tmp_path / "out", to, ModelOptions(group=GROUP, calibration=calibration))
+    report = export(base, tmp_path / "out", fitted(to, rows))
     after, before = read_all(tmp_path / "out"), read_all(base)
     assert report.facts["quantized matrices"] == MATRICES == sum(name.endswith(".qweight") for name in after)
     for name, weight in before.items():
@@ -139,27 +146,28 @@ def test_written(base, rows, stand_in, tmp_path, to):
 )
 def test_anything_else_is_refused(base, rows, stand_in, tmp_path, change, message):
     stand_in.append(change)
-    calibration = Calibration((rows,), blocks=4, length=16)
     with pytest.raises(ExportError, match=message):
-        export_model(base, tmp_path / "out", "gptq", ModelOptions(group=GROUP, calibration=calibration))
+        export(base, tmp_path / "out", fitted("gptq", rows))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_a_failure_shows_its_last_lines(base, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrated, "is_installed", lambda: True)
+    monkeypatch.setattr(Package, "is_installed", True)
     monkeypatch.setattr(calibrated.sys, "executable", shutil.which("false"))
-    options = ModelOptions(group=GROUP, calibration=Calibration((rows,), blocks=4, length=16))
     with pytest.raises(ExportError, match=r"exit code 1(.|\n)*its last lines"):
-        export_model(base, tmp_path / "out", "awq", options)
+        export(base, tmp_path / "out", fitted("awq", rows))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_what_is_missing_is_told_at_once(base, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrated, "is_installed", lambda: False)
-    with pytest.raises(UserError, match=r"finetune-moe\[quant\](.|\n)*--data(.|\n)*--group"):
-        export_model(base, tmp_path / "out", "gptq", ModelOptions(group=128))
+    monkeypatch.setattr(Package, "is_installed", False)
+    with pytest.raises(UserError, match=r"--data(.|\n)*finetune-moe\[quant\]|finetune-moe\[quant\](.|\n)*--data"):
+        export(base, tmp_path / "out", "gptq")
+    monkeypatch.setattr(Package, "is_installed", True)
+    with pytest.raises(UserError, match="--group"):
+        export(base, tmp_path / "out", Gptq(data=(rows,)))
     with pytest.raises(UserError, match="--resume"):
-        export_model(base, tmp_path / "out", "gptq", ModelOptions(group=GROUP), resume=True)
+        export(base, tmp_path / "out", fitted("gptq", rows), resume=True)
 
 
 def test_tokens_are_the_rows_through_the_template(base, rows, tmp_path):

@@ -5,7 +5,8 @@ import torch
 
 from finetune.errors import UserError
 from finetune.formats import ggml
-from finetune.formats.model_export import ModelOptions, export_model
+from finetune.formats.export import export
+from finetune.formats.registry import make_format
 from tests.checkpoints import DENSE, MOE, read_all, write_base
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package")
@@ -25,7 +26,7 @@ def tensors_of(folder):
 
 @pytest.mark.parametrize("mix", ggml.MIXES)
 def test_read_back(base, tmp_path, mix):
-    export_model(base, tmp_path / "out", "gguf", ModelOptions(type=mix))
+    export(base, tmp_path / "out", make_format("gguf", {"type": mix}))
     before, after = read_all(base), tensors_of(tmp_path / "out")
     for name, bank in (("down", "blk.1.ffn_down_exps.weight"), ("up", "blk.2.ffn_up_exps.weight")):
         kind = after[bank].tensor_type
@@ -57,7 +58,7 @@ def test_mixes():
 
 def test_rows_that_are_no_whole_block(tmp_path):
     base = write_base(tmp_path / "base", {**DENSE, "hidden_size": 64, "intermediate_size": 80})
-    export_model(base, tmp_path / "out", "gguf", ModelOptions(type="Q4_K_M"))
+    export(base, tmp_path / "out", make_format("gguf", {"type": "Q4_K_M"}))
     after = tensors_of(tmp_path / "out")
     assert after["blk.0.attn_q.weight"].tensor_type.name == "Q8_0"
     assert after["blk.0.ffn_down.weight"].tensor_type.name == "F16"
@@ -67,6 +68,6 @@ def test_no_library(base, tmp_path, monkeypatch):
     ggml.load_ggml.cache_clear()
     monkeypatch.setattr(ggml, "_libraries", lambda: [str(tmp_path / "no.so"), "libc.so.6"])
     with pytest.raises(UserError, match=r"K-quants need ggml's library(.|\n)*pip install xllamacpp"):
-        export_model(base, tmp_path / "out", "gguf", ModelOptions(type="Q4_K_M"))
+        export(base, tmp_path / "out", make_format("gguf", {"type": "Q4_K_M"}))
     ggml.load_ggml.cache_clear()
     assert not (tmp_path / "out").exists()

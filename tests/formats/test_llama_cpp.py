@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters.attach import attach, save_adapter
-from finetune.formats.adapter_export import export_adapter
-from finetune.formats.model_export import ModelOptions, export_model
+from finetune.formats.export import export
+from finetune.formats.registry import make_format
 from finetune.merging.merge import merge
 from finetune.models.loading import load_model, load_tokenizer
 from finetune.routing.plan import ExpertPlan
@@ -65,7 +65,7 @@ def merged(adapter, folder):
 
 
 def gguf_of(model, output, kind):
-    export_model(model, output, "gguf", ModelOptions(type=kind))
+    export(model, output, make_format("gguf", {"type": kind}))
     return output / "model.gguf"
 
 
@@ -105,7 +105,7 @@ def test_base(base_gguf, prompts):
 
 
 def test_base_and_adapter_equal_the_merged_model(adapter, merged, base_gguf, prompts, folder):
-    report = export_adapter(adapter, folder / "lora", "gguf-lora", base=BASE)
+    report = export(adapter, folder / "lora", "gguf-lora", base=BASE)
     assert report.facts["rank"] == 8
     judge = LlamaCpp(base_gguf, folder / "lora/adapter.gguf")
     for ids in prompts:
@@ -233,7 +233,7 @@ def test_the_trained_model_answers_its_new_skill(tmp_path, monkeypatch):
     ours = evaluate(tmp_path / "merged", [str(held_out)]).total.exact_match
     assert ours > 0.9
     rows = [json.loads(line)["messages"] for line in held_out.read_text().splitlines()]
-    export_adapter(run.adapter, tmp_path / "lora", "gguf-lora")
+    export(run.adapter, tmp_path / "lora", "gguf-lora")
     judges = {kind: LlamaCpp(gguf_of(tmp_path / "merged", tmp_path / kind, kind)) for kind in ("F16", "Q8_0")}
     judges["lora"] = LlamaCpp(gguf_of(BASE, tmp_path / "base", "F32"), tmp_path / "lora/adapter.gguf")
     for kind, judge in judges.items():

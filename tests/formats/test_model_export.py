@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from finetune.errors import ModelError, UserError
-from finetune.formats.calibrated import Calibration
-from finetune.formats.model_export import ModelOptions, export_model
+from finetune.formats.export import export
+from finetune.formats.hf import Hf
+from finetune.formats.registry import make_format
+from finetune.formats.rounded import Fp8, Int4
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
 from tests.checkpoints import (
@@ -42,7 +44,7 @@ def config_of(path):
 
 class TestShards:
     def test_same_tensors_in_other_files(self, base, tmp_path):
-        report = export_model(base, tmp_path / "out", "hf", ModelOptions(max_shard_bytes=40_000))
+        report = export(base, tmp_path / "out", Hf(shard_gb=4e-5))
         before, after = read_all(base), read_all(tmp_path / "out")
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -58,7 +60,7 @@ class TestShards:
             assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
     def test_one_file_and_another_dtype(self, base, tmp_path):
-        export_model(base, tmp_path / "out", "hf", ModelOptions(dtype="bf16"))
+        export(base, tmp_path / "out", make_format("hf", {"dtype": "bf16"}))
         before, after = read_all(base), read_all(tmp_path / "out")
         assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
         assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
@@ -68,7 +70,7 @@ class TestShards:
 
 class TestFp8:
     def test_blocks(self, base, tmp_path):
-        report = export_model(base, tmp_path / "out", "fp8", ModelOptions(max_shard_bytes=30_000))
+        report = export(base, tmp_path / "out", Fp8(shard_gb=3e-5))
         assert report.facts["quantized matrices"] == MATRICES
         before, written = read_all(base), Checkpoint.open(tmp_path / "out")
         assert written.fp8_block == (128, 128)
@@ -85,16 +87,16 @@ class TestFp8:
             assert (error <= weight.abs() / 16 + weight.abs().max() / 448 / 512).all()
 
     def test_merging_into_an_exported_model_and_back(self, base, tmp_path):
-        export_model(base, tmp_path / "fp8", "fp8")
-        export_model(tmp_path / "fp8", tmp_path / "bf16", "hf", ModelOptions(dtype="bf16"))
+        export(base, tmp_path / "fp8", "fp8")
+        export(tmp_path / "fp8", tmp_path / "bf16", make_format("hf", {"dtype": "bf16"}))
         assert "quantization_config" not in config_of(tmp_path / "bf16")
         near, far = plain_logits(base), plain_logits(tmp_path / "bf16")
         assert (near - far).abs().mean() < near.std() / 5
         with pytest.raises(UserError, match="quantized already"):
-            export_model(tmp_path / "fp8", tmp_path / "again", "int4")
+            export(tmp_path / "fp8", tmp_path / "again", "int4")
 
     def test_rows(self, base, tmp_path):
-        export_model(base, tmp_path / "out", "fp8-ct")
+        export(base, tmp_path / "out", "fp8-ct")
         before, after = read_all(base), read_all(tmp_path / "out")
         assert sum(name.endswith("weight_scale") for name in after) == MATRICES
         for name, weight in before.items():
@@ -114,7 +116,7 @@ def unpacked(words):
 
 
 def test_int4(base, tmp_path):
-    report = export_model(base, tmp_path / "out", "int4", ModelOptions(group=32))
+    report = export(base, tmp_path / "out", make_format("int4", {"group": 32}))
     before, after = read_all(base), read_all(tmp_path / "out")
     assert report.facts["quantized matrices"] == MATRICES == sum(name.endswith("_packed") for name in after)
     for name, weight in before.items():
@@ -167,7 +169,7 @@ def large(tmp_path_factory):
 def test_fp8_blocks_in_transformers(large, tmp_path):
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-    export_model(large, tmp_path / "out", "fp8")
+    export(large, tmp_path / "out", "fp8")
     wanted = dequantized(tmp_path / "out", large)
     settings = FineGrainedFP8Config(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=settings, dtype=torch.bfloat16)
@@ -180,14 +182,14 @@ def test_fp8_blocks_in_transformers(large, tmp_path):
     assert torch.allclose(model.get_parameter(q).float(), wanted[q], rtol=2**-7)
 
 
-def options_of(to):
-    return ModelOptions(group=32) if to == "int4" else None
+def small_groups(to):
+    return Int4(group=32) if to == "int4" else to
 
 
 @pytest.mark.parametrize("to", ["int4", "fp8-ct"])
 def test_compressed_tensors_in_transformers(large, tmp_path, to):
     pytest.importorskip("compressed_tensors", reason="optional: pip install compressed-tensors")
-    export_model(large, tmp_path / "out", to, options_of(to))
+    export(large, tmp_path / "out", small_groups(to))
     wanted = plain_logits_of(large, dequantized(tmp_path / "out", large), tmp_path / "wanted")
     found = plain_logits(tmp_path / "out")
     # float-quantized rounds the activations as well
@@ -197,7 +199,7 @@ def test_compressed_tensors_in_transformers(large, tmp_path, to):
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 def test_gguf_read_by_its_own_package(base, tmp_path, kind):
     gguf = pytest.importorskip("gguf", reason="needs the gguf package")
-    export_model(base, tmp_path / "out", "gguf", ModelOptions(type=kind))
+    export(base, tmp_path / "out", make_format("gguf", {"type": kind}))
     reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
     before = read_all(base)
     tensors = {tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors}
@@ -217,19 +219,21 @@ def test_gguf_read_by_its_own_package(base, tmp_path, kind):
 class TestRefused:
     def test_options(self, base, tmp_path):
         for to, options, message in (
-            ("onnx", ModelOptions(), "none of gguf"),
-            ("gguf", ModelOptions(type="Q9"), "cannot be written"),
-            ("int4", ModelOptions(group=24), "whole number of groups"),
-            ("fp8", ModelOptions(dtype="bf16"), "--dtype: has no meaning for fp8"),
-            ("gguf", ModelOptions(max_shard_bytes=10**6), "--shard-gb: has no meaning for gguf"),
-            ("hf", ModelOptions(type="Q8_0"), "(?s)--type: has no meaning for hf.*it is for gguf"),
-            ("fp8", ModelOptions(group=32), "(?s)--group: has no meaning for fp8.*int4, gptq, awq"),
-            ("int4", ModelOptions(calibration=Calibration(("rows",))), "--data.*has no meaning for int4"),
-            ("hf", ModelOptions(dtype="int8"), "none of bf16"),
-            ("hf", ModelOptions(max_shard_bytes=1), "too small"),
+            ("onnx", {}, "none of peft.* for adapters, gguf.* for models"),
+            ("gguf", {"type": "Q9"}, "cannot be written"),
+            ("int4", {"group": 24}, "whole number of groups"),
+            ("int4", {"group": 4}, "(?s)--group: is too small.*at least 8"),
+            ("fp8", {"dtype": "bf16"}, "--dtype: has no meaning for fp8"),
+            ("gguf", {"shard_gb": 1.0}, "--shard-gb: has no meaning for gguf"),
+            ("hf", {"type": "F16"}, "(?s)--type: has no meaning for hf.*hf takes --thinking, --shard-gb, --dtype; "),
+            ("hf", {"type": "F16"}, "--type is for gguf"),
+            ("fp8", {"group": 32}, "(?s)--group: has no meaning for fp8.*int4, gptq, awq"),
+            ("int4", {"data": ["rows"], "steps": 1}, "(?s)--data: has no meaning for int4.*--steps: has no meaning"),
+            ("hf", {"dtype": "int8"}, "none of bf16"),
+            ("hf", {"shard_gb": 1e-9}, "too small"),
         ):
             with pytest.raises(UserError, match=message):
-                export_model(base, tmp_path / "out", to, options)
+                export(base, tmp_path / "out", make_format(to, options))
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("to", ["fp8", "int4", "gguf"])
@@ -237,7 +241,7 @@ class TestRefused:
         base = write_base(tmp_path / "base", {**WIDE, "intermediate_size": 96})
         edit_json(base / "config.json", num_experts=6)
         with pytest.raises(ModelError, match=r"config\.json calls for|lacks some experts"):
-            export_model(base, tmp_path / "out", to, options_of(to))
+            export(base, tmp_path / "out", small_groups(to))
 
     @pytest.mark.parametrize("to", ["fp8", "fp8-ct", "int4", "gguf"])
     def test_values_that_are_not_finite(self, tmp_path, to):
@@ -245,29 +249,29 @@ class TestRefused:
         name = "model.layers.0.mlp.experts.2.up_proj.weight"
         edit_tensors(base / "model.safetensors", lambda tensors: tensors[name].view(-1)[7:8].fill_(float("nan")))
         with pytest.raises(ModelError, match=r"experts\.2\.up_proj.*not finite"):
-            export_model(base, tmp_path / "out", to, options_of(to))
+            export(base, tmp_path / "out", small_groups(to))
         assert not (tmp_path / "out").exists()
 
     def test_gguf_without_tokenizer_or_template(self, tmp_path):
         base = write_base(tmp_path / "base", MOE)
         edit_json(base / "tokenizer_config.json", chat_template=None)
         with pytest.raises(ModelError, match="chat template"):
-            export_model(base, tmp_path / "out", "gguf")
+            export(base, tmp_path / "out", "gguf")
         (base / "tokenizer.json").unlink()
         with pytest.raises(ModelError, match=r"tokenizer\.json: is missing"):
-            export_model(base, tmp_path / "out", "gguf")
+            export(base, tmp_path / "out", "gguf")
 
     def test_output_that_is_a_link_or_in_the_model(self, base, tmp_path):
         (tmp_path / "real").mkdir()
         (tmp_path / "link").symlink_to(tmp_path / "real")
         with pytest.raises(UserError, match="symlink"):
-            export_model(base, tmp_path / "link", "fp8")
+            export(base, tmp_path / "link", "fp8")
         with pytest.raises(UserError, match="base model's folder"):
-            export_model(base, base / "out", "fp8")
+            export(base, base / "out", "fp8")
 
 
 def test_a_dense_model(dense, tmp_path):
-    report = export_model(dense, tmp_path / "out", "fp8")
+    report = export(dense, tmp_path / "out", "fp8")
     assert report.facts["quantized matrices"] == 2 * 7
     assert Checkpoint.open(tmp_path / "out").read("model.embed_tokens.weight").dtype == torch.bfloat16
 

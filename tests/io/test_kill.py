@@ -21,9 +21,9 @@ def job(output, progress, resume):
     if kind == "merge":
         merge(source, output, dtype="fp32", progress=progress, resume=resume)
     else:
-        from finetune.formats.model_export import ModelOptions, export_model
-        options = None if kind == "gguf" else ModelOptions(max_shard_bytes=60_000)
-        export_model(source, output, kind, options, progress=progress, resume=resume)
+        from finetune.formats.export import export
+        from finetune.formats.rounded import Fp8
+        export(source, output, Fp8(shard_gb=6e-5) if kind == "fp8" else kind, progress=progress, resume=resume)
 
 def attempt(output, deadline=None, resume=False):
     '''Runs it in a child that kills itself at its deadline-th step; returns the number of steps, or None if it died.'''

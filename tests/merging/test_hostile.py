@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from finetune.architecture.shape import shape_of
 from finetune.errors import AdapterError, ModelError, UserError
-from finetune.formats.adapter_export import export_adapter
+from finetune.formats.export import export
 from finetune.formats.import_adapter import import_adapter
-from finetune.formats.model_export import ModelOptions, export_model
+from finetune.formats.registry import make_format
 from finetune.merging.merge import merge
 from finetune.merging.plan import plan_merge
 from tests.checkpoints import (
@@ -45,7 +45,7 @@ def adapters(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     write_adapter(folder / "peft", base, target_modules=ATTENTION, target_parameters=EXPERTS)
     for layout in ("peft-per-expert", "vllm"):
-        export_adapter(folder / "peft", folder / layout, layout)
+        export(folder / "peft", folder / layout, layout)
     return folder
 
 
@@ -105,7 +105,7 @@ def test_settings_of_no_use(base, adapters, tmp_path, key):
         if key.startswith("r") and value in (1.5, 10**9):
             continue
         edit_json(copy / "config.json", **{key: value})
-        tries = [lambda: export_model(copy, tmp_path / "out", "gguf", ModelOptions(type="F32"))]
+        tries = [lambda: export(copy, tmp_path / "out", make_format("gguf", {"type": "F32"}))]
         if not key.startswith("r"):
             tries.append(lambda: merge(adapters / "peft", tmp_path / "out", base=copy))
         for attempt in tries:
@@ -127,7 +127,7 @@ def test_values_that_are_not_finite_where_nothing_changes(base, tmp_path, name, 
     adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
     for shard in copy.glob("*.safetensors"):
         edit_tensors(shard, lambda tensors: tensors[name].view(-1)[-1:].fill_(value) if name in tensors else None)
-    for write in (lambda out: merge(adapter, out, base=copy), lambda out: export_model(copy, out, "hf")):
+    for write in (lambda out: merge(adapter, out, base=copy), lambda out: export(copy, out, "hf")):
         with pytest.raises(ModelError, match=f"{name}: has values that are not finite"):
             write(tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -142,8 +142,8 @@ def test_an_index_that_leads_out(base, adapters, tmp_path, shard):
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     for write in (
         lambda out: merge(adapters / "peft", out, base=copy),
-        lambda out: export_model(copy, out, "gguf"),
-        lambda out: export_adapter(adapters / "peft", out, "vllm", base=copy),
+        lambda out: export(copy, out, "gguf"),
+        lambda out: export(adapters / "peft", out, "vllm", base=copy),
     ):
         with pytest.raises(ModelError, match=r"index\.json"):
             write(tmp_path / "out")

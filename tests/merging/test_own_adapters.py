@@ -8,8 +8,9 @@ import torch
 from finetune.adapters.attach import attach, load_adapter, save_adapter
 from finetune.adapters.files import AdapterFiles
 from finetune.errors import AdapterError, ModelError, VerifyError
-from finetune.formats.adapter_export import export_adapter
+from finetune.formats.export import export
 from finetune.formats.import_adapter import import_adapter
+from finetune.formats.registry import make_format
 from finetune.merging.merge import merge
 from finetune.models.loading import load_model
 from finetune.routing.plan import ExpertPlan
@@ -67,10 +68,10 @@ def test_a_router_that_trained_merges_and_verifies(tmp_path, kind):
     assert report.retention["router"].tensors == 2
     assert (stock_logits(base, path) - plain_logits(tmp_path / "merged")).abs().max() <= 1e-4
     assert verify(path, tmp_path / "merged").weights["router"].tensors == 2
-    export_adapter(path, tmp_path / "peft", "peft")
+    export(path, tmp_path / "peft", "peft")
     assert (stock_logits(base, tmp_path / "peft") - stock_logits(base, path)).abs().max() <= 1e-4
     with pytest.raises(AdapterError, match="merge it and serve the merged model"):
-        export_adapter(path, tmp_path / "vllm", "vllm")
+        export(path, tmp_path / "vllm", "vllm")
 
 
 @pytest.mark.parametrize("to", ["peft", "peft-per-expert", "vllm", "sglang", "gguf-lora"])
@@ -78,7 +79,7 @@ def test_whole_experts_fit_in_no_adapter_format(tmp_path, to):
     base = write_base(tmp_path / "base", MOE)
     path = train(base, tmp_path / "adapter", {**ALL, "mlp": (), "rank": 2}, PLAN, expert_mode="full")
     with pytest.raises(AdapterError, match="no format of adapters can hold"):
-        export_adapter(path, tmp_path / "out", to)
+        export(path, tmp_path / "out", to)
     with pytest.raises(AdapterError):
         import_adapter(path, tmp_path / "out")
 
@@ -119,7 +120,7 @@ def test_an_export_changes_the_experts_of_the_plan_alone(tmp_path, to):
     base = write_base(tmp_path / "base", MIXED)
     plan = ExpertPlan({0: (0, 3), 2: (1,)}, 5)
     adapter = train(base, tmp_path / "adapter", {**ALL, "rank": 2}, plan)
-    export_adapter(adapter, tmp_path / "out", to, dtype="fp32")
+    export(adapter, tmp_path / "out", make_format(to, {"dtype": "fp32"}))
     merge(adapter, tmp_path / "merged")
     merge(tmp_path / "out", tmp_path / "merged-out", base=base)
     before, merged, exported = (read_all(tmp_path / name) for name in ("base", "merged", "merged-out"))

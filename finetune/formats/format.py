@@ -1,0 +1,233 @@
+"""What a format is: a frozen dataclass whose fields are the options it takes, with its plan and its serving note.
+
+A file of formats imports nothing heavy before `plan` is called: the command line lists them all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from finetune.errors import Problem
+from finetune.formats.serving_note import asks_for_no_thinking, positions, shell, vllm_chat
+from finetune.io.dtypes import SAFETENSORS_DTYPES, StorageDtype
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from finetune.config.rope import RopeScaling
+    from finetune.formats.factors import Factors
+    from finetune.io.stream import OutputFile
+    from finetune.models.checkpoint import Checkpoint
+
+T = TypeVar("T")
+
+
+def option(default: T, help: str, *, least: float | None = None) -> T:
+    """A field that users set. least: the smallest number it may be."""
+    return field(default=default, metadata={"help": help, "least": least})
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of a format as the command line and the docs show it. type: its annotation."""
+
+    name: str
+    type: Any
+    default: object
+    help: str
+    least: float | None
+
+    @property
+    def flag(self) -> str:
+        """What the command line calls it."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def told(self) -> str:
+        """The help, and the default where leaving it out is not the same as saying nothing."""
+        return self.help if self.default in (None, ()) else f"{self.help}; {self.default} by default"
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values it may have, where its type lists them."""
+        return tuple(_literals(self.type))
+
+    def problem(self, value: Any) -> Problem | None:
+        """What is wrong with a value, if anything is."""
+        if self.choices and value is not None and value not in self.choices:
+            return Problem(self.flag, f"is none of {', '.join(self.choices)}", "name one of them", value)
+        if self.least is not None and value < self.least:
+            return Problem(self.flag, "is too small", f"give at least {self.least:g}", value)
+        return None
+
+
+def _literals(annotation: Any) -> Iterator[str]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for inner in get_args(annotation):
+            yield from _literals(inner)
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a format needs beside the product itself, and how to install it."""
+
+    name: str
+    remedy: str
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether it can be imported; told without importing it."""
+        return find_spec(self.name.replace("-", "_")) is not None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a format writes.
+
+    files: the large ones. side: the small ones by name, an index last. facts: for the report.
+    """
+
+    files: tuple[OutputFile, ...]
+    side: dict[str, bytes | Path]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(ABC):
+    """A way to write an adapter or a model.
+
+    name: as `--to` has it.  about: what it is, and for which program.  resumes: whether a killed export is continued.
+    package: what it needs beside the product.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    resumes: ClassVar[bool] = True
+    package: ClassVar[Package | None] = None
+
+    thinking: bool | None = option(
+        None, "whether it was trained to reason before it answers, where no run wrote it down"
+    )
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """What it can be told, by name."""
+        types = get_type_hints(cls)
+        return {
+            each.name: Option(each.name, types[each.name], each.default, each.metadata["help"], each.metadata["least"])
+            for each in fields(cls)
+        }
+
+    def problems(self) -> list[Problem]:
+        """Options whose values are of no use, and a package that is not installed."""
+        found = [each.problem(getattr(self, name)) for name, each in self.options().items()]
+        if self.package is not None and not self.package.is_installed:
+            what = f"needs the {self.package.name} package, which is not installed"
+            found.append(Problem(f"--to {self.name}", what, self.package.remedy))
+        return [problem for problem in found if problem is not None]
+
+    @property
+    def stored(self) -> str:
+        """How weights are stored, in a word."""
+        return self.name
+
+    def about_thinking(self) -> str:
+        """How to ask for what the model was trained to do."""
+        return asks_for_no_thinking(bool(self.thinking))
+
+
+@dataclass(frozen=True)
+class ExportedAdapter:
+    """What the note beside an adapter tells. base: its name. base_path: where it is here. rank: of the factors."""
+
+    output: Path
+    base: str
+    base_path: Path
+    rank: int
+    rope_scaling: RopeScaling | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFormat(Format):
+    """A layout of adapters. usual_dtype: of the factors, when nobody says."""
+
+    usual_dtype: ClassVar[StorageDtype] = "fp32"
+
+    dtype: StorageDtype | None = option(None, "bf16, fp16 or fp32")
+
+    @abstractmethod
+    def plan(self, factors: Factors) -> Planned:
+        """Raises AdapterError for what cannot be said in the format. facts: the rank among them."""
+
+    @abstractmethod
+    def start(self, adapter: ExportedAdapter) -> str:
+        """Markdown on how to start the program with it."""
+
+    @property
+    def stored(self) -> str:
+        """The dtype."""
+        return self.dtype or self.usual_dtype
+
+    @property
+    def storage(self) -> str:
+        """The dtype as safetensors and ggml call it."""
+        return SAFETENSORS_DTYPES[self.dtype or self.usual_dtype]
+
+    def note(self, adapter: ExportedAdapter) -> str:
+        """The note beside it, Markdown."""
+        title = f"# {adapter.output.name}: adapter for {adapter.base}, as {self.name} reads it"
+        return f"{title}\n\n{self.start(adapter)}{positions(adapter.rope_scaling)}\n{self.about_thinking()}"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to write in another form.
+
+    linears: (out, in) of the weights that config.json calls for as linear layers.  held: removes at the end what
+    planning put beside the output.
+    """
+
+    checkpoint: Checkpoint
+    linears: dict[str, tuple[int, int]]
+    output: Path
+    held: ExitStack
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFormat(Format):
+    """A form of whole models. title, remarks: for the note beside it."""
+
+    title: ClassVar[str] = ""
+    remarks: ClassVar[str] = ""
+
+    @abstractmethod
+    def plan(self, model: ModelSource) -> Planned:
+        """Raises ModelError or UserError for what does not fit."""
+
+    def start(self, output: Path) -> str:
+        """Markdown on how to start a program with it."""
+        return shell(f"vllm serve {output}{vllm_chat(bool(self.thinking))}")
+
+    def note(self, output: Path) -> str:
+        """The note beside it, Markdown."""
+        title = f"# {output.name}: {self.title or self.name}"
+        return f"{title}\n\n{self.start(output)}\n{self.remarks}{self.about_thinking()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharded(Format):
+    """A format of several files."""
+
+    shard_gb: float = option(4.0, "size of a file at most, in 10^9 bytes", least=1e-6)
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """Bytes of a file at most."""
+        return round(self.shard_gb * 1e9)
