@@ -42,9 +42,7 @@ def _parameter(option: Option, takers: tuple[str, ...]) -> inspect.Parameter:
 
 
 def _kind(option: Option) -> Any:
-    """str, int, float, bool, or a list of texts; whether a text is one of several, the format tells."""
-    if option.choices:
-        return str
+    """str, int, float, bool, one of several texts, or a list of texts."""
     if get_origin(option.type) is tuple:
         return list[str]
     kinds = [each for each in get_args(option.type) if each is not type(None)]

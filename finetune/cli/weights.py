@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,8 +16,6 @@ from finetune.cli.options import (
     BaseWeights,
     Shares,
     WeightType,
-    parse_base_weights,
-    parse_dtype,
     parse_shares,
 )
 from finetune.cli.printing import open_console, print_json
@@ -27,8 +25,10 @@ from finetune.formats.registry import make_format
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model folder, or a hub name")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
-    scheme: Annotated[str, typer.Option("--scheme", help="nf4 or fp8")] = "nf4",
-    block: Annotated[int | None, typer.Option("--block", help="weights that share a scale (nf4): 64 or 128")] = None,
+    scheme: Annotated[Literal["nf4", "fp8"], typer.Option("--scheme", help="storage of the weights")] = "nf4",
+    block: Annotated[
+        Literal[64, 128] | None, typer.Option("--block", help="weights that share a scale (nf4); 64 by default")
+    ] = None,
     attention: Annotated[bool | None, typer.Option(help="linear layers of attention and dense MLPs (nf4)")] = None,
     experts: Annotated[bool, typer.Option(help="the experts")] = True,
     double: Annotated[bool, typer.Option(help="the scales too (nf4)")] = True,
@@ -37,9 +37,10 @@ def quantize(
 ) -> None:
     """Pack a model once; QLoRA runs load it in seconds."""
     from finetune import pipeline
+    from finetune.config.schema import QuantizeSection
     from finetune.io.show import size_text
 
-    settings: Any = {"scheme": scheme, "attention": attention, "experts": experts, "block": block, "double": double}
+    settings = QuantizeSection(scheme=scheme, attention=attention, experts=experts, block=block, double=double)
     console = open_console(stderr=as_json)
     packed = pipeline.quantize(model, output, settings, revision=revision, console=console)
     size = sum(file.stat().st_size for file in output.iterdir())
@@ -64,16 +65,22 @@ def merge(
     """Merge adapters into their base model, and prove it."""
     from finetune import pipeline
 
-    progress = open_console(stderr=True)
-    settings: dict[str, Any] = {
-        "base": base,
-        "weights": parse_shares(weights),
-        "base_weights": parse_base_weights(base_weights),
-    }
-    report = pipeline.merge(adapters, output, **settings, dtype=parse_dtype(dtype), resume=resume, console=progress)
+    shares = parse_shares(weights)
+    report = pipeline.merge(
+        adapters,
+        output,
+        base=base,
+        weights=shares,
+        dtype=dtype,
+        base_weights=base_weights,
+        resume=resume,
+        console=open_console(stderr=True),
+    )
     if not as_json:
         open_console().print(report)
-    proof = pipeline.verify(adapters, output, **settings) if check else None
+    proof = None
+    if check:
+        proof = pipeline.verify(adapters, output, base=base, weights=shares, base_weights=base_weights)
     if as_json:
         print_json({**report.to_dict(), "verify": proof and proof.to_dict()})
     elif proof:
@@ -94,8 +101,9 @@ def verify(
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
-    settings: dict[str, Any] = {"weights": parse_shares(weights), "base_weights": parse_base_weights(base_weights)}
-    report = pipeline.verify(adapters, merged, base=base, prompts=prompts or None, **settings)
+    report = pipeline.verify(
+        adapters, merged, base=base, weights=parse_shares(weights), base_weights=base_weights, prompts=prompts or None
+    )
     if as_json:
         print_json(report.to_dict())
     else:
@@ -138,8 +146,8 @@ def import_adapter(
     adapter: AdapterPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     packing: Annotated[
-        str | None,
-        typer.Option("--packing", help="peft, peft-0.18, expert-major or expert-major-0.18; where the file is silent"),
+        Literal["peft", "peft-0.18", "expert-major", "expert-major-0.18"] | None,
+        typer.Option("--packing", help="how experts are packed; where the file is silent"),
     ] = None,
     base: BasePath = None,
     as_json: AsJson = False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from finetune.architecture.names import (
     ALL,
@@ -24,18 +24,17 @@ from finetune.architecture.names import (
     MlpProjection,
 )
 from finetune.architecture.shape import ModelShape
-from finetune.config.values import (
-    Amount,
+from finetune.config.values import Amount, DropoutRate, as_checkpointing
+from finetune.diagnostics.section import Section
+from finetune.diagnostics.values import (
     Count,
-    DropoutRate,
     Name,
     NonNegative,
+    OneOrMany,
     OpenShare,
     PathName,
     Positive,
     Share,
-    as_checkpointing,
-    as_files,
     as_switch,
     as_tuple,
     no_repeats,
@@ -65,12 +64,6 @@ SharedExpertTargets = Annotated[
 ]
 MlpTargets = Annotated[tuple[MlpProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
 ExpertTargets = Annotated[tuple[ExpertProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
-
-
-class Section(BaseModel):
-    """Frozen, no unknown keys, no NaN, no silent conversion between types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RopeScalingSection(Section):
@@ -355,13 +348,14 @@ class DataFile(Section):
     split: Name = Field(default="train", description="split of a hub data set")
 
 
+DataFiles = Annotated[tuple[DataFile, ...], OneOrMany("path", "a file name, or a list of files")]
+
+
 class DataSection(Section):
     """Rows, how to read them, and how they become token blocks."""
 
-    train: Annotated[tuple[DataFile, ...], BeforeValidator(as_files)] = Field(
-        min_length=1, description="a file, or several with weights"
-    )
-    eval: Annotated[tuple[DataFile, ...], BeforeValidator(as_files)] = Field(default=(), description="held-out files")
+    train: DataFiles = Field(min_length=1, description="a file, or several with weights")
+    eval: DataFiles = Field(default=(), description="held-out files")
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="share of the training rows to hold out when `eval` is empty"
     )

@@ -17,10 +17,10 @@ from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
-from finetune.config.document import read_document
-from finetune.config.findings import Finding, Places
-from finetune.config.schema import Section
-from finetune.config.values import Name
+from finetune.diagnostics.document import read_document
+from finetune.diagnostics.findings import Finding, Places
+from finetune.diagnostics.section import Section
+from finetune.diagnostics.values import Name
 from finetune.errors import DataError, Problem
 
 FOLDERS = (Path(__file__).parents[1] / "data_templates", Path(__file__).parents[2] / "data_templates")

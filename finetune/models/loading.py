@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,9 +16,7 @@ from finetune.config.rope import RopeScaling, rescaled
 from finetune.errors import ModelError, Problem
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_model(
