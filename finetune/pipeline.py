@@ -19,15 +19,15 @@ from finetune.training.run_folder import RunFolder
 if TYPE_CHECKING:
     import torch
 
-    from finetune.adapters.frozen import BaseWeights as LoadedWeights
+    from finetune.adapters.frozen import LoadedWeights
     from finetune.data.dataset import Prepared
     from finetune.formats.export import ExportReport
     from finetune.formats.format import Format
     from finetune.formats.import_adapter import ImportReport, Packing
     from finetune.inference.evaluate import EvalReport
     from finetune.io.dtypes import StorageDtype
-    from finetune.merging.base_weights import BaseWeights
     from finetune.merging.merge import MergeReport
+    from finetune.merging.packed_base import MergeOnto
     from finetune.models.generation import Generation
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
     from finetune.routing.profile import RoutingProfile
@@ -113,14 +113,14 @@ def quantize(
 
 def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
-    from finetune.config.packed_folder import settled
+    from finetune.config.packed_folder import resolve_packed
     from finetune.models.files import check_target_file
     from finetune.report.routing_table import render_profile
     from finetune.routing.measure import profile_for
     from finetune.routing.profile_file import write_profile
     from finetune.routing.select import split_half_stability
 
-    console, recipe = console or Console(stderr=True), settled(recipe)
+    console, recipe = console or Console(stderr=True), resolve_packed(recipe)
     if output is not None:
         check_target_file(output)  # before anything is measured
     prepared, _ = prepare(recipe, console=console)
@@ -140,8 +140,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     overwrite: replace a run that is in `output.dir`.
     """
     from finetune.adapters.attach import attach, save_adapter
-    from finetune.adapters.table import render_table, target_table
-    from finetune.config.packed_folder import settled
+    from finetune.adapters.trainable import render_groups, trainable_groups
+    from finetune.config.packed_folder import resolve_packed
     from finetune.models.attention import check_attention, explain_attention
     from finetune.models.live import refuse_packed_rows
     from finetune.quant.load import check_source
@@ -153,7 +153,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
 
-    console, recipe = console or Console(stderr=True), settled(recipe)
+    console, recipe = console or Console(stderr=True), resolve_packed(recipe)
     files = ExpertFiles.read(recipe)
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
@@ -177,7 +177,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     if is_main_process():
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
-        console.print(render_table(target_table(adapted)))
+        console.print(render_groups(trainable_groups(adapted)))
         precision = _torch_dtype(recipe.train.precision)
         attention = explain_attention(
             recipe.model.attention_implementation, model.config, model.device, precision or model.dtype
@@ -198,14 +198,14 @@ def merge(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     dtype: StorageDtype | None = None,
-    base_weights: BaseWeights = "original",
+    onto: MergeOnto = "original",
     resume: bool = False,
     console: Console | None = None,
 ) -> MergeReport:
     """Write base + adapter to `output`, a checkpoint like the base's; dtype bf16, fp16, fp32, or None to keep it.
 
     adapter: one, or several whose deltas are added, each times its number in `weights`.
-    base_weights: for an adapter of a packed model: add it to the weights as they are stored (`original`), or as the
+    onto: for an adapter of a packed model: add it to the weights as they are stored (`original`), or as the
         run saw them (`dequantized`).
     resume: go on where a killed merge stopped.
     """
@@ -218,7 +218,7 @@ def merge(
             base=base,
             weights=weights,
             dtype=dtype,
-            base_weights=base_weights,
+            onto=onto,
             resume=resume,
             progress=progress,
         )
@@ -230,16 +230,16 @@ def verify(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
-    base_weights: BaseWeights = "original",
+    onto: MergeOnto = "original",
     prompts: Sequence[str] | None = None,
 ) -> VerifyReport:
     """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not.
 
-    base, weights, base_weights: as for `merge`.  prompts: to compare the logits on, a varied handful when None.
+    base, weights, onto: as for `merge`.  prompts: to compare the logits on, a varied handful when None.
     """
     from finetune.verification.verify import verify as verify_weights
 
-    return verify_weights(adapter, merged, base=base, weights=weights, prompts=prompts, base_weights=base_weights)
+    return verify_weights(adapter, merged, base=base, weights=weights, prompts=prompts, onto=onto)
 
 
 def export(

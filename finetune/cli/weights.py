@@ -13,7 +13,7 @@ from finetune.cli.options import (
     AdapterPaths,
     AsJson,
     BasePath,
-    BaseWeights,
+    Onto,
     Shares,
     WeightType,
     parse_shares,
@@ -56,7 +56,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
     weights: Shares = None,
-    base_weights: BaseWeights = "original",
+    onto: Onto = "original",
     dtype: WeightType = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a merge that was killed")] = False,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="prove the result afterwards")] = True,
@@ -72,7 +72,7 @@ def merge(
         base=base,
         weights=shares,
         dtype=dtype,
-        base_weights=base_weights,
+        onto=onto,
         resume=resume,
         console=open_console(stderr=True),
     )
@@ -80,7 +80,7 @@ def merge(
         open_console().print(report)
     proof = None
     if check:
-        proof = pipeline.verify(adapters, output, base=base, weights=shares, base_weights=base_weights)
+        proof = pipeline.verify(adapters, output, base=base, weights=shares, onto=onto)
     if as_json:
         print_json({**report.to_dict(), "verify": proof and proof.to_dict()})
     elif proof:
@@ -95,14 +95,14 @@ def verify(
     base: BasePath = None,
     weights: Shares = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="text to compare on; may be repeated")] = None,
-    base_weights: BaseWeights = "original",
+    onto: Onto = "original",
     as_json: AsJson = False,
 ) -> None:
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
     report = pipeline.verify(
-        adapters, merged, base=base, weights=parse_shares(weights), base_weights=base_weights, prompts=prompts or None
+        adapters, merged, base=base, weights=parse_shares(weights), onto=onto, prompts=prompts or None
     )
     if as_json:
         print_json(report.to_dict())

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.adapters.change import LowRank
-from finetune.adapters.pairs import Pair
+from finetune.adapters.tensor_map import LoraTensors
+from finetune.adapters.weight_delta import LowRankDelta
 from finetune.architecture.names import EXPERT_MATRICES, GATE_UP, expert_matrix, expert_module
 from finetune.errors import AdapterError, Problem
 from finetune.merging.plan import MergePlan
@@ -44,12 +44,12 @@ class Factors:
             hint = f"merge it, then serve or export the merged model: finetune merge {files.path} --output MERGED"
             what = "trained the weights of whole experts, which no format of adapters can hold"
             raise AdapterError(Problem(str(files.path), what, hint))
-        pairs = {name: pair for name, pair in files.pairs.items() if isinstance(pair, Pair)}
-        matrices = {module: expert_matrix(module) for module in (name.removesuffix(".weight") for name in pairs)}
+        tensors = {name: each for name, each in files.tensor_map.items() if isinstance(each, LoraTensors)}
+        matrices = {module: expert_matrix(module) for module in (name.removesuffix(".weight") for name in tensors)}
         plain = tuple(module for module, matrix in matrices.items() if matrix is None)
         banks = tuple(dict.fromkeys(matrix.bank for matrix in matrices.values() if matrix is not None))
-        scales = {pair.scale for pair in pairs.values()}
-        ranks = {name: pair.rank for name, pair in pairs.items()}
+        scales = {each.scale for each in tensors.values()}
+        ranks = {name: each.rank for name, each in tensors.items()}
         scale = scales.pop() if len(scales) == 1 else None
         return cls(plan, plain, banks, plan.shape.experts, ranks, scale)
 
@@ -88,7 +88,7 @@ class Factors:
         name = f"{module}.weight"
         if name in self.ranks:
             factors = self.plan.adapters[0].read(name)
-            assert isinstance(factors, LowRank)
+            assert isinstance(factors, LowRankDelta)
             own = len(factors.a)
             if own > rank:
                 hint = "export with a rank at least as large as the adapter's"
@@ -102,13 +102,13 @@ class Factors:
         files = self.plan.adapters[0]
         for expert in range(self.num_experts):
             matrices = (expert_module(bank, expert, matrix) for matrix in EXPERT_MATRICES[GATE_UP])
-            gate, up = (files.pairs.get(f"{module}.weight") for module in matrices)
+            gate, up = (files.tensor_map.get(f"{module}.weight") for module in matrices)
             if (gate is None) != (up is None):
                 return False
-            if gate is None or up is None or gate.a_name == up.a_name:
+            if gate is None or up is None or gate.name == up.name:
                 continue
-            assert isinstance(gate, Pair)
-            assert isinstance(up, Pair)
+            assert isinstance(gate, LoraTensors)
+            assert isinstance(up, LoraTensors)
             if gate.rank != up.rank or not torch.equal(files.file.read(gate.a_name), files.file.read(up.a_name)):
                 return False
         return True

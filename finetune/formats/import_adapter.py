@@ -27,8 +27,8 @@ from rich.text import Text
 
 from finetune.adapters.files import WEIGHTS
 from finetune.adapters.layouts import b_order
-from finetune.adapters.pairs import packs_as_now
 from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
+from finetune.adapters.tensor_map import packs_as_now
 from finetune.architecture.names import EXPERT_PROJECTIONS, EXPERTS, GATE_UP
 from finetune.architecture.shape import CONFIG, shape_of
 from finetune.errors import AdapterError, Problem, UserError

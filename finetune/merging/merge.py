@@ -18,8 +18,8 @@ from finetune.errors import Problem, UserError
 from finetune.io.dtypes import CONFIG_DTYPES, SAFETENSORS_DTYPES, StorageDtype
 from finetune.io.folder import Progress, Work, describe_job, side_contents, write_folder
 from finetune.io.show import Shown, size_text, table, warnings
-from finetune.merging.base_weights import BaseWeights, QuantizationError, quantization_errors
-from finetune.merging.base_weights import advice as advice_on_base
+from finetune.merging.packed_base import MergeOnto, QuantizationError, quantization_errors
+from finetune.merging.packed_base import advice as advice_on_base
 from finetune.merging.plan import Adapters, MergePlan, plan_merge
 from finetune.merging.retention import Retention, Tally, advice
 from finetune.merging.shards import num_bytes, plan_files, reports_by_weight, stored_dtypes
@@ -70,8 +70,8 @@ class MergeReport(Shown):
         if not self.quantization:
             return []
         rows = table("what packing did to the weights", "family", "measured", "|error| / |W|", "|delta| / |W|", "ratio")
-        for family, seen in self.quantization.items():
-            rows.add_row(family, str(seen.measured), f"{seen.error:.2%}", f"{seen.delta:.2%}", f"{seen.ratio:.2f}")
+        for family, found in self.quantization.items():
+            rows.add_row(family, str(found.measured), f"{found.error:.2%}", f"{found.delta:.2%}", f"{found.ratio:.2f}")
         return [rows]
 
 
@@ -82,7 +82,7 @@ def merge(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     dtype: StorageDtype | None = None,
-    base_weights: BaseWeights = "original",
+    onto: MergeOnto = "original",
     resume: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -92,7 +92,7 @@ def merge(
     complete.  base: folder or cached hub name, where the adapter says it is when None.
     weights: what the delta of each adapter is multiplied with, 1 when None.
     dtype: storage of all weights, each tensor's own when None; then tensors without a delta keep their bytes.
-    base_weights: for the adapter of a packed model, add it to the weights as they are stored, or as the run saw them.
+    onto: for the adapter of a packed model, add it to the weights as they are stored, or as the run saw them.
     resume: go on after the last shard that a killed merge of the same inputs finished.
     progress: called with (shard, bytes read so far, bytes in all).
     Raises AdapterError, ModelError or UserError before the first byte is written if anything does not fit.
@@ -102,15 +102,15 @@ def merge(
         raise UserError(Problem("--dtype", what, "leave it out to keep the dtype", dtype))
     started = time.perf_counter()
     output = Path(output).absolute()
-    plan = plan_merge(adapters, base, weights, base_weights)
-    if base_weights == "dequantized" and plan.base.fp8_block is not None and dtype is None:
+    plan = plan_merge(adapters, base, weights, onto)
+    if onto == "dequantized" and plan.base.fp8_block is not None and dtype is None:
         hint = "give --dtype bf16"
-        raise UserError(Problem("--base-weights", "dequantized weights would be rounded to the base's FP8", hint))
+        raise UserError(Problem("--onto", "dequantized weights would be rounded to the base's FP8", hint))
     kept = SAFETENSORS_DTYPES[dtype] if dtype else None
     stored, files = stored_dtypes(plan, kept), plan_files(plan, kept)
     config = with_scaling((plan.base.path / CONFIG).read_bytes(), plan.rope_scaling)
     side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None, config) | _index(plan, stored)
-    job = describe_job("merge", dtype, list(plan.shares), base_weights, folders=[plan.base.path, *plan.paths])
+    job = describe_job("merge", dtype, list(plan.shares), onto, folders=[plan.base.path, *plan.paths])
     reported = reports_by_weight(write_folder(Work(output, plan.base, tuple(files), side, job, resume), progress))
     return _report(plan, output, dtype, stored, reported, time.perf_counter() - started)
 

@@ -8,27 +8,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.adapters.change import Change, add_up
 from finetune.adapters.files import AdapterFiles
+from finetune.adapters.weight_delta import WeightDelta, sum_deltas
 from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_matrix, kind_of
 from finetune.architecture.registry import FAMILIES, find_family, unknown_family
 from finetune.architecture.shape import ModelShape, shape_of
 from finetune.config.packed_folder import PackedSettings
 from finetune.config.rope import RopeScaling, scaled
 from finetune.errors import AdapterError, ModelError, Problem, UserError
-from finetune.merging.base_weights import BaseWeights, dequantized
+from finetune.merging.packed_base import MergeOnto, dequantized
 from finetune.models import fp8
 from finetune.models.checkpoint import CONFIG, Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.shape_check import check_shapes
 from finetune.models.tensor_file import WEIGHT_DTYPES
-from finetune.quant.seen import SeenCheckpoint
+from finetune.quant.dequantized import DequantizedCheckpoint
 
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What merging will do: every pair of factors has its tensor in the base, and they fit.
+    """What merging will do: every factor has its tensor in the base, and they fit.
 
     shape: of the base.  adapters: one or several, whose deltas are added.  shares: the weight of each one's delta.
     kinds: tensor name -> the group it is reported under, see `architecture.names.kind_of`.
@@ -55,15 +55,15 @@ class MergePlan:
 
     def remakes(self, name: str) -> bool:
         """Whether the base's weight is another than the stored one, with or without a change by the adapters."""
-        return isinstance(self.base, SeenCheckpoint) and self.base.packs(name)
+        return isinstance(self.base, DequantizedCheckpoint) and self.base.packs(name)
 
-    def read(self, name: str) -> Change | None:
-        """The change of one weight by all adapters together, None where it is zero."""
-        return add_up(
+    def read(self, name: str) -> WeightDelta | None:
+        """The delta of one weight by all adapters together, None where it is zero."""
+        return sum_deltas(
             [
-                change.times(share)
+                delta.times(share)
                 for files, share in zip(self.adapters, self.shares, strict=True)
-                if name in files.pairs and not (change := files.read(name)).is_zero and share
+                if name in files.tensor_map and not (delta := files.read(name)).is_zero and share
             ]
         )
 
@@ -75,13 +75,13 @@ def plan_merge(
     adapters: Adapters,
     base: str | Path | None = None,
     shares: Sequence[float] | None = None,
-    base_weights: BaseWeights = "original",
+    onto: MergeOnto = "original",
 ) -> MergePlan:
     """Opens all, checks that they belong together, and says what will change.
 
     adapters: one folder, or several.  base: folder or cached hub name; what the adapters' settings name when None.
     shares: what each adapter's delta is multiplied with, 1 when None.
-    base_weights: the base's weights as they are stored, or as the run saw them that packed them.
+    onto: the base's weights as they are stored, or as the run saw them that packed them.
     Raises AdapterError (an adapter does not fit) or ModelError (the base is damaged or of no use).
     """
     paths = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
@@ -99,10 +99,10 @@ def plan_merge(
     if problems:
         raise AdapterError(*problems)
     warnings = [text for files in opened for text in _check_identity(checkpoint, files, chosen=base is not None)]
-    kinds = {name: kind_of(name) for files in opened for name in files.pairs}
+    kinds = {name: kind_of(name) for files in opened for name in files.tensor_map}
     scales = {scales: name for name in checkpoint.tensors if (scales := checkpoint.scales_of(name))}
     checkpoint = replace(checkpoint, config=scaled(checkpoint.config, _rope_scaling(opened)))
-    if base_weights == "dequantized":
+    if onto == "dequantized":
         checkpoint = dequantized(checkpoint, opened)
     return MergePlan(checkpoint, shape, opened, shares, kinds, scales, tuple(warnings))
 
@@ -183,15 +183,15 @@ def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
     problems: list[Problem] = []
     tied = shape_of(base.config, str(base.path / CONFIG)).tied
     hint = f"the adapter is for another base than {base.path}; name the right one with --base"
-    for name, pair in files.pairs.items():
+    for name, tensors in files.tensor_map.items():
         info = base.tensors.get(name)
-        where = f"{files.file.path}: {pair.a_name}"
+        where = f"{files.file.path}: {tensors.name}"
         if problems and problems[-1].where == where:
             continue  # one problem per bank of experts says it
         if info is None:
             problems.append(Problem(where, f"changes {name}, which the base does not have", hint))
-        elif info.shape != pair.shape:
-            what = f"is for {name} of shape {list(pair.shape)}, which has another shape in the base"
+        elif info.shape != tensors.shape:
+            what = f"is for {name} of shape {list(tensors.shape)}, which has another shape in the base"
             problems.append(Problem(where, what, hint, list(info.shape)))
         elif info.dtype not in WEIGHT_DTYPES and not (info.dtype == fp8.DTYPE and base.scales_of(name)):
             what = f"changes {name}, which is stored quantized"

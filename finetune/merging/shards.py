@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.adapters.change import Change
+from finetune.adapters.weight_delta import WeightDelta
 from finetune.errors import ModelError, Problem
 from finetune.io import safetensors_file
 from finetune.io.stream import OutputFile, Place
@@ -81,9 +81,9 @@ def _header_of(source: TensorFile) -> bytes:
 def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any] | None:
     """Writes one tensor; its tally where the adapters change it."""
     weight = plan.scales.get(name, name)
-    factors = plan.read(weight) if weight in plan.kinds else None
+    delta = plan.read(weight) if weight in plan.kinds else None
     info = plan.base.tensors[name]
-    if factors is None:  # W + 0 is W to the bit, also where it is -0.0
+    if delta is None:  # W + 0 is W to the bit, also where it is -0.0
         if kept == info.dtype and not plan.remakes(name):
             copy(plan.base.files[info.shard], name, place)
         else:
@@ -92,10 +92,10 @@ def _fill(plan: MergePlan, name: str, kept: str, place: Place) -> dict[str, Any]
                 place.append(_finite(plan, name, piece.to(TORCH_DTYPES[kept])))
         return None
     if name in plan.scales:
-        for _, scales, _ in _merged_blocks(plan, weight, factors):
+        for _, scales, _ in _merged_blocks(plan, weight, delta):
             place.append(scales)
         return None
-    return (_fill_blocks if kept == fp8.DTYPE else partial(_fill_merged, kept))(plan, name, factors, place).to_dict()
+    return (_fill_blocks if kept == fp8.DTYPE else partial(_fill_merged, kept))(plan, name, delta, place).to_dict()
 
 
 def _fill_parts(plan: MergePlan, stored: Stored, name: str, kept: str, place: Place) -> dict[str, Any]:
@@ -112,17 +112,17 @@ def _fill_parts(plan: MergePlan, stored: Stored, name: str, kept: str, place: Pl
 
 def _merged(plan: MergePlan, name: str, kept: str, reports: dict[str, Any]) -> Tensor:
     """One matrix of a transposed stack as it is stored; its tally goes to `reports`."""
-    change = plan.read(name) if name in plan.kinds else None
+    delta = plan.read(name) if name in plan.kinds else None
     reports[name] = None
-    if change is None and kept == plan.base.tensors[name].dtype and not plan.remakes(name):
+    if delta is None and kept == plan.base.tensors[name].dtype and not plan.remakes(name):
         return _finite(plan, name, plan.base.read(name))
     base = plan.base.read_float(name)
-    if change is None:
+    if delta is None:
         return _finite(plan, name, base.to(TORCH_DTYPES[kept]))
     everything = slice(None)
-    stored = _finite(plan, name, change.add_to_(base.clone(), everything).to(TORCH_DTYPES[kept]))
+    stored = _finite(plan, name, delta.add_to_(base.clone(), everything).to(TORCH_DTYPES[kept]))
     tally = Tally(tensors=1)
-    tally.add(stored.float().sub_(base), change.rows(everything))
+    tally.add(stored.float().sub_(base), delta.rows(everything))
     reports[name] = tally.to_dict()
     return stored
 
@@ -135,31 +135,31 @@ def reports_by_weight(reported: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _fill_merged(kept: str, plan: MergePlan, name: str, factors: Change, place: Place) -> Tally:
+def _fill_merged(kept: str, plan: MergePlan, name: str, delta: WeightDelta, place: Place) -> Tally:
     tally = Tally(tensors=1)
     for rows, base in _base_rows(plan, name, 1):
         first = slice(min(len(base), max(1, MEASURED // base.shape[1])) if rows.start == 0 else 0)
         before = base[first].clone()
-        merged = factors.add_to_(base, rows)
+        merged = delta.add_to_(base, rows)
         stored = merged if kept == "F32" else _scratch("read", base.shape, TORCH_DTYPES[kept]).copy_(merged)
         place.append(_finite(plan, name, stored))
         if rows.start == 0:
-            tally.add(stored[first].float().sub_(before), factors.rows(first))
+            tally.add(stored[first].float().sub_(before), delta.rows(first))
     return tally
 
 
-def _fill_blocks(plan: MergePlan, name: str, factors: Change, place: Place) -> Tally:
+def _fill_blocks(plan: MergePlan, name: str, delta: WeightDelta, place: Place) -> Tally:
     block = plan.base.fp8_block
     assert block is not None
     tally = Tally(tensors=1)
-    for values, scales, (base, wanted) in _merged_blocks(plan, name, factors):
+    for values, scales, (base, wanted) in _merged_blocks(plan, name, delta):
         place.append(values)
         tally.add(fp8.dequantize(values, scales, block).sub_(base), wanted)
     return tally
 
 
 def _merged_blocks(
-    plan: MergePlan, name: str, factors: Change
+    plan: MergePlan, name: str, delta: WeightDelta
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]:
     """(values, scales, (base, delta)) of a merged FP8 weight, some rows of blocks at a time."""
     scales, block = plan.base.scales_of(name), plan.base.fp8_block
@@ -167,7 +167,7 @@ def _merged_blocks(
     assert block is not None
     scale_dtype = TORCH_DTYPES[plan.base.tensors[scales].dtype]
     for rows, base in _base_rows(plan, name, block[0]):
-        wanted = factors.rows(rows)
+        wanted = delta.rows(rows)
         merged = _finite(plan, name, torch.add(base, wanted))
         yield *fp8.quantize(merged, block, scale_dtype), (base, wanted)
 

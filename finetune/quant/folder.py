@@ -22,7 +22,7 @@ from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint, base_fingerpri
 from finetune.models.files import finished_folder, write_atomic, write_json_atomic
 from finetune.models.tensor_file import METADATA, TORCH_DTYPES, TensorFile, TensorInfo
 from finetune.quant.experts import CodesOnDisk, packed_shapes
-from finetune.quant.parts import WHOLE, Fields, Part, Progress
+from finetune.quant.weight_plan import WHOLE, Fields, Progress, WeightPlan
 
 
 @dataclass(frozen=True)
@@ -32,39 +32,39 @@ class PackedFolder:
     checkpoint: Checkpoint
     settings: PackedSettings
 
-    def read_parts(
-        self, parts: list[Part], progress: Progress | None = None, *, leave_codes: bool = False
-    ) -> Iterator[tuple[Part, Fields]]:
-        """Each part as it is stored; with `leave_codes` the codes of packed experts stay where they are."""
+    def read_weights(
+        self, plans: list[WeightPlan], progress: Progress | None = None, *, leave_codes: bool = False
+    ) -> Iterator[tuple[WeightPlan, Fields]]:
+        """Each weight as it is stored; with `leave_codes` the codes of packed experts stay where they are."""
         total, done = self.checkpoint.num_bytes, 0
-        for part in parts:
+        for plan in plans:
             fields: Fields = {}
-            for field, name in self._names(part).items():
+            for field, name in self._names(plan).items():
                 done += self.checkpoint.tensors[name].num_bytes
-                if not (leave_codes and field == CODES and part.is_stack):
+                if not (leave_codes and field == CODES and plan.is_stack):
                     fields[field] = self.checkpoint.read(name)
             if progress is not None:
-                progress(part.name, done, total)
-            yield part, fields
+                progress(plan.name, done, total)
+            yield plan, fields
 
-    def codes_on_disk(self, parts: list[Part]) -> dict[str, CodesOnDisk]:
-        """Readers of the codes of packed experts, by the name of their part."""
+    def codes_on_disk(self, plans: list[WeightPlan]) -> dict[str, CodesOnDisk]:
+        """Readers of the codes of packed experts, by the name of their weight."""
         files: dict[str, _OpenFile] = {}
         readers: dict[str, CodesOnDisk] = {}
-        for part in parts:
-            if part.packed and part.is_stack:
-                info = self.checkpoint.tensors[f"{part.name}.{CODES}"]
+        for plan in plans:
+            if plan.packed and plan.is_stack:
+                info = self.checkpoint.tensors[f"{plan.name}.{CODES}"]
                 if info.shard not in files:
                     files[info.shard] = _OpenFile(self.checkpoint.files[info.shard])
-                readers[part.name] = _CodesInFile(files[info.shard], info)
+                readers[plan.name] = _CodesInFile(files[info.shard], info)
         return readers
 
-    def check_parts(self, parts: list[Part]) -> None:
+    def check_plans(self, plans: list[WeightPlan]) -> None:
         """Raises ModelError for tensors that are missing, misshapen, of a wrong type, or too many."""
         problems, known = [], set()
-        for part in parts:
-            for field, expected in self._expected(part).items():
-                name = f"{part.name}.{field}" if field else part.name
+        for plan in plans:
+            for field, expected in self._expected(plan).items():
+                name = f"{plan.name}.{field}" if field else plan.name
                 known.add(name)
                 info = self.checkpoint.tensors.get(name)
                 if info is None:
@@ -77,17 +77,17 @@ class PackedFolder:
         if problems:
             raise ModelError(*problems[:8])
 
-    def _expected(self, part: Part) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        if not part.packed:
-            return {WHOLE: (torch.bfloat16, part.shape)}
+    def _expected(self, plan: WeightPlan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        if not plan.packed:
+            return {WHOLE: (torch.bfloat16, plan.shape)}
         section = self.settings.section
         assert section.scheme != "none"
-        shape, number = (part.shape[1:], part.shape[:1]) if part.is_stack else (part.shape, ())
-        shapes = packed_shapes(section.scheme, shape, section.block_size, section.double, part.matrices)
+        shape, number = (plan.shape[1:], plan.shape[:1]) if plan.is_stack else (plan.shape, ())
+        shapes = packed_shapes(section.scheme, shape, section.block_size, section.double, plan.matrices)
         return {field: (dtype, (*number, *size)) for field, (dtype, size) in shapes.items()}
 
-    def _names(self, part: Part) -> dict[str, str]:
-        return {field: f"{part.name}.{field}" if field else part.name for field in self._expected(part)}
+    def _names(self, plan: WeightPlan) -> dict[str, str]:
+        return {field: f"{plan.name}.{field}" if field else plan.name for field in self._expected(plan)}
 
 
 _STORED = {torch.uint8: ("U8",), torch.float32: ("F32",), torch.bfloat16: ("BF16", "F16", "F32")}
@@ -156,14 +156,14 @@ class Origin:
 
 
 def write_packed(
-    target: str | Path, origin: Origin, parts: Iterable[tuple[Part, Fields]], section: QuantizeSection
+    target: str | Path, origin: Origin, plans: Iterable[tuple[WeightPlan, Fields]], section: QuantizeSection
 ) -> None:
     """Write a packed model folder, all or nothing."""
     settings = PackedSettings(section, origin.base, origin.revision, origin.fingerprint).to_config()
     with finished_folder(target) as building:
         weight_map: dict[str, str] = {}
         total = 0
-        for shard, tensors in _shards(parts):
+        for shard, tensors in _shards(plans):
             _write_shard(building / shard, tensors)
             weight_map |= dict.fromkeys(tensors, shard)
             total += sum(t.numel() * t.element_size() for t in tensors.values())
@@ -173,18 +173,18 @@ def write_packed(
         write_json_atomic(building / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(parts: Iterable[tuple[Part, Fields]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """File names and their tensors: consecutive parts of one layer, or of none, share a file."""
+def _shards(plans: Iterable[tuple[WeightPlan, Fields]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """File names and their tensors: consecutive weights of one layer, or of none, share a file."""
     tensors: dict[str, Tensor] = {}
     place, number = "", 0
-    for part, fields in parts:
-        here = f"layer-{layer_index(part.name):03d}" if ".layers." in part.name else "rest"
+    for plan, fields in plans:
+        here = f"layer-{layer_index(plan.name):03d}" if ".layers." in plan.name else "rest"
         if tensors and here != place:
             number += 1
             yield f"packed-{number:03d}-{place}.safetensors", tensors
             tensors = {}
         place = here
-        tensors |= {f"{part.name}.{field}" if field else part.name: tensor for field, tensor in fields.items()}
+        tensors |= {f"{plan.name}.{field}" if field else plan.name: tensor for field, tensor in fields.items()}
     if tensors:
         yield f"packed-{number + 1:03d}-{place}.safetensors", tensors
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.partial import attach_part
+from finetune.adapters.layerwise import attach_to_layer
 from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_module, is_bank, layer_name
 from finetune.architecture.shape import shape_of
 from finetune.errors import ModelError, Problem, UserError
@@ -97,15 +97,15 @@ def check_logits(plan: MergePlan, merged: Checkpoint, prompts: Sequence[str] | N
     differences = []
     for index in (*range(base.num_layers), None):
         prefix = layer_name(index) if index is not None else HEAD
-        part: Any = base.part(index)
-        live = attach_part(part, plan.adapters, plan.shares, prefix)
-        adapted = base.run(live or part, adapted)
-        part = live.merge_and_unload() if live is not None else part
-        _round_weights_(part, merged)
-        rounded = base.run(part, rounded)
-        del part, live
+        model: Any = base.model_of(index)
+        live = attach_to_layer(model, plan.adapters, plan.shares, prefix)
+        adapted = base.run(live or model, adapted)
+        model = live.merge_and_unload() if live is not None else model
+        _round_weights_(model, merged)
+        rounded = base.run(model, rounded)
+        del model, live
         base.clear()
-        found = target.run(target.part(index), found)
+        found = target.run(target.model_of(index), found)
         target.clear()
         differences.append(max(_largest(a - m) for a, m in zip(adapted, found, strict=True)))
     return compare(texts, adapted, rounded, found, tuple(differences[:-1]))
@@ -119,7 +119,7 @@ def compare(
     layers: tuple[float, ...] = (),
 ) -> LogitAgreement:
     """The numbers from the logits (S, V) of each prompt, float32."""
-    seen = [(a - m).abs() for a, m in zip(adapted, merged, strict=True)]
+    differences = [(a - m).abs() for a, m in zip(adapted, merged, strict=True)]
     rounding = torch.cat([(a - r).abs().amax(-1) for a, r in zip(adapted, rounded, strict=True)]).median().item()
     unexplained = [(r - m).abs().amax(-1) for r, m in zip(rounded, merged, strict=True)]
     top1 = [(a.argmax(-1) == m.argmax(-1)).float() for a, m in zip(adapted, merged, strict=True)]
@@ -128,13 +128,13 @@ def compare(
     within = [(left <= tolerance).float() for left in unexplained]
     prompts = [
         PromptAgreement(text, len(same), _largest(difference), same.mean().item(), share.mean().item())
-        for text, difference, same, share in zip(texts, seen, top1, within, strict=True)
+        for text, difference, same, share in zip(texts, differences, top1, within, strict=True)
     ]
     return LogitAgreement(
         prompts=tuple(prompts),
         positions=sum(prompt.positions for prompt in prompts),
         max_difference=max(prompt.max_difference for prompt in prompts),
-        mean_difference=torch.cat([difference.mean(-1) for difference in seen]).mean().item(),
+        mean_difference=torch.cat([difference.mean(-1) for difference in differences]).mean().item(),
         top1_agreement=torch.cat(top1).mean().item(),
         rounding=rounding,
         unexplained=_largest(torch.cat(unexplained)),
@@ -149,9 +149,9 @@ def _largest(values: Tensor) -> float:
 
 
 @torch.no_grad()
-def _round_weights_(part: nn.Module, merged: Checkpoint) -> None:
+def _round_weights_(model: nn.Module, merged: Checkpoint) -> None:
     """Rounds each parameter as its tensor is stored in the merged checkpoint, and back to float32."""
-    for name, parameter in part.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
         module, _, projection = name.rpartition(".")

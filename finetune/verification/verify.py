@@ -14,7 +14,7 @@ from rich.text import Text
 
 from finetune.errors import Problem, VerifyError
 from finetune.io.show import Shown, table, warnings
-from finetune.merging.base_weights import BaseWeights, packing_of
+from finetune.merging.packed_base import MergeOnto, packing_of
 from finetune.merging.plan import Adapters, MergePlan, plan_merge, refuse_packed
 from finetune.models.checkpoint import CONFIG, Checkpoint
 from finetune.models.tensor_file import TORCH_DTYPES, WEIGHT_DTYPES
@@ -25,7 +25,7 @@ _SHOWN = 5
 _PROMPT_WIDTH = 48
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _HINT = "merge again into a new folder, and do not use this one"
-_OTHER_BASE = "; if it was merged with --base-weights dequantized, verify it with that too"
+_OTHER_BASE = "; if it was merged with --onto dequantized, verify it with that too"
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class VerifyReport(Shown):
         """The agreement of weights and logits, and notes."""
         title = f"{self.merged} is base + adapter: {self.tensors:,} tensors, {', '.join(self.dtypes)}"
         rows = table(title, "family", "tensors", "largest error", "of what rounding allows")
-        for family, seen in self.weights.items():
-            rows.add_row(family, f"{seen.tensors:,}", f"{seen.max_error:.2e}", f"{seen.worst_share:.1%}")
+        for family, found in self.weights.items():
+            rows.add_row(family, f"{found.tensors:,}", f"{found.max_error:.2e}", f"{found.worst_share:.1%}")
         line, prompts, layers = Text(_logits_line(self.logits)), _prompts_table(self.logits), _layers_line(self.logits)
         return Group(rows, line, *prompts, *layers, *warnings(self.notes))
 
@@ -76,22 +76,22 @@ def verify(
     weights: Sequence[float] | None = None,
     prompts: Sequence[str] | None = None,
     weights_only: bool = False,
-    base_weights: BaseWeights = "original",
+    onto: MergeOnto = "original",
 ) -> VerifyReport:
     """Compares base + adapter with `merged`, tensor by tensor and on the logits of prompts.
 
-    adapters, base, weights, base_weights: as for `merge`.  prompts: texts to compare on, a varied handful when None.
+    adapters, base, weights, onto: as for `merge`.  prompts: texts to compare on, a varied handful when None.
     weights_only: do not run the models.
     Raises VerifyError with the numbers when they differ by more than the rounding of the storage dtype, and
     AdapterError or ModelError when one of the three cannot be read.
     """
     started = time.perf_counter()
-    plan = plan_merge(adapters, base, weights, base_weights)
+    plan = plan_merge(adapters, base, weights, onto)
     checkpoint = Checkpoint.open(merged)
     refuse_packed(checkpoint, "give the folder that `finetune merge` made")
     settings = _different_settings(plan.base, checkpoint)
     check = check_weights(plan, checkpoint)
-    other = base_weights == "original" and packing_of(plan.adapters) is not None
+    other = onto == "original" and packing_of(plan.adapters) is not None
     problems = settings + _wrong_weights(check, checkpoint, f"{_HINT}{_OTHER_BASE if other else ''}")
     if problems:
         raise VerifyError(*problems)

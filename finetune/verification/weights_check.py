@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from finetune.adapters.change import Change
+from finetune.adapters.weight_delta import WeightDelta
 from finetune.architecture.names import kind_of
 from finetune.io.workers import exact_workers
 from finetune.merging.plan import MergePlan
@@ -96,14 +96,14 @@ def _header_mismatch(base: TensorInfo, merged: TensorInfo) -> str | None:
 
 def _compare(name: str, plan: MergePlan, merged: Checkpoint) -> tuple[bool, float, float]:
     """(has a delta, largest error, largest error / allowed error) of one tensor; NaN in the merged tensor gives inf."""
-    factors = plan.read(name) if name in plan.kinds else None
-    compare = _error_without_delta if factors is None else partial(_error_with_delta, factors)
+    delta = plan.read(name) if name in plan.kinds else None
+    compare = _error_without_delta if delta is None else partial(_error_with_delta, delta)
     block = (merged.fp8_block or plan.base.fp8_block or (1, 1))[0]
     worst_error = worst_share = 0.0
     for start, stop in row_ranges(plan.base.tensors[name], block):
         error, share = compare(_Rows(plan.base, merged, name, start, stop))
         worst_error, worst_share = max(worst_error, error), max(worst_share, share)
-    return factors is not None, worst_error, worst_share
+    return delta is not None, worst_error, worst_share
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,13 @@ def _scales(checkpoint: Checkpoint, name: str) -> Tensor:
     return checkpoint.read(scales) if scales else torch.empty(0)
 
 
-def _error_with_delta(change: Change, rows: _Rows) -> tuple[float, float]:
+def _error_with_delta(delta: WeightDelta, rows: _Rows) -> tuple[float, float]:
     w, m = rows.base.read_float(rows.name, rows.rows), rows.merged.read_float(rows.name, rows.rows)
     these = slice(rows.start, rows.stop)
-    exact = change.exact_rows(these).add_(w)
+    exact = delta.exact_rows(these).add_(w)
     error = exact.sub(m).abs_()
     # what float32 arithmetic may add to one rounding: every product and sum off by one unit of its size
-    size = change.roundings(these).add_(w.abs())
+    size = delta.roundings(these).add_(w.abs())
     dtype, scales = TORCH_DTYPES[rows.merged.tensors[rows.name].dtype], rows.scales
     if scales is None:
         allowed = half_unit(exact, dtype)

@@ -12,9 +12,8 @@ from finetune.adapters.files import AdapterFiles
 from finetune.config.rope import scaled, with_scaling
 from finetune.config.schema import QuantizeSection, RopeScalingSection
 from finetune.errors import AdapterError, VerifyError
-from finetune.formats.serving_note import adapter_note
+from finetune.formats.export import export
 from finetune.merging.merge import merge
-from finetune.merging.plan import plan_merge
 from finetune.quant.load import load_frozen
 from finetune.verification.verify import verify
 from tests.checkpoints import MOE, plain_logits, token_batch, write_base
@@ -69,7 +68,8 @@ def test_the_adapter_brings_it_and_the_merged_model_has_it(base, tmp_path):
     assert verify(path, tmp_path / "merged").logits.max_difference <= 1e-4
     before, after = (json.loads((p / "config.json").read_text()) for p in (base, tmp_path / "merged"))
     assert after == scaled(before, YARN)
-    assert "yarn-orig-ctx 16" in adapter_note(plan_merge(path), "vllm", tmp_path, {"rank": 2}, thinking=False)
+    export(path, tmp_path / "served", "vllm")
+    assert "yarn-orig-ctx 16" in (tmp_path / "served/SERVING.md").read_text()
 
 
 def test_a_merged_model_without_it_is_told(base, tmp_path):

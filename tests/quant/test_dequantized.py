@@ -7,9 +7,9 @@ import torch
 
 from finetune.models.checkpoint import Checkpoint
 from finetune.quant import linear
+from finetune.quant.dequantized import DequantizedCheckpoint
 from finetune.quant.linear import is_linear_4bit
 from finetune.quant.load import load_quantized
-from finetune.quant.seen import SeenCheckpoint
 from tests.quant.packed import decoded
 from tests.quant.test_load import SCHEMES, section
 from tests.tiny import save_as_hub, tiny_dense, tiny_moe
@@ -37,7 +37,7 @@ def test_every_weight_is_the_one_of_the_packed_model(tmp_path, name, compute_dty
     base, settings = save_as_hub(tiny_moe(), tmp_path / "base", shards=2), section(name, compute_dtype=compute_dtype)
     live = live_weights(load_quantized(base, settings, dtype=torch.float32))
     stored = Checkpoint.open(base)
-    seen = SeenCheckpoint.of(stored, settings)
+    seen = DequantizedCheckpoint.of(stored, settings)
     assert set(live) == set(seen.weights)
     changed = set()
     for weight, want in live.items():
@@ -54,15 +54,17 @@ def test_every_weight_is_the_one_of_the_packed_model(tmp_path, name, compute_dty
 def test_dense_projections_are_packed_with_attention(tmp_path):
     base = save_as_hub(tiny_dense(tie_word_embeddings=True), tmp_path / "dense", shards=1)
     live = live_weights(load_quantized(base, section("nf4"), dtype=torch.float32))
-    seen = SeenCheckpoint.of(Checkpoint.open(base), section("nf4"))
+    seen = DequantizedCheckpoint.of(Checkpoint.open(base), section("nf4"))
     assert all(torch.equal(seen.read_float(weight), want) for weight, want in live.items())
     assert sum(seen.packs(weight) for weight in live) == 2 * 7
 
 
 def test_what_is_read_can_be_changed(tmp_path):
-    seen = SeenCheckpoint.of(Checkpoint.open(save_as_hub(tiny_moe(), tmp_path / "base", shards=1)), section("nf4"))
+    seen = DequantizedCheckpoint.of(
+        Checkpoint.open(save_as_hub(tiny_moe(), tmp_path / "base", shards=1)), section("nf4")
+    )
     name = "model.layers.0.self_attn.q_proj.weight"
     want = seen.read_float(name).clone()
     seen.read_float(name).zero_()
     assert torch.equal(seen.read_float(name), want)
-    assert SeenCheckpoint.of(seen, section("fp8")).stored is seen.stored
+    assert DequantizedCheckpoint.of(seen, section("fp8")).stored is seen.stored

@@ -12,12 +12,12 @@ from finetune.adapters.frozen import trained_packing
 from finetune.config.schema import QuantizeSection
 from finetune.errors import AdapterError, Problem
 from finetune.models.checkpoint import Checkpoint
-from finetune.quant.seen import SeenCheckpoint
+from finetune.quant.dequantized import DequantizedCheckpoint
 
 if TYPE_CHECKING:
     from finetune.merging.plan import MergePlan
 
-BaseWeights = Literal["original", "dequantized"]
+MergeOnto = Literal["original", "dequantized"]
 """As the base stores them, or as the run saw them: packed, and decoded again."""
 
 SAMPLED = 8
@@ -49,9 +49,9 @@ def packing_of(adapters: Sequence[AdapterFiles]) -> QuantizeSection | None:
     return trained_packing(adapters[0])
 
 
-def dequantized(checkpoint: Checkpoint, adapters: Sequence[AdapterFiles]) -> SeenCheckpoint:
+def dequantized(checkpoint: Checkpoint, adapters: Sequence[AdapterFiles]) -> DequantizedCheckpoint:
     """The base as the runs of the adapters saw it. Raises AdapterError when they do not say how it was packed."""
-    hint = "merge into the original weights: leave --base-weights out"
+    hint = "merge into the original weights: leave --onto out"
     what = "does not say that its base was packed, so there is nothing to dequantize"
     problems = [Problem(str(files.path), what, hint) for files in adapters if files.quantize is None]
     section = None if problems else packing_of(adapters)
@@ -61,7 +61,7 @@ def dequantized(checkpoint: Checkpoint, adapters: Sequence[AdapterFiles]) -> See
         problems = [Problem(str(files.path), what, hint, files.quantize) for files in others]
     if problems or section is None:
         raise AdapterError(*problems)
-    return SeenCheckpoint.of(checkpoint, section)
+    return DequantizedCheckpoint.of(checkpoint, section)
 
 
 def quantization_errors(plan: MergePlan) -> dict[str, QuantizationError]:
@@ -69,26 +69,26 @@ def quantization_errors(plan: MergePlan) -> dict[str, QuantizationError]:
     section = packing_of(plan.adapters)
     if section is None:
         return {}
-    seen = SeenCheckpoint.of(plan.base, section)
+    decoded = DequantizedCheckpoint.of(plan.base, section)
     kinds: dict[str, list[str]] = {}
     for name, kind in plan.kinds.items():
-        if seen.packs(name):
+        if decoded.packs(name):
             kinds.setdefault(kind, []).append(name)
-    found = {kind: _measure(plan, seen, names) for kind, names in sorted(kinds.items())}
+    found = {kind: _measure(plan, decoded, names) for kind, names in sorted(kinds.items())}
     return {kind: error for kind, error in found.items() if error is not None}
 
 
-def _measure(plan: MergePlan, seen: SeenCheckpoint, names: list[str]) -> QuantizationError | None:
+def _measure(plan: MergePlan, decoded: DequantizedCheckpoint, names: list[str]) -> QuantizationError | None:
     """Over some of the weights that the adapters change, spread over the model; None when they change none."""
     measured, weight, error, delta = 0, 0.0, 0.0, 0.0
     for name in random.Random(0).sample(names, len(names)):
         change = plan.read(name)
         if change is None:
             continue
-        stored = seen.stored.read_float(name)
+        stored = decoded.stored.read_float(name)
         measured += 1
         weight += float(stored.square().sum())
-        error += float((seen.read_float(name) - stored).square().sum())
+        error += float((decoded.read_float(name) - stored).square().sum())
         delta += float(change.rows(slice(None)).square().sum())
         if measured == SAMPLED:
             break
@@ -101,9 +101,9 @@ def advice(errors: dict[str, QuantizationError], base: Checkpoint) -> tuple[str,
     if not large:
         return ()
     what = f"the run packed its base, which changed weights more than the adapter does ({', '.join(large)} times)"
-    if isinstance(base, SeenCheckpoint):
+    if isinstance(base, DequantizedCheckpoint):
         return (f"{what}. The merged model has those changes, as the run had: it is what was trained",)
     return (
         f"{what}. The merged model is without those changes: nearer to the base, but not quite what was "
-        "trained. Compare it with the model that was: --base-weights dequantized",
+        "trained. Compare it with the model that was: --onto dequantized",
     )

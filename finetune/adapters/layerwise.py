@@ -1,4 +1,4 @@
-"""An adapter on the part of a model that is in memory, with the other layers left on disk."""
+"""Adapters on a model of which one layer is in memory, with the others left on disk."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from finetune.architecture.names import EXPERT_MATRICES, expert_matrix
 from finetune.errors import AdapterError, Problem
 
 
-def attach_part(
-    part: nn.Module, adapters: Sequence[AdapterFiles], shares: Sequence[float], prefix: str
+def attach_to_layer(
+    model: nn.Module, adapters: Sequence[AdapterFiles], shares: Sequence[float], prefix: str
 ) -> PeftModel | None:
-    """`part` with the adapters' factors under the module `prefix`, all of them active, their sum computed.
+    """`model` with the adapters' factors under the module `prefix`, all of them active, their sum computed.
 
-    part: a model in which only `prefix`, a decoder layer, is real.  shares: factor of each adapter's delta.
+    model: one in which only `prefix`, a decoder layer, is real.  shares: factor of each adapter's delta.
     Adapters with factors for single experts, which no live layer hosts, are added to the weights themselves.
     None when no other adapter has factors there. Raises AdapterError when a factor finds no place.
     """
     hosted = []
     for files, share in zip(adapters, shares, strict=True):
         if files.has_single_experts:
-            _add_(part, files, share, prefix)
+            _add_(model, files, share, prefix)
         else:
             hosted.append((files, share))
     adapted: Any = None
@@ -38,12 +38,12 @@ def attach_part(
         here = [key for key in files.file.tensors if key.startswith(f"base_model.model.{prefix}.")]
         if not here:
             continue
-        name = f"part{number}"
+        name = f"adapter{number}"
         config = _config(files)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if adapted is None:
-                adapted = get_peft_model(part, config, adapter_name=name)
+                adapted = get_peft_model(model, config, adapter_name=name)
             else:
                 adapted.add_adapter(name, config)
             told = set_peft_model_state_dict(adapted, {key: files.file.read(key) for key in here}, adapter_name=name)
@@ -67,19 +67,19 @@ def _config(files: AdapterFiles) -> LoraConfig:
 
 
 @torch.no_grad()
-def _add_(part: nn.Module, files: AdapterFiles, share: float, prefix: str) -> None:
+def _add_(model: nn.Module, files: AdapterFiles, share: float, prefix: str) -> None:
     """Weights += share * scale * B A, for every factor under `prefix`."""
-    for name in files.pairs:
+    for name in files.tensor_map:
         if not name.startswith(f"{prefix}."):
             continue
-        change = files.read(name)
+        delta = files.read(name)
         if (found := expert_matrix(name.removesuffix(".weight"))) is not None:
             matrices = EXPERT_MATRICES[found.projection]
-            bank_EOI = part.get_parameter(f"{found.bank}.{found.projection}")
+            bank_EOI = model.get_parameter(f"{found.bank}.{found.projection}")
             weight = bank_EOI[found.expert].chunk(len(matrices))[matrices.index(found.matrix)]
         else:
-            weight = part.get_parameter(name)
-        weight.add_(change.rows(slice(None)), alpha=share)
+            weight = model.get_parameter(name)
+        weight.add_(delta.rows(slice(None)), alpha=share)
 
 
 def _check(files: AdapterFiles, told: Any, name: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from rich.console import Console
 
 from finetune.adapters.attach import attach, load_adapter, save_adapter
-from finetune.adapters.table import check_gradients, render_table, target_table, trainable_parameters
+from finetune.adapters.trainable import check_gradients, render_groups, trainable_groups, trainable_parameters
 from finetune.errors import TrainingError
 from finetune.routing.plan import ExpertPlan
 from tests.adapters.models import BOTH, SOME, adapted
@@ -22,7 +22,7 @@ def backward(model):
 
 def test_groups_count_matrices_parameters_and_share():
     model = fresh(attention=("v_proj", "q_proj"))
-    groups = {group.name: group for group in target_table(model)}
+    groups = {group.name: group for group in trainable_groups(model)}
     assert list(groups) == ["attention.q_proj", "attention.v_proj", "experts.gate_up_proj", "experts.down_proj"]
     assert groups["attention.q_proj"].matched == 2
     assert groups["experts.down_proj"].matched == 5
@@ -36,20 +36,20 @@ def test_groups_count_matrices_parameters_and_share():
 
 def test_dense_layers_have_their_group():
     model = attach(tiny_moe(mlp_only_layers=[0]), {"experts": ("down_proj",), "mlp": ("down_proj",), "attention": ()})
-    assert [group.name for group in target_table(model)] == ["mlp.down_proj", "experts.down_proj"]
+    assert [group.name for group in trainable_groups(model)] == ["mlp.down_proj", "experts.down_proj"]
 
 
 def test_nothing_trains_in_a_loaded_adapter(tmp_path):
     save_adapter(adapted(), tmp_path / "a")
     model = load_adapter(tiny_moe(), tmp_path / "a")
-    assert target_table(model) == []
+    assert trainable_groups(model) == []
     assert trainable_parameters(model) == 0
     with pytest.raises(TrainingError, match="nothing trains"):
         check_gradients(model)
 
 
 def test_rendered(capsys):
-    Console(width=80).print(render_table(target_table(fresh())))
+    Console(width=80).print(render_groups(trainable_groups(fresh())))
     out = capsys.readouterr().out
     assert "experts.gate_up_proj" in out
     assert "total" in out

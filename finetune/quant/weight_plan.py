@@ -1,7 +1,7 @@
 """What of a 16-bit or FP8 checkpoint is packed, planned on names, types and shapes before the first byte is read.
 
-A part is one weight of the live model. Experts come out of the hub's files one matrix each, and of the plan as the two
-stacks of a layer.
+A plan is for one weight of the live model. Experts come out of the hub's files one matrix each, and of the plans as the
+two stacks of a layer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from finetune.quant import nf4
 from finetune.quant.experts import packed_shapes
 
 Fields = dict[str, Tensor]
-"""The tensors of a part: `codes` and scales of a packed one, WHOLE alone of one that is not."""
+"""The tensors of a weight: `codes` and scales of a packed one, WHOLE alone of one that is not."""
 
 WHOLE = ""
 Progress = Callable[[str, int, int], None]
@@ -42,7 +42,7 @@ _MOST_PROBLEMS = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightPlan:
     """One weight of the live model.
 
     name: as the live model has it. shape: of the weights.
@@ -58,24 +58,24 @@ class Part:
 
     @property
     def matrices(self) -> int:
-        """Hub tensors above one another in each of the part's matrices."""
+        """Hub tensors above one another in each of its matrices."""
         return len(self.sources[0])
 
 
-def plan_parts(shapes: Mapping[str, tuple[int, ...]], section: QuantizeSection, *, tied: bool) -> list[Part]:
-    """The parts of a live model whose weights have these names and shapes, in their order."""
-    parts = []
+def plan_weights(shapes: Mapping[str, tuple[int, ...]], section: QuantizeSection, *, tied: bool) -> list[WeightPlan]:
+    """The plans for a live model whose weights have these names and shapes, in their order."""
+    plans = []
     for name, shape in shapes.items():
         if tied and name == f"{HEAD}.weight":
             continue
         module, _, projection = name.rpartition(".")
         if is_bank(module):
             sources = tuple(_sources(module, expert, projection) for expert in range(shape[0]))
-            parts.append(Part(name, shape, sources, section.packs_experts, is_stack=True))
+            plans.append(WeightPlan(name, shape, sources, section.packs_experts, is_stack=True))
         else:
             packed = section.packs_attention and projection == "weight" and is_packable(module)
-            parts.append(Part(name, shape, ((name,),), packed))
-    return parts
+            plans.append(WeightPlan(name, shape, ((name,),), packed))
+    return plans
 
 
 def packed_sources(name: str, section: QuantizeSection) -> tuple[str, ...]:
@@ -93,16 +93,16 @@ def _sources(bank: str, expert: int, projection: str) -> tuple[str, ...]:
 
 def pack_matrix(checkpoint: Checkpoint, sources: tuple[str, ...], section: QuantizeSection) -> Fields:
     """What one matrix, put together from its sources, is packed into."""
-    reader = _Reader(checkpoint, Part("", (), (sources,), packed=True), section, torch.float32)
+    reader = _Reader(checkpoint, WeightPlan("", (), (sources,), packed=True), section, torch.float32)
     return reader.pack(0)
 
 
-def check_parts(checkpoint: Checkpoint, parts: list[Part]) -> None:
+def check_plans(checkpoint: Checkpoint, plans: list[WeightPlan]) -> None:
     """Raises ModelError for tensors that are missing, misshapen, of a wrong type, or left over in a layer."""
     problems, used = [], set()
-    for part in parts:
-        expected = (part.shape[1] // part.matrices, part.shape[2]) if part.is_stack else part.shape
-        for source in (source for row in part.sources for source in row):
+    for plan in plans:
+        expected = (plan.shape[1] // plan.matrices, plan.shape[2]) if plan.is_stack else plan.shape
+        for source in (source for row in plan.sources for source in row):
             used.add(source)
             where, info = f"{checkpoint.path}: {source}", checkpoint.tensors.get(source)
             if info is None:
@@ -119,46 +119,46 @@ def check_parts(checkpoint: Checkpoint, parts: list[Part]) -> None:
         raise ModelError(*problems[:_MOST_PROBLEMS], *(more if len(problems) > _MOST_PROBLEMS else []))
 
 
-def read_parts(
+def read_weights(
     checkpoint: Checkpoint,
-    parts: list[Part],
+    plans: list[WeightPlan],
     section: QuantizeSection,
     dtype: torch.dtype | None,
     progress: Progress | None = None,
-) -> Iterator[tuple[Part, Fields]]:
-    """Each part, packed or in `dtype`, as it is stored when None.
+) -> Iterator[tuple[WeightPlan, Fields]]:
+    """Each weight, packed or in `dtype`, as it is stored when None.
 
-    In memory at a time: one part, and one expert per thread in float32.
+    In memory at a time: one weight, and one expert per thread in float32.
     """
-    total = sum(checkpoint.tensors[source].num_bytes for part in parts for row in part.sources for source in row)
+    total = sum(checkpoint.tensors[source].num_bytes for plan in plans for row in plan.sources for source in row)
     done = 0
     with ThreadPoolExecutor(cpu_count()) as pool:
-        for part in parts:
-            fields = _Reader(checkpoint, part, section, dtype).read(pool)
-            done += sum(checkpoint.tensors[source].num_bytes for row in part.sources for source in row)
+        for plan in plans:
+            fields = _Reader(checkpoint, plan, section, dtype).read(pool)
+            done += sum(checkpoint.tensors[source].num_bytes for row in plan.sources for source in row)
             if progress is not None:
-                progress(part.name, done, total)
-            yield part, fields
+                progress(plan.name, done, total)
+            yield plan, fields
 
 
 @dataclass(frozen=True)
 class _Reader:
     checkpoint: Checkpoint
-    part: Part
+    plan: WeightPlan
     section: QuantizeSection
     dtype: torch.dtype | None
 
     def read(self, pool: ThreadPoolExecutor) -> Fields:
-        part = self.part
-        if part.packed and not part.is_stack:
-            return {name: t[0] for name, t in self._stack(pool, part.shape, 1).items()}
-        if part.packed:
-            return self._stack(pool, part.shape[1:], part.shape[0])
-        if not part.is_stack:
+        plan = self.plan
+        if plan.packed and not plan.is_stack:
+            return {name: t[0] for name, t in self._stack(pool, plan.shape, 1).items()}
+        if plan.packed:
+            return self._stack(pool, plan.shape[1:], plan.shape[0])
+        if not plan.is_stack:
             return {WHOLE: self._finite(0, self.dtype)}
         first = self._finite(0, self.dtype)
-        bank = torch.empty(part.shape, dtype=first.dtype)
-        list(pool.map(lambda expert: bank[expert].copy_(self._finite(expert, first.dtype)), range(part.shape[0])))
+        bank = torch.empty(plan.shape, dtype=first.dtype)
+        list(pool.map(lambda expert: bank[expert].copy_(self._finite(expert, first.dtype)), range(plan.shape[0])))
         return {WHOLE: bank}
 
     def _finite(self, row: int, dtype: torch.dtype | None) -> Tensor:
@@ -170,8 +170,8 @@ class _Reader:
 
     def _not_finite(self, row: int, weight: Tensor) -> ModelError:
         """Names the source of a matrix that holds NaN or infinity."""
-        parts = zip(self.part.sources[row], weight.chunk(self.part.matrices), strict=True)
-        source = next(source for source, part in parts if not bool(torch.isfinite(part).all()))
+        matrices = zip(self.plan.sources[row], weight.chunk(self.plan.matrices), strict=True)
+        source = next(source for source, matrix in matrices if not bool(torch.isfinite(matrix).all()))
         hint = "the checkpoint is damaged: download it again"
         return ModelError(Problem(f"{self.checkpoint.path}: {source}", "holds NaN or infinity", hint))
 
@@ -181,13 +181,13 @@ class _Reader:
             self.checkpoint.read_float(source).to(dtype or torch.bfloat16)
             if self.checkpoint.scales_of(source)
             else self.checkpoint.read(source)
-            for source in self.part.sources[row]
+            for source in self.plan.sources[row]
         ]
         whole = torch.cat(read) if len(read) > 1 else read[0]
         return whole if dtype is None else whole.to(dtype)
 
     def _stack(self, pool: ThreadPoolExecutor, shape: tuple[int, ...], number: int) -> Fields:
-        section, matrices = self.section, self.part.matrices
+        section, matrices = self.section, self.plan.matrices
         assert section.scheme != "none"
         shapes = packed_shapes(section.scheme, shape, section.block_size, section.double, matrices)
         fields = {name: torch.empty(number, *size, dtype=dtype) for name, (dtype, size) in shapes.items()}
@@ -200,7 +200,7 @@ class _Reader:
         return fields
 
     def pack(self, row: int) -> Fields:
-        """One matrix of the part, packed."""
+        """One matrix of the weight, packed."""
         return self._fp8(row) if self.section.scheme == "fp8" else self._nf4(row)
 
     def _nf4(self, row: int) -> Fields:
@@ -213,7 +213,7 @@ class _Reader:
         return {name: value for name, value in fields.items() if value is not None}
 
     def _fp8(self, row: int) -> Fields:
-        pairs = [self._fp8_matrix(source) for source in self.part.sources[row]]
+        pairs = [self._fp8_matrix(source) for source in self.plan.sources[row]]
         codes = torch.cat([values.reshape(-1).view(torch.uint8) for values, _ in pairs])
         scales = torch.cat([scales.reshape(-1).float() for _, scales in pairs])
         if not (fp8.are_finite(codes) and bool(torch.isfinite(scales).all())):

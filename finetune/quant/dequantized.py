@@ -13,13 +13,13 @@ from finetune.config.schema import QuantizeSection
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
 from finetune.quant import nf4
-from finetune.quant.parts import pack_matrix, packed_sources
+from finetune.quant.weight_plan import pack_matrix, packed_sources
 
 _THREAD = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeenCheckpoint(Checkpoint):
+class DequantizedCheckpoint(Checkpoint):
     """A checkpoint that reads each weight as its packed form decodes; what was not packed reads as it is stored.
 
     stored: the checkpoint itself.  section: how a run packed it; decoded to bfloat16 where that does not say.
@@ -29,9 +29,9 @@ class SeenCheckpoint(Checkpoint):
     section: QuantizeSection
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, section: QuantizeSection) -> SeenCheckpoint:
-        """`checkpoint` as a run with this section saw it."""
-        stored = checkpoint.stored if isinstance(checkpoint, SeenCheckpoint) else checkpoint
+    def of(cls, checkpoint: Checkpoint, section: QuantizeSection) -> DequantizedCheckpoint:
+        """`checkpoint` as a run with this section computed with it."""
+        stored = checkpoint.stored if isinstance(checkpoint, DequantizedCheckpoint) else checkpoint
         return cls(**vars(stored), stored=stored, section=section)
 
     def packs(self, name: str) -> bool:

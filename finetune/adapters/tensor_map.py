@@ -26,10 +26,10 @@ _FIRST_PACKING = (0, 19)
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraTensors:
     """Where the factors of one hub weight lie in the adapter's file.
 
-    shape: (out, in) of the weight.  expert: index in a fused bank, None for a plain module.  part: which part of the
+    shape: (out, in) of the weight.  expert: index in a fused bank, None for a plain module.  chunk: which chunk of the
     rows of B it is, and of how many (gate is 0 of 2, up is 1 of 2).
     """
 
@@ -39,21 +39,26 @@ class Pair:
     rank: int
     scale: float
     expert: int | None = None
-    part: tuple[int, int] = (0, 1)
+    chunk: tuple[int, int] = (0, 1)
+
+    @property
+    def name(self) -> str:
+        """The tensor that messages name."""
+        return self.a_name
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where the change of one weight of an expert that trains whole lies: in a slot of `a_name` (X, out, in).
+class DeltaSlot:
+    """Where the delta of one weight of an expert that trains whole lies: in a slot of tensor `name` (X, out, in).
 
-    The rest is as in Pair.
+    The rest is as in LoraTensors.
     """
 
-    a_name: str
+    name: str
     shape: tuple[int, int]
     slot: int
     expert: int
-    part: tuple[int, int]
+    chunk: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -65,35 +70,37 @@ class WholeExperts:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Every pair or slot of a file by hub weight name, and per fused bank its number of experts."""
+class TensorMap:
+    """The tensors of a file by the hub weight they change, and per fused bank its number of experts."""
 
-    by_weight: dict[str, Pair | Slot]
+    by_weight: dict[str, LoraTensors | DeltaSlot]
     num_experts: dict[str, int]
 
 
-def read_pairs(config: StockConfig, file: TensorFile, *, ours: bool, whole: WholeExperts | None = None) -> Pairs:
+def read_tensor_map(
+    config: StockConfig, file: TensorFile, *, ours: bool, whole: WholeExperts | None = None
+) -> TensorMap:
     """Assigns every tensor of the file to weights, each exactly once. Raises AdapterError with every problem.
 
     ours: the adapter was saved here, so its packing is known whatever the settings say about PEFT's version.
     whole: experts that train whole, None for none.
     """
-    reader = _PairReader(config, file, whole)
+    reader = _Reader(config, file, whole)
     reader.read()
     if reader.num_experts and not ours:
         reader.check_packing()
     reader.check_leftovers()
     if reader.problems:
         raise AdapterError(*reader.problems)
-    return Pairs(reader.pairs, reader.num_experts)
+    return TensorMap(reader.tensor_map, reader.num_experts)
 
 
-class _PairReader:
-    """Turns tensor names and shapes into pairs; collects problems instead of stopping at the first."""
+class _Reader:
+    """Turns tensor names and shapes into a map; collects problems instead of stopping at the first."""
 
     def __init__(self, config: StockConfig, file: TensorFile, whole: WholeExperts | None) -> None:
         self.config, self.file, self.whole = config, file, whole
-        self.pairs: dict[str, Pair | Slot] = {}
+        self.tensor_map: dict[str, LoraTensors | DeltaSlot] = {}
         self.num_experts: dict[str, int] = {}
         self.consumed: set[str] = set()
         self.problems: list[Problem] = []
@@ -133,9 +140,9 @@ class _PairReader:
             self.problems.append(Problem(where, what, _PACKING_HINT))
         elif not self.problems:
             banks = {
-                (pair.b_name, pair.rank)
-                for pair in self.pairs.values()
-                if isinstance(pair, Pair) and pair.expert is not None
+                (tensors.b_name, tensors.rank)
+                for tensors in self.tensor_map.values()
+                if isinstance(tensors, LoraTensors) and tensors.expert is not None
             }
             for name, rank in sorted(banks):
                 stock = self.file.read(name)
@@ -178,16 +185,17 @@ class _PairReader:
 
     def _read_slots(self, name: str, bank: str, target: str, experts: tuple[int, ...]) -> None:
         info = self.file.tensors[name]
-        parts = EXPERT_MATRICES[target]
+        matrices = EXPERT_MATRICES[target]
         if info.dtype not in WEIGHT_DTYPES or len(info.shape) != 3 or len(experts) != info.shape[0]:
             what = f"is not one matrix for each of {len(experts)} experts: {info.dtype} {list(info.shape)}"
             self._refuse(name, what, "save the adapter again")
             return
         for slot, expert in enumerate(experts):
-            for index, part in enumerate(parts):
-                shape = (info.shape[1] // len(parts), info.shape[2])
+            for index, matrix in enumerate(matrices):
+                shape = (info.shape[1] // len(matrices), info.shape[2])
                 self._add(
-                    f"{expert_module(bank, expert, part)}.weight", Slot(name, shape, slot, expert, (index, len(parts)))
+                    f"{expert_module(bank, expert, matrix)}.weight",
+                    DeltaSlot(name, shape, slot, expert, (index, len(matrices))),
                 )
         self.consumed.add(name)
 
@@ -214,7 +222,7 @@ class _PairReader:
             self._refuse(a_name, f"has rank {a.shape[0]} but adapter_config.json says {rank}", _RANK_HINT)
         else:
             shape = (b.shape[0], a.shape[1])
-            self._add(f"{module}.weight", Pair(a_name, b_name, shape, rank, self.config.scale_of(module)))
+            self._add(f"{module}.weight", LoraTensors(a_name, b_name, shape, rank, self.config.scale_of(module)))
             self.consumed |= {a_name, b_name}
 
     def _fused_parameter(self, module: str, bank: re.Match[str], modules: dict[str, Any]) -> str | None:
@@ -244,24 +252,24 @@ class _PairReader:
             what = f"is for {num_experts} experts, but the other factors of the bank are for {known}"
             self._refuse(a_name, what, _RANK_HINT)
             return
-        parts = EXPERT_MATRICES[parameter]
-        height, odd = divmod(b.shape[0], len(parts))
+        matrices = EXPERT_MATRICES[parameter]
+        height, odd = divmod(b.shape[0], len(matrices))
         if odd:
             self._refuse(b_name, f"has {b.shape[0]} rows, which is not gate and up of one size", "save it again")
             return
         for expert in range(num_experts):
-            for index, part in enumerate(parts):
+            for index, matrix in enumerate(matrices):
                 shape = (height, a.shape[1])
-                pair = Pair(a_name, b_name, shape, rank, scale, expert, (index, len(parts)))
-                self._add(f"{expert_module(experts, expert, part)}.weight", pair)
+                tensors = LoraTensors(a_name, b_name, shape, rank, scale, expert, (index, len(matrices)))
+                self._add(f"{expert_module(experts, expert, matrix)}.weight", tensors)
         self.consumed |= {a_name, b_name}
 
-    def _add(self, name: str, pair: Pair | Slot) -> None:
-        if name in self.pairs:
+    def _add(self, name: str, tensors: LoraTensors | DeltaSlot) -> None:
+        if name in self.tensor_map:
             self._refuse(
-                pair.a_name, f"changes {name}, which {self.pairs[name].a_name} changes too", "keep one of them"
+                tensors.name, f"changes {name}, which {self.tensor_map[name].name} changes too", "keep one of them"
             )
-        self.pairs[name] = pair
+        self.tensor_map[name] = tensors
 
     def _refuse(self, name: str, what: str, hint: str) -> None:
         self.problems.append(Problem(f"{self.file.path}: {name}", what, hint))
@@ -284,7 +292,7 @@ def _why_unknown(name: str) -> tuple[str, str]:
         "modules_to_save": "is a whole module saved beside the factors",
         ".bias": "is a bias",
     }
-    for part, reason in reasons.items():
-        if part in name:
+    for word, reason in reasons.items():
+        if word in name:
             return f"{reason}, which cannot be read", "train or convert the adapter without it"
     return "is not a tensor of a PEFT LoRA adapter", "remove it, or save the adapter with save_pretrained"

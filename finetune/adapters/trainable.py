@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TargetGroup:
+class TrainableGroup:
     """All weights of one kind that train, mostly by factors.
 
     name: kind and projection, like `attention.o_proj`, `experts.down_proj`, `mlp.up_proj`.
@@ -53,14 +53,16 @@ class _Trained:
     sides: dict[str, Tensor]
 
 
-def target_table(model: nn.Module) -> list[TargetGroup]:
+def trainable_groups(model: nn.Module) -> list[TrainableGroup]:
     """The groups that train in `model`, attention first, then MLPs, then experts."""
     total = count_weights(model)
     groups = _groups(model)
     rows = []
     for name in sorted(groups, key=_order):
-        parameters = sum(t.numel() for part in groups[name] for t in part.sides.values() if t.requires_grad)
-        rows.append(TargetGroup(name, sum(part.matched for part in groups[name]), parameters, parameters / total))
+        parameters = sum(t.numel() for trained in groups[name] for t in trained.sides.values() if t.requires_grad)
+        rows.append(
+            TrainableGroup(name, sum(trained.matched for trained in groups[name]), parameters, parameters / total)
+        )
     return rows
 
 
@@ -78,9 +80,9 @@ def check_gradients(model: nn.Module) -> None:
     groups = _groups(model)
     for group in sorted(groups, key=_order):
         sides = list(groups[group][0].sides)
-        started = any(bool(part.sides[sides[0]].detach().any()) for part in groups[group])
+        started = any(bool(trained.sides[sides[0]].detach().any()) for trained in groups[group])
         for side in sides if started else sides[:1]:
-            weights = [weight for part in groups[group] if (weight := part.sides[side]).requires_grad]
+            weights = [weight for trained in groups[group] if (weight := trained.sides[side]).requires_grad]
             if weights and not any(w.grad is not None and bool(w.grad.any()) for w in weights):
                 what = f"the gradient of {side} is zero everywhere after the first backward"
                 problems.append(Problem(group, what, _NO_GRADIENT))
@@ -94,7 +96,7 @@ def check_gradients(model: nn.Module) -> None:
 _NO_GRADIENT = "check that the rows carry loss tokens, and that the experts in the plan are used by this data"
 
 
-def render_table(groups: list[TargetGroup]) -> Table:
+def render_groups(groups: list[TrainableGroup]) -> Table:
     """`groups` for a terminal or notebook."""
     from rich.table import Table
 
@@ -112,8 +114,8 @@ def render_table(groups: list[TargetGroup]) -> Table:
 
 def _groups(model: nn.Module) -> dict[str, list[_Trained]]:
     groups: dict[str, list[_Trained]] = {}
-    for part in _trained(model):
-        groups.setdefault(part.group, []).append(part)
+    for trained in _trained(model):
+        groups.setdefault(trained.group, []).append(trained)
     return groups
 
 

@@ -13,11 +13,11 @@ from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
 from finetune.config.schema import QuantizeSection
 from finetune.errors import AdapterError, UserError, VerifyError
-from finetune.merging.base_weights import QuantizationError
 from finetune.merging.merge import merge
+from finetune.merging.packed_base import QuantizationError
 from finetune.models.checkpoint import Checkpoint
+from finetune.quant.dequantized import DequantizedCheckpoint
 from finetune.quant.load import load_quantized
-from finetune.quant.seen import SeenCheckpoint
 from finetune.routing.plan import ExpertPlan
 from finetune.verification.verify import verify
 from tests.checkpoints import (
@@ -76,11 +76,11 @@ def test_dequantized_is_the_model_that_was_trained(name, tmp_path):
     config, quantize, adapter = CASES[name]
     base = write_base(tmp_path / "base", config)
     live = trained(base, tmp_path / "adapter", quantize, adapter)
-    report = merge(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized")
+    report = merge(tmp_path / "adapter", tmp_path / "merged", onto="dequantized")
     want = logits(live)
     assert (logits(load_plain(tmp_path / "merged")) - want).abs().max() < 1e-5 * want.abs().max()
-    verify(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized")
-    seen = SeenCheckpoint.of(Checkpoint.open(base), QuantizeSection(**quantize, compute_dtype="float32"))
+    verify(tmp_path / "adapter", tmp_path / "merged", onto="dequantized")
+    seen = DequantizedCheckpoint.of(Checkpoint.open(base), QuantizeSection(**quantize, compute_dtype="float32"))
     merged = Checkpoint.open(tmp_path / "merged")
     same = [w for w in seen.weights if torch.equal(merged.read(w), seen.read(w))]
     assert set(same) == set(seen.weights) - set(changed_by(tmp_path / "adapter"))
@@ -88,7 +88,7 @@ def test_dequantized_is_the_model_that_was_trained(name, tmp_path):
         {w for w in seen.weights if seen.packs(w)} | set(changed_by(tmp_path / "adapter"))
     )
     assert report.tensors_changed + report.tensors_copied == len(seen.weights)
-    with pytest.raises(VerifyError, match="if it was merged with --base-weights dequantized"):
+    with pytest.raises(VerifyError, match="if it was merged with --onto dequantized"):
         verify(tmp_path / "adapter", tmp_path / "merged")
 
 
@@ -104,18 +104,18 @@ def test_whole_experts_and_routers_are_added_to_what_the_run_saw(tmp_path):
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     save_adapter(live, tmp_path / "adapter")
-    report = merge(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized")
+    report = merge(tmp_path / "adapter", tmp_path / "merged", onto="dequantized")
     assert {family: seen.measured for family, seen in report.quantization.items()} == dict.fromkeys(
         ("expert down", "expert gate", "expert up"), 3
     )
     want = logits(live.eval())
     assert (logits(load_plain(tmp_path / "merged")) - want).abs().max() < 1e-5 * want.abs().max()
-    verify(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized")
+    verify(tmp_path / "adapter", tmp_path / "merged", onto="dequantized")
 
 
 def changed_by(adapter):
     files = AdapterFiles.open(adapter)
-    return [name for name in files.pairs if not files.read(name).is_zero]
+    return [name for name in files.tensor_map if not files.read(name).is_zero]
 
 
 def test_original_is_the_default(case, tmp_path):
@@ -128,15 +128,15 @@ def test_original_is_the_default(case, tmp_path):
     assert (logits(load_plain(tmp_path / "merged")) - logits(live)).abs().max() > 1e-3
     verify(adapter, tmp_path / "merged", weights_only=True)
     with pytest.raises(VerifyError, match="differs from base"):
-        verify(adapter, tmp_path / "merged", base_weights="dequantized", weights_only=True)
+        verify(adapter, tmp_path / "merged", onto="dequantized", weights_only=True)
 
 
-@pytest.mark.parametrize("base_weights", ["original", "dequantized"])
-def test_the_report_tells_what_packing_did(case, tmp_path, base_weights):
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_the_report_tells_what_packing_did(case, tmp_path, onto):
     base, _, adapter = case
-    report = merge(adapter, tmp_path / "merged", base_weights=base_weights)
+    report = merge(adapter, tmp_path / "merged", onto=onto)
     assert set(report.quantization) == {"attention", "expert gate", "expert up", "expert down"}
-    seen = SeenCheckpoint.of(Checkpoint.open(base), QuantizeSection(scheme="nf4", compute_dtype="float32"))
+    seen = DequantizedCheckpoint.of(Checkpoint.open(base), QuantizeSection(scheme="nf4", compute_dtype="float32"))
     names = [name for name in seen.weights if name.endswith(("q_proj.weight", "o_proj.weight"))]
     pairs = [(seen.stored.read(name), seen.read(name)) for name in names]
     error = sum((b - a).square().sum() for a, b in pairs) / sum(a.square().sum() for a, _ in pairs)
@@ -156,8 +156,8 @@ def test_a_large_quantization_error_is_told(tmp_path):
     trained(base, tmp_path / "adapter", {"scheme": "nf4"}, BANKS, std=1e-3)
     (told,) = (w for w in merge(tmp_path / "adapter", tmp_path / "one").warnings if "packed its base" in w)
     assert "more than the adapter does (attention" in told
-    assert "--base-weights dequantized" in told
-    report = merge(tmp_path / "adapter", tmp_path / "two", base_weights="dequantized")
+    assert "--onto dequantized" in told
+    report = merge(tmp_path / "adapter", tmp_path / "two", onto="dequantized")
     assert any("it is what was trained" in warning for warning in report.warnings)
     trained(base, tmp_path / "large", {"scheme": "nf4"}, BANKS, std=3.0)
     assert not any("packed its base" in warning for warning in merge(tmp_path / "large", tmp_path / "three").warnings)
@@ -167,45 +167,45 @@ def test_an_adapter_of_a_16_bit_model_has_nothing_to_dequantize(tmp_path):
     base = write_base(tmp_path / "base", MOE)
     stock = write_adapter(tmp_path / "stock", base, target_modules=ATTENTION, target_parameters=EXPERTS)
     with pytest.raises(AdapterError, match="does not say that its base was packed"):
-        merge(stock, tmp_path / "merged", base_weights="dequantized")
+        merge(stock, tmp_path / "merged", onto="dequantized")
     assert not (tmp_path / "merged").exists()
     report = merge(stock, tmp_path / "merged")
     assert report.quantization == {}
-    assert main(["merge", str(stock), "-o", str(tmp_path / "no"), "--base-weights", "dequantized"]) == 2
-    assert main(["merge", str(stock), "-o", str(tmp_path / "no"), "--base-weights", "other"]) == 2
+    assert main(["merge", str(stock), "-o", str(tmp_path / "no"), "--onto", "dequantized"]) == 2
+    assert main(["merge", str(stock), "-o", str(tmp_path / "no"), "--onto", "other"]) == 2
 
 
 def test_adapters_of_differently_packed_models(case, tmp_path):
     base, _, adapter = case
     trained(base, tmp_path / "fp8", {"scheme": "fp8"}, BANKS)
     with pytest.raises(AdapterError, match="packed in another way"):
-        merge([adapter, tmp_path / "fp8"], tmp_path / "merged", base_weights="dequantized")
+        merge([adapter, tmp_path / "fp8"], tmp_path / "merged", onto="dequantized")
     assert merge([adapter, tmp_path / "fp8"], tmp_path / "merged").quantization == {}
     both = [adapter, adapter]
-    merge(both, tmp_path / "both", weights=[0.5, 0.25], base_weights="dequantized")
-    verify(both, tmp_path / "both", weights=[0.5, 0.25], base_weights="dequantized")
+    merge(both, tmp_path / "both", weights=[0.5, 0.25], onto="dequantized")
+    verify(both, tmp_path / "both", weights=[0.5, 0.25], onto="dequantized")
 
 
 def test_settings_that_are_none_are_refused(case, tmp_path):
     shutil.copytree(case[2], tmp_path / "adapter")
     edit_json(tmp_path / "adapter/finetune_adapter.json", quantize={"scheme": "int3"})
     with pytest.raises(AdapterError, match="is not a quantize section"):
-        merge(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized")
+        merge(tmp_path / "adapter", tmp_path / "merged", onto="dequantized")
 
 
 def test_a_base_in_fp8(tmp_path):
     base = to_fp8(write_base(tmp_path / "base", MOE, dtype=torch.bfloat16))
     live = trained(base, tmp_path / "adapter", {"scheme": "nf4"}, BANKS)
     with pytest.raises(UserError, match="would be rounded to the base's FP8"):
-        merge(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized")
-    merge(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized", dtype="fp32")
-    verify(tmp_path / "adapter", tmp_path / "merged", base_weights="dequantized")
+        merge(tmp_path / "adapter", tmp_path / "merged", onto="dequantized")
+    merge(tmp_path / "adapter", tmp_path / "merged", onto="dequantized", dtype="fp32")
+    verify(tmp_path / "adapter", tmp_path / "merged", onto="dequantized")
     want = logits(live)
     assert (logits(load_plain(tmp_path / "merged")) - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_the_command(case, tmp_path, capsys):
-    out, dequantized = str(tmp_path / "out"), ["--base-weights", "dequantized"]
+    out, dequantized = str(tmp_path / "out"), ["--onto", "dequantized"]
     assert main(["merge", str(case[2]), "-o", out, "--json", *dequantized]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["quantization"]["expert up"]["error"] > 0.03
