@@ -16,8 +16,9 @@ from finetune.architecture.names import (
     bank_name,
     expert_module,
 )
+from finetune.config.tensor_header import TensorInfo
 from finetune.errors import AdapterError, Problem
-from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
+from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile
 from finetune.routing.plan import ExpertPlan
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A|B|delta)\.weight")

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from finetune.architecture.shape import ModelShape
 from finetune.config.schema import QuantizeSection, Recipe
+from finetune.config.tensor_header import read_header
 from finetune.errors import ModelError, Problem
 
 QUANT_METHOD = "finetune"
@@ -33,7 +34,6 @@ _CONFIG = "config.json"
 _KEY = "quantization_config"
 _FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 _BYTES = {"U8": 1, "F32": 4}
-_LARGEST_HEADER = 100_000_000
 _SHOWN = 4
 
 Stored = tuple[str, tuple[int, ...]]
@@ -230,8 +230,8 @@ def _read_headers(folder: Path) -> tuple[dict[str, Stored], list[Problem]]:
     problems = []
     for shard in shards:
         try:
-            found |= _read_header(folder, shard)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            found |= _stored_in(folder, shard)
+        except ModelError:
             problems.append(Problem(f"{folder}/{shard}", "is missing, cut off or damaged", AGAIN))
     if not problems and set(found) != set(weight_map):
         names = sorted(set(found) ^ set(weight_map))
@@ -239,17 +239,8 @@ def _read_headers(folder: Path) -> tuple[dict[str, Stored], list[Problem]]:
     return found, problems
 
 
-def _read_header(folder: Path, shard: str) -> dict[str, Stored]:
-    """Raises ValueError when the file does not end where its last tensor does."""
+def _stored_in(folder: Path, shard: str) -> dict[str, Stored]:
+    """Raises ModelError for a file that is no whole safetensors file of this folder."""
     if "/" in shard or "\\" in shard:
-        raise ValueError
-    with (folder / shard).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LARGEST_HEADER:
-            raise ValueError
-        header = json.loads(file.read(length))
-        size = file.seek(0, 2) - 8 - length
-    header.pop("__metadata__", None)
-    if size != max((entry["data_offsets"][1] for entry in header.values()), default=0):
-        raise ValueError
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        raise ModelError(Problem(shard, "lies outside of the folder", AGAIN))
+    return {name: (info.dtype, info.shape) for name, info in read_header(folder / shard).tensors.items()}

@@ -28,8 +28,8 @@ from finetune.errors import ExportError, Problem, UserError
 from finetune.formats.format import ModelSource, Planned
 from finetune.formats.model_files import keep, plan_folder, quantized_config, refuse_quantized
 from finetune.formats.packed4 import packed_shapes, unpack
+from finetune.io.pieces import copy
 from finetune.io.safetensors_file import Tensor
-from finetune.merging.shards import copy
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.loading import load_tokenizer
 from finetune.models.tensor_file import TensorFile

@@ -17,8 +17,8 @@ from finetune.architecture.shape import ModelShape, shape_of
 from finetune.errors import ModelError, Problem
 from finetune.formats import ggml
 from finetune.formats.gguf_file import GgufTensor, plan_gguf, tensor_bytes, tensor_name
+from finetune.io.pieces import row_ranges
 from finetune.io.stream import OutputFile, Place
-from finetune.merging.shards import row_ranges
 from finetune.models.checkpoint import CONFIG, Checkpoint
 
 FILE = "model.gguf"

@@ -13,9 +13,9 @@ from finetune.errors import ModelError, Problem, UserError
 from finetune.formats.format import Planned
 from finetune.formats.serving_note import NOTE
 from finetune.io.folder import side_contents
+from finetune.io.pieces import copy, row_ranges
 from finetune.io.safetensors_file import Tensor, plan_shards, split
 from finetune.io.stream import Place
-from finetune.merging.shards import copy, row_ranges
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.tensor_file import TORCH_DTYPES
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.config.tensor_header import BITS, METADATA
 from finetune.io.stream import Output, OutputFile, Place
 from finetune.models.checkpoint import INDEX, SINGLE
-from finetune.models.tensor_file import BITS, METADATA
 
 MAX_SHARD_BYTES = 4 * 10**9
 
@@ -40,7 +40,7 @@ def plan_file(
     """
     if header is None:
         tensors = sorted(tensors, key=lambda tensor: -BITS[tensor.dtype])
-        header = _header(tensors, metadata)
+        header = header_of(((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors), metadata)
     outputs, position = [], len(header)
     for tensor in tensors:
         end = position + tensor.num_bytes
@@ -49,12 +49,13 @@ def plan_file(
     return OutputFile(name, header, tuple(outputs), position)
 
 
-def _header(tensors: Sequence[Tensor], metadata: dict[str, str]) -> bytes:
+def header_of(layout: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str]) -> bytes:
+    """The first bytes of a file of tensors (name, safetensors dtype, shape) that lie one behind the other."""
     content: dict[str, Any] = {METADATA: metadata} if metadata else {}
     position = 0
-    for tensor in tensors:
-        end = position + tensor.num_bytes
-        content[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (position, end)}
+    for name, dtype, shape in layout:
+        end = position + math.prod(shape) * BITS[dtype] // 8
+        content[name] = {"dtype": dtype, "shape": tuple(shape), "data_offsets": (position, end)}
         position = end
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

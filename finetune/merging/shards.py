@@ -6,7 +6,6 @@ storage dtype.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -16,20 +15,19 @@ import torch
 from torch import Tensor
 
 from finetune.adapters.weight_delta import WeightDelta
+from finetune.config.tensor_header import BITS
 from finetune.errors import ModelError, Problem
 from finetune.io import safetensors_file
+from finetune.io.pieces import FLOAT_DTYPES, all_finite, copy, row_ranges
 from finetune.io.stream import OutputFile, Place
 from finetune.merging.plan import MergePlan
 from finetune.merging.retention import Tally
 from finetune.models import fp8
-from finetune.models.tensor_file import BITS, TORCH_DTYPES, WEIGHT_DTYPES, Stored, TensorFile, TensorInfo
+from finetune.models.tensor_file import TORCH_DTYPES, Stored, TensorFile
 
-PIECE_ELEMENTS = 3 * 2**17
 MEASURED = 2**16  # elements of a tensor that retention is measured on; all of them would take a third of the time
-COPY_BYTES = 2**20
 PARTS = "parts"
 _THREAD = threading.local()
-_FLOATS = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
 
 
 def plan_files(plan: MergePlan, dtype: str | None) -> list[OutputFile]:
@@ -53,7 +51,7 @@ def stored_dtypes(plan: MergePlan, dtype: str | None) -> dict[str, str]:
 
 def _stored(plan: MergePlan, name: str, dtype: str | None) -> str | None:
     info = plan.base.tensors[name]
-    if dtype is None or info.dtype not in _FLOATS:
+    if dtype is None or info.dtype not in FLOAT_DTYPES:
         return info.dtype
     return None if name in plan.scales else dtype
 
@@ -201,35 +199,8 @@ def _scratch(use: str, shape: torch.Size, dtype: torch.dtype = torch.float32) ->
     return held[key]
 
 
-def copy(source: TensorFile, name: str, place: Place) -> None:
-    """Writes a tensor's bytes as they are. Raises ModelError when it has values that are not finite."""
-    info = source.tensors[name]
-    buffer = torch.empty(min(COPY_BYTES, info.num_bytes), dtype=torch.uint8)
-    for start in range(*info.offsets, COPY_BYTES):
-        piece = buffer[: min(COPY_BYTES, info.offsets[1] - start)]
-        source.read_into(piece.numpy().data, start)
-        if info.dtype in _FLOATS and not _all_finite(piece.view(TORCH_DTYPES[info.dtype])):
-            hint = "the training that made it diverged, or the file is damaged"
-            raise ModelError(Problem(f"{source.path}: {name}", "has values that are not finite", hint))
-        place.append(piece)
-
-
-def row_ranges(info: TensorInfo, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """First and last row + 1 of pieces that stay in the processor's cache; vectors count as columns."""
-    height = info.shape[0] if info.shape else 1
-    step = max(1, PIECE_ELEMENTS * height // max(info.numel, 1) // multiple) * multiple
-    for start in range(0, height, step):
-        yield start, min(start + step, height)
-
-
-def _all_finite(values: Tensor) -> bool:
-    if values.dtype == torch.float8_e4m3fn:
-        return not bool((values.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any())
-    return not values.numel() or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values))
-
-
 def _finite(plan: MergePlan, name: str, stored: Tensor) -> Tensor:
-    if not _all_finite(stored):
+    if not all_finite(stored):
         hint = "the base has such values itself, or they do not fit the dtype: use --dtype bf16 or fp32"
         what = f"is not finite as {str(stored.dtype).removeprefix('torch.')}"
         raise ModelError(Problem(f"{plan.base.files[plan.base.tensors[name].shard].path}: {name}", what, hint))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import weakref
@@ -14,13 +13,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from finetune.architecture.names import layer_index
+from finetune.architecture.names import in_layer, layer_index
 from finetune.config.packed_folder import AGAIN, CODES, PackedSettings
 from finetune.config.schema import QuantizeSection
+from finetune.config.tensor_header import TensorInfo
 from finetune.errors import ModelError, Problem, RunError, UserError
+from finetune.io.safetensors_file import header_of
 from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint, base_fingerprint
 from finetune.models.files import finished_folder, write_atomic, write_json_atomic
-from finetune.models.tensor_file import METADATA, TORCH_DTYPES, TensorFile, TensorInfo
+from finetune.models.tensor_file import TORCH_DTYPES, TensorFile
 from finetune.quant.experts import CodesOnDisk, packed_shapes
 from finetune.quant.weight_plan import WHOLE, Fields, Progress, WeightPlan
 
@@ -178,7 +179,7 @@ def _shards(plans: Iterable[tuple[WeightPlan, Fields]]) -> Iterator[tuple[str, d
     tensors: dict[str, Tensor] = {}
     place, number = "", 0
     for plan, fields in plans:
-        here = f"layer-{layer_index(plan.name):03d}" if ".layers." in plan.name else "rest"
+        here = f"layer-{layer_index(plan.name):03d}" if in_layer(plan.name) else "rest"
         if tensors and here != place:
             number += 1
             yield f"packed-{number:03d}-{place}.safetensors", tensors
@@ -192,17 +193,10 @@ def _shards(plans: Iterable[tuple[WeightPlan, Fields]]) -> Iterator[tuple[str, d
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file, tensor by tensor: nothing is copied. Wide types first, so that all are aligned."""
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    header: dict[str, Any] = {METADATA: {"format": "pt"}}
-    end = 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    layout = [(name, _NAMES[tensors[name].dtype], tensors[name].shape) for name in order]
 
     def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_of(layout, {"format": "pt"}))
         for name in order:
             file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from finetune.adapters.weight_delta import WeightDelta
 from finetune.architecture.names import kind_of
+from finetune.config.tensor_header import TensorInfo
+from finetune.io.pieces import FLOAT_DTYPES, row_ranges
 from finetune.io.workers import exact_workers
 from finetune.merging.plan import MergePlan
-from finetune.merging.shards import row_ranges
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
-from finetune.models.tensor_file import TORCH_DTYPES, WEIGHT_DTYPES, TensorInfo
+from finetune.models.tensor_file import TORCH_DTYPES
 
 _UNTOUCHED = "without a delta"
 _FLOAT64_EXPONENT = 0x7FF << 52
@@ -88,8 +89,7 @@ def half_unit(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _header_mismatch(base: TensorInfo, merged: TensorInfo) -> str | None:
     if base.shape != merged.shape:
         return f"has shape {list(merged.shape)}, in the base {list(base.shape)}"
-    floats = (*WEIGHT_DTYPES, "F64", fp8.DTYPE)
-    if base.dtype != merged.dtype and not (base.dtype in floats and merged.dtype in floats):
+    if base.dtype != merged.dtype and not {base.dtype, merged.dtype} <= set(FLOAT_DTYPES):
         return f"is stored as {merged.dtype}, in the base as {base.dtype}"
     return None
 

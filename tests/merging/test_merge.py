@@ -355,8 +355,8 @@ def test_pieces_cover_large_and_odd_tensors(moe, tmp_path, monkeypatch):
     """Pieces of a few elements give the same result as whole tensors."""
     adapter = write_adapter(tmp_path / "adapter", moe, target_modules=ATTENTION, target_parameters=EXPERTS)
     merge(adapter, tmp_path / "whole", dtype="bf16")
-    monkeypatch.setattr("finetune.merging.shards.PIECE_ELEMENTS", 100)
-    monkeypatch.setattr("finetune.merging.shards.COPY_BYTES", 60)
+    monkeypatch.setattr("finetune.io.pieces.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("finetune.io.pieces.COPY_BYTES", 60)
     merge(adapter, tmp_path / "pieces", dtype="bf16")
     assert _files(tmp_path / "whole") == _files(tmp_path / "pieces")
 
