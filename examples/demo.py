@@ -63,7 +63,7 @@ def main(overrides: list[str]) -> int:
     console.print(result_table([before, after, merged]))
     experts, share = run.summary.get("trained_experts", "all"), run.summary["trainable_share"]
     console.print(f"trainable share           {share:.1%} of all parameters, with adapters on {experts} experts")
-    console.print(f"merged = base + adapter   yes: {proof.headline()}", soft_wrap=True)
+    console.print(f"merged = base + adapter   yes: {proof.tensors:,} tensors, each exact to its dtype", soft_wrap=True)
     console.print(f"seconds in all            {seconds:.0f}, of which training {run.summary['seconds']:.0f}")
     console.print(f"run                       {run.path}")
     console.print(f"adapter                   {run.adapter}")

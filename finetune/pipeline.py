@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from finetune.data.dataset import Prepared
     from finetune.formats.export import ExportReport
     from finetune.formats.format import Format
-    from finetune.formats.import_adapter import ImportReport, Packing
+    from finetune.formats.import_adapter import ImportReport
+    from finetune.formats.packing import Packing
     from finetune.inference.evaluate import EvalReport
     from finetune.io.dtypes import StorageDtype
     from finetune.merging.merge import MergeReport

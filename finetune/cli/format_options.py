@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 
 import typer
 
-from finetune.formats.format import Option
+from finetune.formats.option import Option
 from finetune.formats.registry import ADAPTER_FORMATS, FORMATS, MODEL_FORMATS, all_options
 
 FORMAT_NAMES = f"adapters: {', '.join(ADAPTER_FORMATS)}; models: {', '.join(MODEL_FORMATS)}"

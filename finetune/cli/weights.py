@@ -38,7 +38,7 @@ def quantize(
     """Pack a model once; QLoRA runs load it in seconds."""
     from finetune import pipeline
     from finetune.config.schema import QuantizeSection
-    from finetune.io.show import size_text
+    from finetune.io.sizes import size_text
 
     settings = QuantizeSection(scheme=scheme, attention=attention, experts=experts, block=block, double=double)
     console = open_console(stderr=as_json)

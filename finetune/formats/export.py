@@ -12,15 +12,18 @@ from rich.console import Group
 from rich.text import Text
 
 from finetune.adapters.stock_config import ADAPTER_CONFIG
+from finetune.architecture.registry import FAMILIES
+from finetune.architecture.shape import ModelShape
 from finetune.errors import Problem, UserError
 from finetune.formats.factors import Factors
 from finetune.formats.format import AdapterFormat, ExportedAdapter, Format, ModelFormat, ModelSource, Planned
 from finetune.formats.registry import make_format
 from finetune.formats.serving_note import NOTE
 from finetune.io.folder import Progress, Work, check_output, describe_job, write_folder
-from finetune.io.show import Shown, size_text, warnings
-from finetune.merging.plan import check_format, check_model, plan_merge, refuse_packed
+from finetune.io.sizes import size_text
+from finetune.merging.plan import check_model, plan_merge, refuse_packed
 from finetune.models.checkpoint import Checkpoint, find_checkpoint
+from finetune.report.tables import Shown, warnings
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,20 @@ def _check(to: Format, source: str | Path, base: str | Path | None, *, resume: b
         raise UserError(*problems)
 
 
+def _check_family(shape: ModelShape, to: str, where: Path) -> None:
+    """Raises UserError when we do not know how the runtime that a format is for lays out this family."""
+    family = FAMILIES[shape.model_type]
+    if family.exports is not None and to not in family.exports:
+        what = f"is of the family {family.title}, whose layout in {to} is not known here"
+        hint = (
+            f"use --to {' or '.join(family.exports)}, or merge: runtimes that know the family read merged checkpoints"
+        )
+        raise UserError(Problem(str(where), what, hint))
+
+
 def _plan_adapter(to: AdapterFormat, source: str | Path, output: Path, base: str | Path | None) -> _Job:
     plan = plan_merge(source, base)
-    check_format(plan.shape, to.name, plan.base.path)
+    _check_family(plan.shape, to.name, plan.base.path)
     files = plan.adapters[0]
     if to.thinking is None:
         to = replace(to, thinking=bool((files.sidecar or {}).get("thinking")))
@@ -140,7 +154,7 @@ def _plan_model(to: ModelFormat, source: str | Path, output: Path, held: ExitSta
     checkpoint = Checkpoint.open(find_checkpoint(source))
     refuse_packed(checkpoint, "export that model, or merge an adapter into it and export the result")
     shape = check_model(checkpoint)
-    check_format(shape, to.name, checkpoint.path)
+    _check_family(shape, to.name, checkpoint.path)
     check_output(output, checkpoint)
     planned = to.plan(ModelSource(checkpoint, shape.linears(), output, held))
     return _Job(planned, to.note(output), checkpoint.path, checkpoint, (checkpoint.path,))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune.errors import Problem
-from finetune.formats.format import ModelFormat, ModelSource, Package, Planned, Sharded, option
+from finetune.formats.format import ModelFormat, ModelSource, Planned, Sharded
+from finetune.formats.option import Package, option
 from finetune.formats.rounded import GROUP
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import Problem
-from finetune.formats.format import AdapterFormat, ExportedAdapter, ModelFormat, ModelSource, Package, Planned, option
+from finetune.formats.format import AdapterFormat, ExportedAdapter, ModelFormat, ModelSource, Planned
+from finetune.formats.option import Package, option
 from finetune.formats.serving_note import llama_chat, shell
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.formats.format import ModelFormat, ModelSource, Planned, Sharded, option
+from finetune.formats.format import ModelFormat, ModelSource, Planned, Sharded
+from finetune.formats.option import option
 from finetune.io.dtypes import CONFIG_DTYPES, SAFETENSORS_DTYPES, StorageDtype
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.formats.format import AdapterFormat, ExportedAdapter, Planned
-from finetune.formats.serving_note import asks_for_no_thinking
+from finetune.formats.serving_note import thinking_text
 
 if TYPE_CHECKING:
     from finetune.formats.factors import Factors
@@ -35,7 +35,7 @@ class Peft(AdapterFormat):
 
     def about_thinking(self) -> str:
         """What to call the chat template with."""
-        return asks_for_no_thinking(bool(self.thinking), python=True)
+        return thinking_text(bool(self.thinking), python=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from finetune.io.stream import Place
 from finetune.models.tensor_file import TORCH_DTYPES
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_PEFT_VERSION = "0.21.2"  # the packing below is that of 0.19 and later
+PEFT_VERSION = "0.21.2"  # the packing below is that of 0.19 and later
 
 Pack = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
@@ -201,7 +201,7 @@ def _settings(factors: Factors, content: dict[str, Any]) -> dict[str, bytes]:
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "peft_version": _PEFT_VERSION,
+        "peft_version": PEFT_VERSION,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,

@@ -7,9 +7,10 @@ from typing import Any
 
 from finetune.errors import Problem, UserError
 from finetune.formats.fitted import Awq, Gptq
-from finetune.formats.format import AdapterFormat, Format, ModelFormat, Option
+from finetune.formats.format import AdapterFormat, Format, ModelFormat
 from finetune.formats.gguf import Gguf, GgufLora
 from finetune.formats.hf import Hf
+from finetune.formats.option import Option
 from finetune.formats.peft import Peft, PeftPerExpert
 from finetune.formats.rounded import Fp8, Fp8CompressedTensors, Int4
 from finetune.formats.servers import Sglang, Vllm

@@ -6,7 +6,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finetune.formats.format import ModelFormat, ModelSource, Planned, Sharded, option
+from finetune.formats.format import ModelFormat, ModelSource, Planned, Sharded
+from finetune.formats.option import option
 
 if TYPE_CHECKING:
     from finetune.formats.quantized import Dialect

@@ -37,7 +37,7 @@ def positions(scaling: RopeScaling | None) -> str:
     )
 
 
-def asks_for_no_thinking(thinking: bool, python: bool = False) -> str:
+def thinking_text(thinking: bool, python: bool = False) -> str:
     """How requests ask for what the model was trained to do. python: where there is no server."""
     if thinking:
         return "It was trained to reason before it answers: leave `enable_thinking` at its default, true.\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.errors import Problem, UserError
-from finetune.io.show import size_text
+from finetune.io.sizes import size_text
 from finetune.io.stream import Journal, OutputFile, write_files
 from finetune.io.workers import exact_workers
 from finetune.models.checkpoint import CONFIG, Checkpoint

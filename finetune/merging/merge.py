@@ -17,13 +17,14 @@ from finetune.config.rope import with_scaling
 from finetune.errors import Problem, UserError
 from finetune.io.dtypes import CONFIG_DTYPES, SAFETENSORS_DTYPES, StorageDtype
 from finetune.io.folder import Progress, Work, describe_job, side_contents, write_folder
-from finetune.io.show import Shown, size_text, table, warnings
+from finetune.io.sizes import size_text
 from finetune.merging.packed_base import MergeOnto, QuantizationError, quantization_errors
 from finetune.merging.packed_base import advice as advice_on_base
 from finetune.merging.plan import Adapters, MergePlan, plan_merge
 from finetune.merging.retention import Retention, Tally, advice
 from finetune.merging.shards import num_bytes, plan_files, reports_by_weight, stored_dtypes
 from finetune.models.checkpoint import CONFIG, INDEX
+from finetune.report.tables import Shown, table, warnings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.adapters.files import AdapterFiles
 from finetune.adapters.weight_delta import WeightDelta, sum_deltas
 from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_matrix, kind_of
-from finetune.architecture.registry import FAMILIES, find_family, unknown_family
+from finetune.architecture.registry import find_family, unknown_family
 from finetune.architecture.shape import ModelShape, shape_of
 from finetune.config.packed_folder import PackedSettings
 from finetune.config.rope import RopeScaling, scaled
@@ -166,17 +166,6 @@ def check_model(base: Checkpoint) -> ModelShape:
     shape = shape_of(base.config, where)
     check_shapes(shape, base.tensors, str(base.path))
     return shape
-
-
-def check_format(shape: ModelShape, to: str, where: Path) -> None:
-    """Raises UserError when we do not know how the runtime that a format is for lays out this family."""
-    family = FAMILIES[shape.model_type]
-    if family.exports is not None and to not in family.exports:
-        what = f"is of the family {family.title}, whose layout in {to} is not known here"
-        hint = (
-            f"use --to {' or '.join(family.exports)}, or merge: runtimes that know the family read merged checkpoints"
-        )
-        raise UserError(Problem(str(where), what, hint))
 
 
 def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:

@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.errors import Problem, VerifyError
-from finetune.io.show import Shown, table, warnings
 from finetune.merging.packed_base import MergeOnto, packing_of
 from finetune.merging.plan import Adapters, MergePlan, plan_merge, refuse_packed
 from finetune.models.checkpoint import CONFIG, Checkpoint
 from finetune.models.tensor_file import TORCH_DTYPES, WEIGHT_DTYPES
+from finetune.report.tables import Shown, table, warnings
 from finetune.verification.logits_check import LogitAgreement, check_logits
 from finetune.verification.weights_check import WeightAgreement, WeightCheck, check_weights
 
@@ -50,13 +50,6 @@ class VerifyReport(Shown):
         """Everything, as plain JSON types."""
         paths = {"merged": str(self.merged), "base": str(self.base), "adapters": [str(path) for path in self.adapters]}
         return {**asdict(self), **paths, "dtypes": list(self.dtypes), "notes": list(self.notes)}
-
-    def headline(self) -> str:
-        """The result in a few words."""
-        weights = f"{self.tensors:,} tensors exact to their dtype"
-        if self.logits is None:
-            return weights
-        return f"{weights}, logits of {len(self.logits.prompts)} prompts within its rounding"
 
     def render(self) -> Group:
         """The agreement of weights and logits, and notes."""

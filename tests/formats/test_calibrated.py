@@ -12,7 +12,7 @@ from finetune.formats import calibrated
 from finetune.formats.calibrated import Calibration, calibration_tokens, check_rounded
 from finetune.formats.export import export
 from finetune.formats.fitted import Gptq
-from finetune.formats.format import Package
+from finetune.formats.option import Package
 from finetune.formats.packed4 import AWQ_ORDER, unpack
 from finetune.formats.registry import make_format
 from finetune.merging.plan import check_model

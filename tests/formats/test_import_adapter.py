@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from finetune.adapters.layouts import b_order
 from finetune.errors import AdapterError, ModelError, UserError
-from finetune.formats.import_adapter import PACKINGS, import_adapter
+from finetune.formats.import_adapter import import_adapter
+from finetune.formats.packing import PACKINGS
 from finetune.merging.merge import merge
 from tests.checkpoints import EXPERTS, MOE, edit_json, edit_tensors, read_all, write_base
 from tests.formats.test_adapter_export import assert_same, deltas, packed

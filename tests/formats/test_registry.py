@@ -8,7 +8,8 @@ import pytest
 from finetune.__main__ import main
 from finetune.errors import UserError
 from finetune.formats import registry
-from finetune.formats.format import ModelFormat, Planned, option
+from finetune.formats.format import ModelFormat, Planned
+from finetune.formats.option import option
 from finetune.formats.registry import ADAPTER_FORMATS, FORMATS, all_options, make_format
 from finetune.formats.rounded import Int4
 
