@@ -10,6 +10,7 @@ from pathlib import Path
 
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
+from finetune.config.data_templates import template_names
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.values import parameters_in
@@ -19,7 +20,6 @@ from finetune.errors import ModelError
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar")
-TEMPLATE_FOLDERS = (Path(__file__).parents[1] / "data_templates", Path(__file__).parents[2] / "data_templates")
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?:[\w-]|\.(?!\.))*(?:/[A-Za-z0-9](?:[\w-]|\.(?!\.))*)?", re.ASCII)
 
 
@@ -200,14 +200,6 @@ def _template(where: FieldPath, name: str) -> Iterator[Finding]:
         did_you_mean(name, known), f"known by name are {', '.join(known)}; or give the path of a .yaml file"
     )
     yield Finding(where, "is no data template", hint, name)
-
-
-def template_names() -> tuple[str, ...]:
-    """Names of the data templates that come with the package."""
-    for folder in TEMPLATE_FOLDERS:
-        if folder.is_dir():
-            return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
-    return ()
 
 
 def _data_file(where: FieldPath, file: DataFile) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from finetune.architecture.shape import ModelShape
 from finetune.config.schema import QuantizeSection, Recipe
 from finetune.config.tensor_header import read_header
-from finetune.errors import ModelError, Problem
+from finetune.errors import ModelError, Problem, first_of
 
 QUANT_METHOD = "finetune"
 FORMAT_VERSION = 1
@@ -194,7 +194,7 @@ def folder_problems(folder: str | Path, shape: ModelShape, section: QuantizeSect
     folder = Path(folder)
     found, problems = _read_headers(folder)
     if problems:
-        return problems[:_SHOWN]
+        return first_of(problems, _SHOWN, str(folder))
     lacking: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for weights in shape.weights():
         if section.packs(weights.kind):
@@ -213,7 +213,7 @@ def folder_problems(folder: str | Path, shape: ModelShape, section: QuantizeSect
         if count > 0:
             what = f"lacks {count} tensors of {dtype} {list(size)}" + (f", {field}" if field else "")
             problems.append(Problem(str(folder), what, AGAIN))
-    return problems[:_SHOWN]
+    return first_of(problems, _SHOWN, str(folder))
 
 
 _ENDINGS = (".codes", ".scales", ".scale_scales", ".offset")
@@ -230,17 +230,12 @@ def _read_headers(folder: Path) -> tuple[dict[str, Stored], list[Problem]]:
     problems = []
     for shard in shards:
         try:
-            found |= _stored_in(folder, shard)
-        except ModelError:
+            if Path(shard).name != shard:
+                raise ValueError
+            found |= {name: (info.dtype, info.shape) for name, info in read_header(folder / shard)[0].items()}
+        except (ValueError, TypeError):
             problems.append(Problem(f"{folder}/{shard}", "is missing, cut off or damaged", AGAIN))
     if not problems and set(found) != set(weight_map):
         names = sorted(set(found) ^ set(weight_map))
         problems = [Problem(f"{folder}: {name}", "is not both in the index and in a shard", AGAIN) for name in names]
     return found, problems
-
-
-def _stored_in(folder: Path, shard: str) -> dict[str, Stored]:
-    """Raises ModelError for a file that is no whole safetensors file of this folder."""
-    if "/" in shard or "\\" in shard:
-        raise ModelError(Problem(shard, "lies outside of the folder", AGAIN))
-    return {name: (info.dtype, info.shape) for name, info in read_header(folder / shard).tensors.items()}

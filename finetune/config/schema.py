@@ -23,6 +23,7 @@ from finetune.architecture.names import (
     LinearAttentionProjection,
     MlpProjection,
 )
+from finetune.architecture.registry import FAMILIES
 from finetune.architecture.shape import ModelShape
 from finetune.config.values import Amount, DropoutRate, as_checkpointing
 from finetune.diagnostics.section import Section
@@ -87,10 +88,13 @@ class RopeScalingSection(Section):
         return int(self.factor * self.original_max_position_embeddings)
 
 
+_FAMILIES = ", ".join(family.title for family in FAMILIES.values())
+
+
 class ModelSection(Section):
     """Which frozen model to start from."""
 
-    path: PathName = Field(description="folder of a Qwen3 or Qwen3-MoE checkpoint, or its name on the hub")
+    path: PathName = Field(description=f"folder of a checkpoint, or its name on the hub; of the families {_FAMILIES}")
     revision: Name | None = Field(default=None, description="branch, tag or commit on the hub")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="type the frozen weights are held in"

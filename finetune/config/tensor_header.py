@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked before anything in it is believed.
+"""The header of a safetensors file, checked before anything in it is believed. Imports no torch.
 
 Format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length, a JSON header
 `{name: {dtype, shape, data_offsets}}` with an optional `__metadata__`, then the data without holes.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from finetune.diagnostics.json_keys import DuplicateKeyError, no_duplicates
+from finetune.diagnostics.strict_json import DuplicateKeyError, no_duplicates
 from finetune.errors import ModelError, Problem, UserError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -22,7 +22,7 @@ BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
     "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
 }  # fmt: skip
-AGAIN = "the file is damaged: copy or download it again"
+REDOWNLOAD = "the file is damaged: copy or download it again"
 
 
 @dataclass(frozen=True)
@@ -49,39 +49,33 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True)
-class Header:
-    """tensors: in the header's order.  data_start: its end in bytes."""
+def read_header(path: Path, error: type[UserError] = ModelError) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
+    """Tensors in the header's order, metadata, and where the data starts in bytes; reads no data.
 
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
-    data_start: int
-
-
-def read_header(path: Path, error: type[UserError] = ModelError) -> Header:
-    """Reads no data. Raises `error` naming the file and the tensor."""
+    Raises `error` naming the file and the tensor.
+    """
     try:
         with path.open("rb") as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
-            header, data_start = _parse(file, size, path, error)
+            header, data_start = _read_json(file, size, path, error)
     except OSError as problem:
         raise error(Problem(str(path), f"cannot be read ({problem.strerror})", "check the path")) from None
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise error(Problem(str(path), f"{METADATA} in the header is not text to text", AGAIN, metadata))
+        raise error(Problem(str(path), f"{METADATA} in the header is not text to text", REDOWNLOAD, metadata))
     problems: list[Problem] = []
     tensors = {name: _read_info(name, entry, path, problems) for name, entry in header.items()}
     if not problems:
         problems = _check_layout(tensors, size - data_start, path)
     if problems:
         raise error(*problems)
-    return Header(tensors, metadata, data_start)
+    return tensors, metadata, data_start
 
 
-def _parse(file: BinaryIO, size: int, path: Path, error: type[UserError]) -> tuple[dict[str, Any], int]:
+def _read_json(file: BinaryIO, size: int, path: Path, error: type[UserError]) -> tuple[dict[str, Any], int]:
     def refuse(what: str, got: Any) -> UserError:
-        return error(Problem(str(path), what, AGAIN, got))
+        return error(Problem(str(path), what, REDOWNLOAD, got))
 
     if size < 8:
         raise refuse("is too short for a safetensors file (bytes)", size)
@@ -102,7 +96,7 @@ def _parse(file: BinaryIO, size: int, path: Path, error: type[UserError]) -> tup
 
 def _read_info(name: str, entry: Any, path: Path, problems: list[Problem]) -> TensorInfo:
     def refuse(what: str, got: Any) -> TensorInfo:
-        problems.append(Problem(f"{path}: {name}", what, AGAIN, got))
+        problems.append(Problem(f"{path}: {name}", what, REDOWNLOAD, got))
         return TensorInfo(path.name, "U8", (0,), (0, 0))
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -130,11 +124,11 @@ def _check_layout(tensors: dict[str, TensorInfo], data_bytes: int, path: Path) -
     for name, info in sorted(tensors.items(), key=lambda item: item[1].offsets):
         if info.offsets[0] != position:
             where = f"{path}: {name}"
-            return [Problem(where, f"does not start where the one before ends ({position})", AGAIN, info.offsets)]
+            return [Problem(where, f"does not start where the one before ends ({position})", REDOWNLOAD, info.offsets)]
         position = info.offsets[1]
         if position > data_bytes:
             what = f"reaches past the end of the file ({data_bytes} data bytes)"
-            return [Problem(f"{path}: {name}", what, AGAIN, info.offsets)]
+            return [Problem(f"{path}: {name}", what, REDOWNLOAD, info.offsets)]
     if position != data_bytes:
-        return [Problem(str(path), f"has data that no tensor owns after byte {position}", AGAIN, data_bytes)]
+        return [Problem(str(path), f"has data that no tensor owns after byte {position}", REDOWNLOAD, data_bytes)]
     return []

@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written ever looks finished, names that stay inside their folder, JSON without doubt."""
+"""Writing so that nothing half-written ever looks finished, and names that stay inside their folder."""
 
 from __future__ import annotations
 

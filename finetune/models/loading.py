@@ -13,7 +13,7 @@ import torch
 from finetune.architecture.names import EXPERTS
 from finetune.architecture.registry import find_family, is_moe, unknown_family
 from finetune.config.rope import RopeScaling, rescaled
-from finetune.errors import ModelError, Problem
+from finetune.errors import ModelError, Problem, first_of
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,14 +119,6 @@ def stored_dtype(path: str | Path, *, revision: str | None = None) -> torch.dtyp
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def transformers_version() -> str:
-    """Version of transformers that builds the models."""
-    import transformers
-
-    version: str = transformers.__version__
-    return version
-
-
 def run_device() -> torch.device:
     """Where this process runs its models: its accelerator, the CPU where there is none."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -184,9 +176,7 @@ def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
     for kind, what in kinds.items():
         names = sorted(key if isinstance(key, str) else key[0] for key in info.get(kind) or ())
         names = [name for name in names if kind != "unexpected_keys" or ".layers." in name]
-        problems += [Problem(f"{path}: {name}", what, hint) for name in names[:_MOST_NAMES]]
-        if len(names) > _MOST_NAMES:
-            problems.append(Problem(str(path), f"{len(names) - _MOST_NAMES} more weights like these", hint))
+        problems += first_of([Problem(f"{path}: {name}", what, hint) for name in names], _MOST_NAMES, str(path))
     if problems:
         raise ModelError(*problems)
 

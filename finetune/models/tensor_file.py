@@ -1,4 +1,4 @@
-"""One safetensors file: its tensors, one at a time."""
+"""One safetensors file: its header, checked before anything in it is believed, and its tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.config.tensor_header import AGAIN, TensorInfo, read_header
+from finetune.config.tensor_header import BITS, METADATA, REDOWNLOAD, TensorInfo, read_header
 from finetune.errors import ModelError, Problem, UserError
 
 TORCH_DTYPES = {
@@ -18,6 +18,8 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
+
+__all__ = ["BITS", "METADATA", "TORCH_DTYPES", "WEIGHT_DTYPES", "Stored", "TensorFile", "TensorInfo"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class TensorFile:
     @classmethod
     def open(cls, path: Path, *, error: type[UserError] = ModelError) -> TensorFile:
         """Reads and checks the header; reads no data. Raises `error` naming the file and the tensor."""
-        header = read_header(path, error)
-        return cls(path, header.tensors, header.metadata, header.data_start, error)
+        tensors, metadata, data_start = read_header(path, error)
+        return cls(path, tensors, metadata, data_start, error)
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fills `buffer` with the data bytes from offset `start` on (counted from the end of the header)."""
@@ -63,7 +65,7 @@ class TensorFile:
             while done < len(buffer):
                 count = os.preadv(descriptor, [buffer[done:]], self.data_start + start + done)
                 if not count:
-                    raise self.error(Problem(str(self.path), "ends before its tensors do", AGAIN))
+                    raise self.error(Problem(str(self.path), "ends before its tensors do", REDOWNLOAD))
                 done += count
         finally:
             os.close(descriptor)
@@ -75,7 +77,7 @@ class TensorFile:
         """
         info = self.tensors[name]
         if info.dtype not in TORCH_DTYPES:
-            raise self.error(Problem(f"{self.path}: {name}", "has a dtype torch cannot hold", AGAIN, info.dtype))
+            raise self.error(Problem(f"{self.path}: {name}", "has a dtype torch cannot hold", REDOWNLOAD, info.dtype))
         if info.columns is not None:
             return self._read_columns(info, rows)
         shape, start, stop = info.shape, *info.offsets

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.diagnostics.json_keys import DuplicateKeyError, no_duplicates
+from finetune.diagnostics.strict_json import DuplicateKeyError, no_duplicates
 from finetune.errors import Problem, RoutingError
 from finetune.models.files import write_atomic
 

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from finetune.errors import Problem, VerifyError
+from finetune.errors import Problem, VerifyError, first_of
 from finetune.merging.packed_base import MergeOnto, packing_of
 from finetune.merging.plan import Adapters, MergePlan, plan_merge, refuse_packed
 from finetune.models.checkpoint import CONFIG, Checkpoint
@@ -160,10 +160,7 @@ def _different_settings(base: Checkpoint, merged: Checkpoint) -> list[Problem]:
 
 def _wrong_weights(check: WeightCheck, merged: Checkpoint, hint: str) -> list[Problem]:
     problems = [Problem(f"{merged.path}: {name}", what, hint) for name, what in sorted(check.wrong.items())]
-    if len(problems) <= _SHOWN:
-        return problems
-    rest = Problem(str(merged.path), f"{len(problems) - _SHOWN} more tensors are wrong", hint)
-    return [*problems[:_SHOWN], rest]
+    return first_of(problems, _SHOWN, str(merged.path))
 
 
 def _wrong_logits(logits: LogitAgreement, merged: Checkpoint) -> Problem:

@@ -19,8 +19,8 @@ def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def part_of_wider(height, width, dtype, border=3):
-    wide = torch.full((height, width + border), torch.nan, dtype=dtype)
+def part_of_wider(height, width, dtype, padding=3):
+    wide = torch.full((height, width + padding), torch.nan, dtype=dtype)
     return wide, wide[:, :width]
 
 
@@ -98,13 +98,13 @@ def test_borders(rank, dtype):
     lora = Factors(normal(3, rank, 140), normal(3, 24, rank, seed=1), 0.7, slot_E)
     rounded = rounded_rank(rank)
 
-    def borders():
+    def padding():
         blocks = torch.full((4, 24 + rounded, 140 + rounded), torch.nan, dtype=dtype)
         return blocks, blocks[:, 24:, :140], blocks[:, :24, 140:]
 
-    (got, *parts), (want, *want_parts) = borders(), borders()
-    TritonRowWork().write_borders(lora, *parts)
-    TorchRowWork().write_borders(lora, *want_parts)
+    (got, *parts), (want, *want_parts) = padding(), padding()
+    TritonRowWork().write_lora_padding(lora, *parts)
+    TorchRowWork().write_lora_padding(lora, *want_parts)
     torch.testing.assert_close(got, want, equal_nan=True)
     assert not parts[0][1].any()
     assert not parts[0][:, rank:].any()

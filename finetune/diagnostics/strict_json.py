@@ -1,4 +1,4 @@
-"""JSON in which a key twice is an error: which of the two is meant, nobody knows."""
+"""JSON that does not say two things of one key."""
 
 from __future__ import annotations
 
