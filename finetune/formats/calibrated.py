@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from finetune.architecture.names import HEAD, ROUTER, is_router
 from finetune.config.schema import DataSection
 from finetune.data.dataset import prepare
-from finetune.errors import ExportError, Problem, UserError
+from finetune.errors import ExportError, Problem, UserError, first_of
 from finetune.formats.format import ModelSource, Planned
 from finetune.formats.model_files import keep, plan_folder, quantized_config, refuse_quantized
 from finetune.formats.packed4 import packed_shapes, unpack
@@ -37,6 +37,7 @@ from finetune.models.tensor_file import TensorFile
 BITS = 4
 _FAR = 0.5  # of a weight's norm; rounding to nearest is off by 0.05 to 0.15
 _TOLD = 30
+_SHOWN = 8
 _WHOLE_ROWS = 2**30
 _HINT = "do not use the result; report this with the version of auto-round"
 
@@ -189,7 +190,7 @@ def check_rounded(
     left = files.keys() - wanted.keys()
     problems += [Problem(name, "is not in the model", _HINT) for name in sorted(left - set(source.weights))]
     if problems:
-        raise ExportError(*problems[:8])
+        raise ExportError(*first_of(problems, _SHOWN, f"--to {to}"))
     for name in sorted(left):  # nothing else may have been changed to make the rounding fit
         if not torch.allclose(files[name].read(name).float(), source.read_float(name), rtol=2**-7, atol=1e-6):
             raise ExportError(Problem(name, "was changed by AutoRound", _HINT))

@@ -19,6 +19,7 @@ from finetune.errors import AdapterError, Problem, UserError
 from finetune.formats import peft_files
 from finetune.formats.factors import Factors
 from finetune.formats.packing import PACKINGS, Bank, Packing, find_banks, recognize, repack
+from finetune.formats.peft_settings import PEFT_VERSION
 from finetune.io.folder import Work, check_output, describe_job, write_folder
 from finetune.io.safetensors_file import Tensor, plan_file
 from finetune.io.stream import Place
@@ -112,7 +113,7 @@ def _repacked(
             fill = partial(_fill, file, name, bank, side, packing)
         tensors.append(Tensor(name, info.dtype, shape, fill, info.num_bytes))
     settings = read_json_object(adapter / ADAPTER_CONFIG)
-    settings |= {"peft_version": peft_files.PEFT_VERSION, "auto_mapping": None}
+    settings |= {"peft_version": PEFT_VERSION, "auto_mapping": None}
     return tensors, {ADAPTER_CONFIG: (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,30 +10,25 @@ import torch
 
 from finetune.adapters.files import WEIGHTS
 from finetune.adapters.layouts import pack_a, pack_b
-from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.architecture.names import (
     DOWN,
     EXPERT_MATRICES,
-    EXPERT_PROJECTIONS,
-    EXPERTS,
     GATE_UP,
     MLP_PROJECTIONS,
-    expert_matrix,
     expert_module,
     in_attention,
-    in_layer,
     in_mlp,
     is_router,
 )
 from finetune.errors import AdapterError, Problem
 from finetune.formats.factors import Factors
 from finetune.formats.format import Planned
+from finetune.formats.peft_settings import as_number, exact_pattern, module_targets, parameter_targets, settings_file
 from finetune.io.safetensors_file import Tensor, plan_file
 from finetune.io.stream import Place
 from finetune.models.tensor_file import TORCH_DTYPES
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-PEFT_VERSION = "0.21.2"  # the packing below is that of 0.19 and later
 
 Pack = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
@@ -59,8 +53,8 @@ def per_expert(factors: Factors, dtype: str, *, served: bool) -> tuple[list[Tens
             module, partial(factors.padded, module, rank, fold=scale), dtype, _sizes(factors, module, rank)
         )
     ]
-    content = {"r": rank, "lora_alpha": _number(scale * rank), "target_modules": _targets(factors, modules)}
-    return tensors, _settings(factors, content)
+    content = {"r": rank, "lora_alpha": as_number(scale * rank), "target_modules": module_targets(factors, modules)}
+    return tensors, settings_file(factors, content)
 
 
 def plan_weights(tensors: list[Tensor], side: dict[str, bytes], facts: dict[str, int]) -> Planned:
@@ -79,10 +73,10 @@ def fused(factors: Factors, dtype: str) -> tuple[list[Tensor], dict[str, bytes]]
     rank_pattern: dict[str, int] = {}
     for module in factors.plain:
         own = factors.ranks[f"{module}.weight"]
-        rank_pattern[_pattern(module)] = own
+        rank_pattern[exact_pattern(module)] = own
         tensors += _pair(module, partial(factors.padded, module, own, fold=scale), dtype, _sizes(factors, module, own))
     as_parameters = [module for module in factors.plain if _is_parameter(factors, module)]
-    targets = _targets(factors, [module for module in factors.plain if module not in as_parameters])
+    targets = module_targets(factors, [module for module in factors.plain if module not in as_parameters])
     parameters = [f"{module}.weight" for module in as_parameters]
     for bank in factors.banks:
         shared = factors.shares_gate_and_up(bank)
@@ -97,17 +91,17 @@ def fused(factors: Factors, dtype: str) -> tuple[list[Tensor], dict[str, bytes]]
             expert = partial(_expert_pair, factors, parameter, own, scale, shared)
             pack = partial(_pack_bank, [f"{bank}.{number}" for number in range(factors.num_experts)], expert)
             tensors += _pair(f"{bank}.base_layer" if nested else bank, pack, dtype, sizes)
-            rank_pattern[_pattern(f"{bank}.{parameter}")] = own
+            rank_pattern[exact_pattern(f"{bank}.{parameter}")] = own
     rank_pattern = {name: own for name, own in rank_pattern.items() if own != rank}
     content: dict[str, Any] = {
         "r": rank,
-        "lora_alpha": _number(scale * rank),
+        "lora_alpha": as_number(scale * rank),
         "rank_pattern": rank_pattern,
-        "alpha_pattern": {name: _number(scale * own) for name, own in rank_pattern.items()},
+        "alpha_pattern": {name: as_number(scale * own) for name, own in rank_pattern.items()},
         "target_modules": targets,
-        "target_parameters": _common(factors, parameters) or None,
+        "target_parameters": parameter_targets(factors, parameters) or None,
     }
-    return tensors, _settings(factors, content)
+    return tensors, settings_file(factors, content)
 
 
 def _levels(factors: Factors, bank: str, *, shared: bool) -> dict[str, int]:
@@ -190,59 +184,6 @@ def _check_served(factors: Factors) -> None:
         raise AdapterError(Problem(str(factors.plan.adapters[0].path), what, hint))
 
 
-def _settings(factors: Factors, content: dict[str, Any]) -> dict[str, bytes]:
-    files = factors.plan.adapters[0]
-    settings = {
-        "base_model_name_or_path": files.base_model or str(factors.plan.base.path),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
-        **content,
-    }
-    return {ADAPTER_CONFIG: (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()}
-
-
 def _is_parameter(factors: Factors, module: str) -> bool:
     """Whether PEFT wraps it as a parameter: the router, and the dense MLPs of a mixture of experts."""
     return is_router(module) or (factors.num_experts > 0 and in_mlp(module))
-
-
-def _targets(factors: Factors, modules: list[str]) -> list[str]:
-    """Last names, where every module of that name in the base is meant; full names otherwise."""
-    named = [name.removesuffix(".weight") for name in factors.plan.base.weights if name.endswith("weight")]
-    named = [name for name in named if in_layer(name) or "." not in name]  # a tower beside the text model is not meant
-    if not any(expert_matrix(module) for module in modules):
-        named = [name for name in named if not expert_matrix(name)]
-    targets: list[str] = []
-    for last in sorted({module.rpartition(".")[2] for module in modules}):
-        meant = [module for module in modules if module.endswith(f".{last}") or module == last]
-        every = [name for name in named if name.endswith(f".{last}") or name == last]
-        targets += [last] if set(meant) == set(every) else meant
-    return targets
-
-
-def _common(factors: Factors, parameters: list[str]) -> list[str]:
-    """Names without the layer, where every layer's bank is meant; full names otherwise."""
-    matrices = (expert_matrix(name.removesuffix(".weight")) for name in factors.plan.base.weights)
-    banks = {matrix.bank for matrix in matrices if matrix is not None}
-    common: list[str] = []
-    for last in (f"{EXPERTS}.{parameter}" for parameter in EXPERT_PROJECTIONS):
-        meant = [name for name in parameters if name.endswith(last)]
-        common += [last] if meant and len(meant) == len(banks) else meant
-    return sorted(common + [name for name in parameters if name.endswith(".weight")])
-
-
-def _pattern(key: str) -> str:
-    return key.replace(".", r"\.")
-
-
-def _number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value

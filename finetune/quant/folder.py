@@ -17,13 +17,15 @@ from finetune.architecture.names import in_layer, layer_index
 from finetune.config.packed_folder import AGAIN, CODES, PackedSettings
 from finetune.config.schema import QuantizeSection
 from finetune.config.tensor_header import TensorInfo
-from finetune.errors import ModelError, Problem, RunError, UserError
+from finetune.errors import ModelError, Problem, RunError, UserError, first_of
 from finetune.io.safetensors_file import header_of
 from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint, base_fingerprint
 from finetune.models.files import finished_folder, write_atomic, write_json_atomic
 from finetune.models.tensor_file import TORCH_DTYPES, TensorFile
 from finetune.quant.experts import CodesOnDisk, packed_shapes
 from finetune.quant.weight_plan import WHOLE, Fields, Progress, WeightPlan
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class PackedFolder:
         strange = sorted(set(self.checkpoint.tensors) - known)
         problems += [Problem(f"{self.checkpoint.path}: {n}", "has no place in the model", AGAIN) for n in strange]
         if problems:
-            raise ModelError(*problems[:8])
+            raise ModelError(*first_of(problems, _SHOWN, str(self.checkpoint.path)))
 
     def _expected(self, plan: WeightPlan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         if not plan.packed:
