@@ -89,7 +89,7 @@ def attention(job: Job) -> Part:
     if masked is not None:
         return Part(name, runs, reason)
     types = [d for d in job.dtypes if why_masked(config, job.device, d, training=True) is None]
-    remedy = "set model.attention_implementation: sdpa, and tell which torch and device this is"
+    remedy = "set model.attention_implementation: sdpa, and report it with the versions of torch and the device"
     return _checked(job, Part(name, f"{runs}: {reason}"), checks.attention_fault, remedy, types)
 
 

@@ -221,7 +221,7 @@ def _bank(
 
 
 def _widened(rows_PN: Tensor, thin_PR: Tensor) -> Tensor:
-    """`[rows | thin]`, thin written into the columns to spare after each row."""
+    """`[rows | thin]`, thin written into the columns to spare after each row: `cat` would copy the wide rows."""
     width, rank = rows_PN.shape[1], thin_PR.shape[1]
     wide = rows_PN.as_strided((len(rows_PN), width + rank), rows_PN.stride(), rows_PN.storage_offset())
     wide[:, width:] = thin_PR

@@ -1,6 +1,6 @@
 """A checkpoint's files under the names and in the matrices that its live text model has, wherever the hub differs.
 
-Prefixes and names are replaced, and a fused stack of experts (E, out, in) is told as the matrices of each expert,
+Prefixes and names are replaced, and a fused stack of experts (E, out, in) is listed as the matrices of each expert,
 which lie in it one behind the other. What is not of the text model keeps its name.
 """
 

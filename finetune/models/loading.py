@@ -114,7 +114,7 @@ def stored_dtype(path: str | Path, *, revision: str | None = None) -> torch.dtyp
     config = read_config(path, revision)
     family = find_family(config)
     inner = config if family is None else family.text_config(config)
-    name = next((told for each in (config, inner) for key in ("dtype", "torch_dtype") if (told := each.get(key))), None)
+    name = next((name for each in (config, inner) for key in ("dtype", "torch_dtype") if (name := each.get(key))), None)
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 

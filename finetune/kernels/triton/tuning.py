@@ -37,7 +37,7 @@ GAIN = 0.98
 
 
 class Measured(NamedTuple):
-    """One candidate. seconds: None where it does not run or is wrong, which `fault` tells."""
+    """One candidate. seconds: None where it does not run or is wrong, for the reason in `fault`."""
 
     product: str
     shape: Shape
