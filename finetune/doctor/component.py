@@ -1,4 +1,4 @@
-"""One part of training or export: what runs, why not the better one, and what is wrong with it."""
+"""One component of training or export: what runs, why not the better one, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from finetune.kernels.ops import Backend
 
 
 @dataclass(frozen=True)
-class Part:
-    """why_not_better: empty where there is nothing better. checked: whether it ran and was compared.
+class Component:
+    """What does one thing here, and what is known of it.
 
+    why_not_better: empty where there is nothing better.  checked: whether it ran and was compared.
     fault: None where nothing is wrong; with a remedy.
     """
 
