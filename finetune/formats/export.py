@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from finetune.errors import Problem, UserError
 from finetune.formats.factors import Factors
 from finetune.formats.format import AdapterFormat, ExportedAdapter, Format, ModelFormat, ModelSource, Planned
 from finetune.formats.registry import make_format
-from finetune.formats.serving_note import NOTE
+from finetune.formats.serving_note import NOTE, Use
 from finetune.io.folder import Progress, Work, check_output, describe_job, write_folder
 from finetune.io.sizes import size_text
 from finetune.merging.plan import check_model, plan_merge, refuse_packed
@@ -142,11 +142,10 @@ def _plan_adapter(to: AdapterFormat, source: str | Path, output: Path, base: str
     plan = plan_merge(source, base)
     _check_family(plan.shape, to.name, plan.base.path)
     files = plan.adapters[0]
-    if to.thinking is None:
-        to = replace(to, thinking=bool((files.sidecar or {}).get("thinking")))
+    use = Use(bool((files.sidecar or {}).get("thinking") if to.thinking is None else to.thinking))
     planned = to.plan(Factors.of(plan))
     named, rank = files.base_model or str(plan.base.path), planned.facts["rank"]
-    note = to.note(ExportedAdapter(output, named, plan.base.path, rank, plan.rope_scaling))
+    note = to.note(ExportedAdapter(output, named, plan.base.path, rank, plan.rope_scaling), use)
     return _Job(planned, note, plan.paths[0], plan.base, (plan.base.path, *plan.paths), plan.warnings)
 
 
@@ -157,4 +156,4 @@ def _plan_model(to: ModelFormat, source: str | Path, output: Path, held: ExitSta
     _check_family(shape, to.name, checkpoint.path)
     check_output(output, checkpoint)
     planned = to.plan(ModelSource(checkpoint, shape.linears(), output, held))
-    return _Job(planned, to.note(output), checkpoint.path, checkpoint, (checkpoint.path,))
+    return _Job(planned, to.note(output, Use(bool(to.thinking))), checkpoint.path, checkpoint, (checkpoint.path,))

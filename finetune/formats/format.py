@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from finetune.errors import Problem
 from finetune.formats.option import Option, Package, option
-from finetune.formats.serving_note import positions, shell, thinking_text, vllm_chat
+from finetune.formats.serving_note import Use, positions, shell
 from finetune.io.dtypes import SAFETENSORS_DTYPES, StorageDtype
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ class Format(ABC):
         """How weights are stored, in a word."""
         return self.name
 
-    def about_thinking(self) -> str:
-        """How to ask for what the model was trained to do."""
-        return thinking_text(bool(self.thinking))
+    def about_use(self, use: Use) -> str:
+        """How to ask for what the model was trained to do, in Markdown."""
+        per_request = '`"chat_template_kwargs": {"enable_thinking": false}`'
+        return use.told(f"send {per_request} with every request, or set it as above")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class AdapterFormat(Format):
         """Raises AdapterError for what cannot be said in the format. facts: the rank among them."""
 
     @abstractmethod
-    def start(self, adapter: ExportedAdapter) -> str:
+    def start(self, adapter: ExportedAdapter, use: Use) -> str:
         """Markdown on how to start the program with it."""
 
     @property
@@ -117,10 +118,10 @@ class AdapterFormat(Format):
         """The dtype as safetensors and ggml call it."""
         return SAFETENSORS_DTYPES[self.dtype or self.usual_dtype]
 
-    def note(self, adapter: ExportedAdapter) -> str:
+    def note(self, adapter: ExportedAdapter, use: Use) -> str:
         """The note beside it, Markdown."""
         title = f"# {adapter.output.name}: adapter for {adapter.base}, as {self.name} reads it"
-        return f"{title}\n\n{self.start(adapter)}{positions(adapter.rope_scaling)}\n{self.about_thinking()}"
+        return f"{title}\n\n{self.start(adapter, use)}{positions(adapter.rope_scaling)}\n{self.about_use(use)}"
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,14 @@ class ModelFormat(Format):
     def plan(self, model: ModelSource) -> Planned:
         """Raises ModelError or UserError for what does not fit."""
 
-    def start(self, output: Path) -> str:
+    def start(self, output: Path, use: Use) -> str:
         """Markdown on how to start a program with it."""
-        return shell(f"vllm serve {output}{vllm_chat(bool(self.thinking))}")
+        return shell(f"vllm serve {output}{use.vllm}")
 
-    def note(self, output: Path) -> str:
+    def note(self, output: Path, use: Use) -> str:
         """The note beside it, Markdown."""
         title = f"# {output.name}: {self.title or self.name}"
-        return f"{title}\n\n{self.start(output)}\n{self.remarks}{self.about_thinking()}"
+        return f"{title}\n\n{self.start(output, use)}\n{self.remarks}{self.about_use(use)}"
 
 
 @dataclass(frozen=True, kw_only=True)

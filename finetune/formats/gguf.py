@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from finetune.errors import Problem
 from finetune.formats.format import AdapterFormat, ExportedAdapter, ModelFormat, ModelSource, Planned
 from finetune.formats.option import Package, option
-from finetune.formats.serving_note import llama_chat, shell
+from finetune.formats.serving_note import Use, shell
 
 if TYPE_CHECKING:
     from finetune.formats.factors import Factors
@@ -50,9 +50,9 @@ class Gguf(ModelFormat):
 
         return Planned((plan_model(model.checkpoint, self.type, FILE_TYPES[self.type], model.output.name),), {}, {})
 
-    def start(self, output: Path) -> str:
+    def start(self, output: Path, use: Use) -> str:
         """llama-server."""
-        return shell(f"llama-server -m {output}/model.gguf --jinja{llama_chat(bool(self.thinking))}")
+        return shell(f"llama-server -m {output}/model.gguf --jinja{use.llama}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,7 @@ class GgufLora(AdapterFormat):
 
         return Planned((plan_lora(factors, self.storage),), {}, {"rank": factors.max_rank})
 
-    def start(self, adapter: ExportedAdapter) -> str:
+    def start(self, adapter: ExportedAdapter, use: Use) -> str:
         """llama-server, and how to make the base for it."""
-        chat = llama_chat(bool(self.thinking))
-        command = shell(f"llama-server -m BASE.gguf --lora {adapter.output}/adapter.gguf --jinja{chat}")
+        command = shell(f"llama-server -m BASE.gguf --lora {adapter.output}/adapter.gguf --jinja{use.llama}")
         return f"{command}\nBASE.gguf: `finetune export {adapter.base_path} --to gguf --output BASE`\n"

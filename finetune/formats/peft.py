@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.formats.format import AdapterFormat, ExportedAdapter, Planned
-from finetune.formats.serving_note import thinking_text
+from finetune.formats.serving_note import Use
 
 if TYPE_CHECKING:
     from finetune.formats.factors import Factors
@@ -25,7 +25,7 @@ class Peft(AdapterFormat):
 
         return plan_weights(*fused(factors, self.storage), {"rank": factors.max_rank})
 
-    def start(self, adapter: ExportedAdapter) -> str:
+    def start(self, adapter: ExportedAdapter, use: Use) -> str:
         """Python, with the base in transformers."""
         return (
             "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -33,9 +33,9 @@ class Peft(AdapterFormat):
             f'model = PeftModel.from_pretrained(model, "{adapter.output}")\n```\n'
         )
 
-    def about_thinking(self) -> str:
+    def about_use(self, use: Use) -> str:
         """What to call the chat template with."""
-        return thinking_text(bool(self.thinking), python=True)
+        return use.told("call `tokenizer.apply_chat_template` with `enable_thinking=False`")
 
 
 @dataclass(frozen=True, kw_only=True)

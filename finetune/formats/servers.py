@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from finetune.formats.format import AdapterFormat, ExportedAdapter, Planned
-from finetune.formats.serving_note import shell, vllm_chat
+from finetune.formats.serving_note import Use, shell
 from finetune.io.dtypes import StorageDtype
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ class Vllm(AdapterFormat):
         facts = {"rank": tensors[0].shape[0], "zero-filled experts": factors.zero_filled}
         return plan_weights(tensors, side, facts)
 
-    def start(self, adapter: ExportedAdapter) -> str:
+    def start(self, adapter: ExportedAdapter, use: Use) -> str:
         """VLLM's server."""
         return shell(
             f"vllm serve {adapter.base} --enable-lora --max-lora-rank {adapter.rank} --lora-modules "
-            f"tuned={adapter.output}{vllm_chat(bool(self.thinking))}"
+            f"tuned={adapter.output}{use.vllm}"
         )
 
 
@@ -44,7 +44,7 @@ class Sglang(Vllm):
     name = "sglang"
     about = "SGLang"
 
-    def start(self, adapter: ExportedAdapter) -> str:
+    def start(self, adapter: ExportedAdapter, use: Use) -> str:
         """SGLang's server."""
         return shell(
             f"python -m sglang.launch_server --model-path {adapter.base} --enable-lora --max-lora-rank "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,19 +12,32 @@ if TYPE_CHECKING:
 NOTE = "SERVING.md"
 
 
+@dataclass(frozen=True)
+class Use:
+    """How a model is to be asked. thinking: whether it was trained to reason before it answers."""
+
+    thinking: bool
+
+    @property
+    def vllm(self) -> str:
+        """What vLLM's command takes for it."""
+        return "" if self.thinking else " --default-chat-template-kwargs '{\"enable_thinking\": false}'"
+
+    @property
+    def llama(self) -> str:
+        """What llama-server takes for it."""
+        return "" if self.thinking else " --chat-template-kwargs '{\"enable_thinking\": false}'"
+
+    def told(self, otherwise: str) -> str:
+        """What it was trained for, as Markdown. otherwise: how to ask for no reasoning."""
+        if self.thinking:
+            return "It was trained to reason before it answers: leave `enable_thinking` at its default, true.\n"
+        return f"It was trained to answer without reasoning: {otherwise}.\n"
+
+
 def shell(command: str) -> str:
     """A command as Markdown."""
     return f"```sh\n{command}\n```\n"
-
-
-def vllm_chat(thinking: bool) -> str:
-    """Options of vLLM's command for a model that was trained to reason, or not to."""
-    return "" if thinking else " --default-chat-template-kwargs '{\"enable_thinking\": false}'"
-
-
-def llama_chat(thinking: bool) -> str:
-    """Options of llama-server for a model that was trained to reason, or not to."""
-    return "" if thinking else " --chat-template-kwargs '{\"enable_thinking\": false}'"
 
 
 def positions(scaling: RopeScaling | None) -> str:
@@ -35,16 +49,3 @@ def positions(scaling: RopeScaling | None) -> str:
         f'\nIt was trained with YaRN. Put `"rope_scaling": {json.dumps(scaling)}` into the base\'s config.json; '
         f"llama-server takes `--rope-scaling yarn --rope-scale {factor} --yarn-orig-ctx {original}`.\n"
     )
-
-
-def thinking_text(thinking: bool, python: bool = False) -> str:
-    """How requests ask for what the model was trained to do. python: where there is no server."""
-    if thinking:
-        return "It was trained to reason before it answers: leave `enable_thinking` at its default, true.\n"
-    if python:
-        return (
-            "It was trained to answer without reasoning: call `tokenizer.apply_chat_template` with "
-            "`enable_thinking=False`.\n"
-        )
-    per_request = '`"chat_template_kwargs": {"enable_thinking": false}`'
-    return f"It was trained to answer without reasoning: send {per_request} with every request, or set it as above.\n"
