@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,8 @@ import torch
 from finetune.doctor import checks
 from finetune.doctor.component import Component, Job, plain
 from finetune.errors import AdapterError, UserError
+from finetune.formats.ggml import load_ggml
+from finetune.formats.registry import FORMATS
 from finetune.kernels import self_check
 from finetune.kernels.log_probs import runs_triton
 from finetune.kernels.ops import GO_ON, ExpertLayer, Factors, prepare
@@ -142,22 +143,18 @@ def layers(job: Job) -> Component:
 
 def exports() -> list[Component]:
     """What `finetune export` writes beside what needs nothing."""
-    gguf, quant = (importlib.util.find_spec(module) is not None for module in ("gguf", "auto_round"))
-    from finetune.export.ggml import load_ggml
-
+    have = [name for name, made in FORMATS.items() if made.package is None or made.package.is_installed]
+    needed: dict[str, list[str]] = {}
+    for name in FORMATS.keys() - set(have):
+        package = FORMATS[name].package
+        assert package is not None
+        needed.setdefault(package.remedy, []).append(name)
+    missing = [f"{' and '.join(sorted(names))}: {remedy}" for remedy, names in sorted(needed.items())]
     try:
         load_ggml()
-        ggml = True
     except UserError:
-        ggml = False
-    missing = {
-        "gguf and gguf-lora: pip install 'finetune-moe[gguf]'": gguf,
-        "K-quants of gguf: pip install xllamacpp": ggml,
-        "gptq and awq: pip install 'finetune-moe[quant]'": quant,
-    }
-    have = ["peft", "vllm", "sglang", "hf", "fp8", "int4"]
-    have += ["gguf" + (" with K-quants" if ggml else "")] * gguf + ["gptq", "awq"] * quant
-    return [Component("exports", ", ".join(have), "; ".join(what for what, there in missing.items() if not there))]
+        missing.append("K-quants of gguf: pip install xllamacpp")
+    return [Component("exports", ", ".join(have), "; ".join(missing))]
 
 
 def _checked(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from finetune.architecture.shape import find_model_shape
-from finetune.config.packed_folder import settled
+from finetune.config.packed_folder import resolve_packed
 from finetune.config.schema import Recipe
 from finetune.config.summary import summarize
 from finetune.doctor import libraries, machine
@@ -32,7 +32,7 @@ def examine(recipe: Recipe | None = None) -> dict[str, Any]:
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with _quiet():
-        found = components(Job(device) if recipe is None else job_of(settled(recipe), device))
+        found = components(Job(device) if recipe is None else job_of(resolve_packed(recipe), device))
     here = machine.describe()
     facts: dict[str, Any] = {
         "ok": all(component.fault is None for component in found),
