@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from finetune.adapters.agreement import check_consumed, check_same_plan
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
-from finetune.adapters.frozen import BaseWeights, choose_base, frozen_text, refuse_to_merge_packed
+from finetune.adapters.frozen import LoadedWeights, choose_base, frozen_text, refuse_to_merge_packed
 from finetune.adapters.hosting import with_our_layers
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_adapter
@@ -111,7 +111,7 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     base: str | Path | None = None,
-    base_weights: BaseWeights = "packed",
+    base_weights: LoadedWeights = "packed",
     device: torch.device | str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model and tokenizer of a model folder, packed or not, or of an adapter folder together with its base.

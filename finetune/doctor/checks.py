@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from finetune.doctor.parts import Job, plain
+from finetune.doctor.component import Job, plain
 from finetune.kernels.log_probs import log_probs
 from finetune.kernels.ops import Factors, expert_mlp
 from finetune.kernels.self_check import NAMES, TOLERANCE

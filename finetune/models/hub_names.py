@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from finetune.architecture.family import Hub
 from finetune.architecture.names import EXPERT_MATRICES, expert_module, is_bank
+from finetune.config.tensor_header import TensorInfo
 from finetune.errors import ModelError, Problem
-from finetune.models.tensor_file import WEIGHT_DTYPES, Stored, TensorFile, TensorInfo
+from finetune.models.tensor_file import WEIGHT_DTYPES, Stored, TensorFile
 
 _LIVE = "model."
 

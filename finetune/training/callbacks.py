@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from finetune.adapters.table import check_gradients
+from finetune.adapters.trainable import check_gradients
 from finetune.errors import Problem, TrainingError
 from finetune.models.scoring import Score, score_rows
 from finetune.training.checkpoints import mark_complete, remove_older

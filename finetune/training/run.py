@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from finetune.adapters.table import trainable_parameters
+from finetune.adapters.trainable import trainable_parameters
 from finetune.config.load import load_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
 from finetune.errors import Problem, UserError
