@@ -17,7 +17,7 @@ from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
 from finetune.quant.experts import count_weights
 from finetune.routing.plan_file import read_plan
-from finetune.training.checkpoints import newest_complete
+from finetune.training.checkpoints import newest_complete, set_damaged_aside
 from finetune.training.processes import is_main_process, on_main_process
 from finetune.training.provenance import library_versions
 from finetune.training.run_folder import RunFolder
@@ -56,6 +56,7 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[RunFo
                 folder.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(owned(folder.path))
             if resume:
+                set_damaged_aside(folder.checkpoints)
                 newest_complete(folder.checkpoints)  # before anything else that a run killed early does not have
             else:
                 folder.start(_header() + recipe_to_yaml(recipe), overwrite=overwrite)
