@@ -135,6 +135,8 @@ def _words(kind: Kind) -> str:
         return "a list with any of " + ", ".join(kind.item.choices)
     if kind.item is not None and kind.item.section is not None:
         return "a file name, or a list of files with " + ", ".join(kind.item.section.model_fields)
+    if get_origin(kind.annotation) is dict:
+        return "a mapping of names"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return names[kind.annotation] + _bounds(kind)
 

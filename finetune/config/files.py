@@ -12,6 +12,7 @@ from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
 from finetune.config.advice import close_to, sentence
 from finetune.config.findings import FieldPath, Finding
+from finetune.config.model_files import embedding_problem, read_token_facts
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.values import parameters_in
@@ -82,6 +83,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         yield from _budget(recipe, shape)
         yield from _positions(recipe, shape)
         yield from _stored(recipe, shape)
+        yield from _tokens(recipe, shape)
     except ModelError as error:
         for problem in error.problems:
             yield Finding(
@@ -160,6 +162,14 @@ def _positions(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
             f"{shape.positions}}} with the positions the model was made for (32768 for Qwen3), or lower it"
         )
         yield Finding(where, what, hint, length, with_paths=(("model", "path"),))
+
+
+def _tokens(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
+    """A tokenizer that does not belong to the weights."""
+    problem = embedding_problem(read_token_facts(recipe.model.path).ids, shape.vocabulary)
+    if problem is not None:
+        what, hint, _ = problem
+        yield Finding(("model", "path"), f"names a model whose tokenizer {what}", hint, recipe.model.path)
 
 
 def _stored(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.config.schema import DataFile, DataSection
+from finetune.config.schema import DataColumns, DataFile, DataSection
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.encode import Encoder, Encoding, OverLong
 from finetune.data.mix import choose, draw_counts, hold_out
 from finetune.data.packing import pack
 from finetune.data.prepare_report import FileReport, PrepareReport, SplitReport
 from finetune.data.rows import Row, place, read_rows
-from finetune.data.templates import load_template
+from finetune.data.templates import DataTemplate, load_template, with_columns
 from finetune.data.token_store import TokenStore, join
+from finetune.data.unread import in_words
 from finetune.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class _EncodedFile:
         """Fill store and report; the problems that must stop the run."""
         bad = BadRows(skip=section.on_bad_row == "skip")
         try:
-            template = load_template(self.file.template or section.template)
+            template = template_of(self.file, section)
             self.report.template = template.name
             encoding = Encoding(section.max_length, section.over_long, section.loss_on, section.train_empty_think)
             encoder = Encoder(tokenizer, template, encoding)
@@ -114,14 +115,16 @@ class _EncodedFile:
                 if progress is not None:
                     progress(self.file.path, self.report.kept + len(bad))
         except DataError as error:
-            return [*bad.listing(self.file.path), *error.problems]
+            return [*bad.listing(self.file.path, good=self.report.kept), *error.problems]
         self.report.read = self.report.kept + len(bad)
         self.report.skipped = dict(bad.reasons)
         if bad.stop:
-            return bad.listing(self.file.path)
+            return bad.listing(self.file.path, good=self.report.kept)
         if not self.report.kept:
             total = Problem(self.file.path, f"has no good row: all {len(bad):,} are bad", "the first ones follow")
-            return [total, *bad.listing(self.file.path, skipped_too=True)[:3]]
+            return [total, *bad.listing(self.file.path, good=0, skipped_too=True)[:3]]
+        if self.report.unread and section.unread == "error":
+            return [unread_problem(self.file.path, self.report.unread)]
         return []
 
     def _take(self, row: Row, answer: Any, bad: BadRows) -> None:
@@ -131,6 +134,22 @@ class _EncodedFile:
         else:
             self.report.add(row.where, answer)
             self.store.add(row, answer)
+
+
+def template_of(file: DataFile, section: DataSection) -> DataTemplate:
+    """The template of a file's rows, with the names that its columns have."""
+    template = load_template(file.template or section.template)
+    shared = section.columns.given() if section.columns is not None else {}
+    own = file.columns.given() if file.columns is not None else {}
+    if file.template is not None and file.template != section.template:
+        shared = {}  # they are about rows of another shape
+    return with_columns(template, DataColumns(**(shared | own)))
+
+
+def unread_problem(source: str, unread: Mapping[str, int]) -> Problem:
+    """Columns that nothing reads, as an error."""
+    hint = "name them in data.columns or in a template of your own, remove them, or write data.unread: note"
+    return Problem(source, f"has columns that nothing reads: {in_words(unread)}", hint)
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
@@ -177,6 +196,7 @@ class _Mix:
             self._split_report(drawn),
             self._split_report(evaluated) if len(evaluated) else None,
             also_trained,
+            self.section.loss_on,
         )
         eval_rows = self._select(evaluated) if len(evaluated) else None
         return Prepared(self._select(drawn), eval_rows, report, self.places[drawn], self.places[evaluated])

@@ -113,7 +113,7 @@ ROWS = [
 CHATS = [
     # messages, field, what
     (["hello"], "messages[0]", "is not a message"),
-    ([{"role": "bot", "content": "a"}], "messages[0].role", "is not a role"),
+    ([{"role": "narrator", "content": "a"}], "messages[0].role", "is not a role"),
     ([{"content": "a"}], "messages[0].role", "is missing"),
     ([{"role": ["user"], "content": "a"}], "messages[0].role", "is not a role"),
     ([{"role": "user"}], "messages[0].content", "is missing"),
@@ -137,7 +137,8 @@ CHATS = [
     ([user("a"), answer(tool_calls=[call("[1]")])], "messages[1].tool_calls[0].arguments", "is not an object"),
     ([user("a"), answer(tool_calls=[call("{")])], "messages[1].tool_calls[0].arguments", "is not an object"),
     ([{**user("a"), "tool_calls": [call({})]}, answer()], "messages[0].tool_calls", "is only for the assistant"),
-    ([user("a"), answer("", function_call={"name": "f"})], "messages[1].function_call", "is the old shape"),
+    ([user("a"), answer("", function_call={"nam": "f"})], "messages[1].function_call[0]", "is not a call"),
+    ([user("a"), answer("b", thinking="c", reasoning="d")], "messages[1].thinking", "differs from reasoning"),
 ]
 
 
@@ -232,13 +233,27 @@ def test_every_bad_row_of_every_file_is_told_at_once(tiny_tokenizer, write_jsonl
 
 def test_many_bad_rows_are_counted_not_listed(tiny_tokenizer, write_jsonl):
     rows = [question(str(n), "") for n in range(1000)] + [{"text": "c"}] * 50 + [question("a")]
+    path = write_jsonl(rows)
     with pytest.raises(DataError) as caught:
-        prepare(section(write_jsonl(rows)), tiny_tokenizer, seed=0)
-    problems = caught.value.problems
-    assert len(problems) == 11
-    assert "and 1,040 more bad rows" in problems[-1].what
-    assert "1,000 x is an assistant turn that says nothing" in problems[-1].what
-    assert "data.on_bad_row: skip" in problems[-1].hint
+        prepare(section(path), tiny_tokenizer, seed=0)
+    empty, lacking, total = caught.value.problems
+    assert empty.where == f"{path}:1: messages[1]"
+    assert empty.what == "is an assistant turn that says nothing (so in 2, 3, 4, 5 and 995 more)"
+    assert lacking.where == f"{path}:1001: messages"
+    assert "(so in 1002, 1003, 1004, 1005 and 45 more)" in lacking.what
+    assert "1,050 bad rows in all" in total.what
+    assert "1,000 x is an assistant turn that says nothing" in total.what
+    assert "data.on_bad_row: skip" in total.hint
+
+
+def test_skipping_is_no_advice_where_every_row_is_bad(tiny_tokenizer, write_jsonl):
+    path = write_jsonl([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 5)
+    with pytest.raises(DataError) as caught:
+        prepare(section(path), tiny_tokenizer, seed=0)
+    one, total = caught.value.problems
+    assert one.what.endswith("(so in 2, 3, 4, 5)")
+    assert "write `template: sharegpt`" in one.hint
+    assert "skip" not in total.hint
 
 
 def test_bad_rows_are_skipped_and_counted_when_asked(tiny_tokenizer, tmp_path):
