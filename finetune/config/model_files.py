@@ -1,4 +1,4 @@
-"""What the side files of a model folder say about tokens, read without a tokenizer: template, stop tokens, added tokens."""
+"""What the side files of a model folder say about its tokens and its chat template, read without a tokenizer."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ class TokenFacts:
     def has_switch(self) -> bool:
         """Whether the chat template knows thinking on and off."""
         return self.chat_template is None or re.search(r"\benable_thinking\b", self.chat_template) is not None
+
+    @property
+    def thinks_by_default(self) -> bool:
+        """Whether a chat template with the switch has it on where nobody says."""
+        asks_for_on = r"(?<!not )\benable_thinking( is true| == true)?\s*-?%}"
+        return self.chat_template is None or re.search(asks_for_on, self.chat_template, re.IGNORECASE) is None
+
+    def text_of(self, token: int) -> str | None:
+        """The text of a token, where the files that were read have it."""
+        return next((text for text, number in self.ids.items() if number == token), None)
 
 
 def read_token_facts(folder: str | Path) -> TokenFacts:
@@ -92,7 +102,7 @@ def _token_ids(folder: Path) -> dict[str, int]:
         if len(text) <= SMALL_BYTES:
             content = json.loads(text)
             vocabulary = (content.get("model") or {}).get("vocab")
-            ids = {token: number for token, number in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+            ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
             added = content.get("added_tokens") or []
         else:
             match = _ADDED.search(text)

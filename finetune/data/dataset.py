@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.config.schema import DataColumns, DataFile, DataSection
+from finetune.config.schema import DataFile, DataSection
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.encode import Encoder, Encoding, OverLong
 from finetune.data.mix import choose, draw_counts, hold_out
 from finetune.data.packing import pack
 from finetune.data.prepare_report import FileReport, PrepareReport, SplitReport
 from finetune.data.rows import Row, place, read_rows
-from finetune.data.templates import DataTemplate, load_template, with_columns
+from finetune.data.templates import template_of
 from finetune.data.token_store import TokenStore, join
-from finetune.data.unread import in_words
+from finetune.data.unread import unread_problem
 from finetune.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -134,22 +134,6 @@ class _EncodedFile:
         else:
             self.report.add(row.where, answer)
             self.store.add(row, answer)
-
-
-def template_of(file: DataFile, section: DataSection) -> DataTemplate:
-    """The template of a file's rows, with the names that its columns have."""
-    template = load_template(file.template or section.template)
-    shared = section.columns.given() if section.columns is not None else {}
-    own = file.columns.given() if file.columns is not None else {}
-    if file.template is not None and file.template != section.template:
-        shared = {}  # they are about rows of another shape
-    return with_columns(template, DataColumns(**(shared | own)))
-
-
-def unread_problem(source: str, unread: Mapping[str, int]) -> Problem:
-    """Columns that nothing reads, as an error."""
-    hint = "name them in data.columns or in a template of your own, remove them, or write data.unread: note"
-    return Problem(source, f"has columns that nothing reads: {in_words(unread)}", hint)
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

@@ -19,7 +19,7 @@ from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_val
 
 from finetune.config.document import read_document
 from finetune.config.findings import Finding, Places
-from finetune.config.schema import DataColumns, RowRole, Section
+from finetune.config.schema import DataColumns, DataFile, DataSection, RowRole, Section
 from finetune.config.values import Name
 from finetune.errors import DataError, Problem
 
@@ -288,6 +288,16 @@ def with_columns(template: DataTemplate, columns: DataColumns | None) -> DataTem
     made = template.model_copy(update=changed)
     made._columns = dict(given)
     return made
+
+
+def template_of(file: DataFile, section: DataSection) -> DataTemplate:
+    """The template of a file's rows, with the names that its columns have."""
+    template = load_template(file.template or section.template)
+    shared = section.columns.given() if section.columns is not None else {}
+    own = file.columns.given() if file.columns is not None else {}
+    if file.template is not None and file.template != section.template:
+        shared = {}  # they are about rows of another shape
+    return with_columns(template, DataColumns(**(shared | own)))
 
 
 MESSAGE_COLUMNS = ("messages", "role", "content", "tool_calls", "weight", "system", "tools")

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.data.conversation import Conversation, Passage
 from finetune.data.templates import COMPANIONS, CompletionTemplate, DataTemplate, MessagesTemplate
+from finetune.errors import Problem
 
 Fields = dict[str, Any]
 KEYS = frozenset(("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "id"))
@@ -29,6 +30,12 @@ def unread_columns(
     if isinstance(found, Conversation) and chat_template is not None:
         unread += _told_in_vain(found, template, chat_template)
     return unread
+
+
+def unread_problem(source: str, unread: Mapping[str, int]) -> Problem:
+    """Columns that nothing reads, as an error."""
+    hint = "name them in data.columns or in a template of your own, remove them, or write data.unread: note"
+    return Problem(source, f"has columns that nothing reads: {in_words(unread)}", hint)
 
 
 def _told_in_vain(chat: Conversation, template: DataTemplate, chat_template: str) -> list[str]:

@@ -15,9 +15,9 @@ from finetune.errors import Problem, UserError
 from finetune.export import gguf_lora, peft_files
 from finetune.export.factors import Factors
 from finetune.export.folder import Progress, Work, describe_job, write_folder
-from finetune.export.plan import check_format, plan_merge
+from finetune.export.plan import check_format, plan_merge, taught_ends
 from finetune.export.safetensors_file import plan_file
-from finetune.export.serving_note import NOTE, adapter_note
+from finetune.export.serving_note import NOTE, Use, adapter_note
 from finetune.export.show import Shown, size_text, warnings
 from finetune.export.stream import OutputFile
 
@@ -87,10 +87,11 @@ def export_adapter(
     plan = plan_merge(adapter, base)
     check_format(plan.shape, to, plan.base.path)
     if thinking is None:
-        thinking = bool((plan.adapters[0].sidecar or {}).get("thinking"))
+        thinking = (plan.adapters[0].sidecar or {}).get("thinking")
+    use = Use.of(plan.base.path, thinking, taught_ends(plan))
     factors = Factors.of(plan)
     file, side, facts = _plan(factors, to, DTYPES[dtype])
-    note = adapter_note(plan, to, output, facts, thinking=thinking)
+    note = adapter_note(plan, to, output, facts, use)
     job = describe_job("export", to, dtype, thinking, folders=[plan.base.path, *plan.paths])
     write_folder(Work(output, plan.base, (file,), {**side, NOTE: note.encode()}, job, resume), progress)
     return ExportReport(

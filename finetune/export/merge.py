@@ -13,12 +13,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from finetune.config.model_files import GENERATION_CONFIG, stop_ids, with_stops
 from finetune.config.rope import with_scaling
 from finetune.errors import Problem, UserError
 from finetune.export.base_weights import BaseWeights, QuantizationError, quantization_errors
 from finetune.export.base_weights import advice as advice_on_base
 from finetune.export.folder import CONFIG_DTYPES, Progress, Work, describe_job, side_contents, write_folder
-from finetune.export.plan import Adapters, MergePlan, plan_merge
+from finetune.export.plan import Adapters, MergePlan, plan_merge, taught_ends
 from finetune.export.retention import Retention, Tally, advice
 from finetune.export.shards import num_bytes, plan_files, reports_by_weight, stored_dtypes
 from finetune.export.show import Shown, size_text, table, warnings
@@ -110,9 +111,19 @@ def merge(
     files = plan_files(plan, DTYPES[dtype] if dtype else None)
     config = with_scaling((plan.base.path / CONFIG).read_bytes(), plan.rope_scaling)
     side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None, config) | _index(plan, stored)
+    ends = taught_ends(plan)
+    if ends:
+        side[GENERATION_CONFIG] = _stopping(plan, ends)
     job = describe_job("merge", dtype, list(plan.shares), base_weights, folders=[plan.base.path, *plan.paths])
     reported = reports_by_weight(write_folder(Work(output, plan.base, tuple(files), side, job, resume), progress))
-    return _report(plan, output, dtype, stored, reported, time.perf_counter() - started)
+    return _report(plan, output, dtype, stored, reported, time.perf_counter() - started, ends)
+
+
+def _stopping(plan: MergePlan, ends: dict[int, str]) -> bytes:
+    """The base's generation_config.json with the ends that training taught."""
+    path = plan.base.path / GENERATION_CONFIG
+    named = path.read_bytes() if path.is_file() else json.dumps({"eos_token_id": list(stop_ids(plan.base.path))})
+    return with_stops(named if isinstance(named, bytes) else named.encode(), ends)
 
 
 def _index(plan: MergePlan, stored: dict[str, str]) -> dict[str, bytes]:
@@ -130,7 +141,13 @@ def _index(plan: MergePlan, stored: dict[str, str]) -> dict[str, bytes]:
 
 
 def _report(
-    plan: MergePlan, output: Path, dtype: str | None, stored: dict[str, str], reported: dict[str, Any], elapsed_s: float
+    plan: MergePlan,
+    output: Path,
+    dtype: str | None,
+    stored: dict[str, str],
+    reported: dict[str, Any],
+    elapsed_s: float,
+    ends: dict[int, str],
 ) -> MergeReport:
     tallies: dict[str, Tally] = {}
     for name in plan.base.tensors:
@@ -143,6 +160,11 @@ def _report(
     converted = sum(plan.base.tensors[name].dtype != kept for name, kept in stored.items() if name not in changed)
     quantization = quantization_errors(plan)
     notices = [*plan.warnings, *advice(retention), *advice_on_base(quantization, plan.base)]
+    if ends:
+        named = ", ".join(f"{text} ({token})" for token, text in ends.items())
+        notices.append(
+            f"{GENERATION_CONFIG} names {named}, which training taught as the end and where the base goes on"
+        )
     if not changed:
         notices.append("every delta is zero: the output equals the base")
     if converted:

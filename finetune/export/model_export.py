@@ -23,7 +23,7 @@ from finetune.export.folder import (
 )
 from finetune.export.plan import check_format, check_model, refuse_packed
 from finetune.export.safetensors_file import MAX_SHARD_BYTES, plan_shards, split
-from finetune.export.serving_note import NOTE, model_note
+from finetune.export.serving_note import NOTE, Use, model_note
 from finetune.export.stream import OutputFile
 from finetune.models.checkpoint import CONFIG, Checkpoint, find_checkpoint
 
@@ -99,7 +99,7 @@ def export_model(
             files, side, facts = _plan_calibrated(source, output, to, options, linears, held)
         else:
             files, side, facts = _plan(source, output, to, options, linears)
-        side[NOTE] = model_note(to, output, thinking=bool(options.thinking)).encode()
+        side[NOTE] = model_note(to, output, Use.of(source.path, options.thinking)).encode()
         job = describe_job("export", to, vars(options), folders=[source.path])
         write_folder(Work(output, source, tuple(files), side, job, resume), progress)
     return ExportReport(

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.adapters.change import Change, add_up
-from finetune.adapters.files import AdapterFiles
+from finetune.adapters.files import AdapterFiles, ends_of
 from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_matrix, kind_of
 from finetune.architecture.registry import FAMILIES, find_family, unknown_family
 from finetune.architecture.shape import ModelShape, shape_of
+from finetune.config.model_files import read_token_facts, stop_ids
 from finetune.config.packed_folder import PackedSettings
 from finetune.config.rope import RopeScaling, scaled
 from finetune.errors import AdapterError, ModelError, Problem, UserError
@@ -66,6 +67,13 @@ class MergePlan:
                 if name in files.pairs and not (change := files.read(name)).is_zero and share
             ]
         )
+
+
+def taught_ends(plan: MergePlan) -> dict[int, str]:
+    """Tokens that training taught as the end of an answer and at which the base does not stop, with their text."""
+    stops, facts = stop_ids(plan.base.path), read_token_facts(plan.base.path)
+    taught = [end for files in plan.adapters for end in ends_of(files.sidecar or {}) if end < plan.shape.vocabulary]
+    return {end: facts.text_of(end) or f"token {end}" for end in dict.fromkeys(taught) if end not in stops}
 
 
 Adapters = str | Path | Sequence[str | Path]

@@ -1,0 +1,84 @@
+"""What training taught as the end is a stop token of what is merged, and the note beside an export names it."""
+
+import json
+
+import pytest
+
+from finetune.export.adapter_export import export_adapter
+from finetune.export.merge import merge
+from finetune.export.serving_note import Use
+from tests.export.checkpoints import write_adapter, write_base
+from tests.export.test_adapter_export import SOURCES
+
+END = 257  # <|im_end|>
+
+
+@pytest.fixture
+def base_and_adapter(tmp_path):
+    """A base that stops at <|endoftext|> alone, as base models do, and an adapter that was taught <|im_end|>."""
+    config, chosen = SOURCES["dense"]
+    base = write_base(tmp_path / "base", config)
+    (base / "generation_config.json").write_text('{"eos_token_id": 256, "top_k": 20}')
+    adapter = write_adapter(tmp_path / "adapter", base, std=0.1, **chosen)
+    sidecar = {"format_version": 1, "thinking": False, "ends": [END, "x", -3, 10**9]}
+    (adapter / "finetune_adapter.json").write_text(json.dumps(sidecar))
+    return base, adapter
+
+
+def test_a_merged_model_stops_where_training_taught_it_to(base_and_adapter, tmp_path):
+    base, adapter = base_and_adapter
+    report = merge(adapter, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged/generation_config.json").read_text()) == {
+        "eos_token_id": [256, END],
+        "top_k": 20,
+    }
+    assert any("<|im_end|> (257)" in warning for warning in report.warnings)
+    assert json.loads((base / "generation_config.json").read_text())["eos_token_id"] == 256
+
+
+def test_a_base_that_stops_there_keeps_its_file(base_and_adapter, tmp_path):
+    base, adapter = base_and_adapter
+    (base / "generation_config.json").write_text('{"eos_token_id": [257,   256]}')
+    report = merge(adapter, tmp_path / "merged")
+    assert (tmp_path / "merged/generation_config.json").read_text() == '{"eos_token_id": [257,   256]}'
+    assert not any("im_end" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("to", "told"), [("vllm", '"stop_token_ids": [257]'), ("peft", "eos_token_id=[257]"), ("gguf-lora", '["<|im_end|>"]')]
+)
+def test_the_note_names_the_end(to, told, base_and_adapter, tmp_path):
+    if to == "gguf-lora":
+        pytest.importorskip("gguf")
+    export_adapter(base_and_adapter[1], tmp_path / "out", to)
+    note = (tmp_path / "out/SERVING.md").read_text()
+    assert "`<|im_end|>` (257)" in note
+    assert told in note
+
+
+def test_the_note_names_no_switch_that_the_template_ignores(base_and_adapter, tmp_path):
+    base, adapter = base_and_adapter
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    for thinking in (None, True, False):
+        export_adapter(adapter, tmp_path / str(thinking), "vllm", thinking=thinking)
+        assert "enable_thinking" not in (tmp_path / str(thinking) / "SERVING.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asks", "default"),
+    [
+        ("{% if enable_thinking is defined and enable_thinking is false %}", True),
+        ("{%- if enable_thinking is defined and not enable_thinking -%}", True),
+        ("{%- if enable_thinking is defined and enable_thinking is true %}", False),
+        ("{% if enable_thinking %}", False),
+    ],
+)
+def test_the_default_is_the_templates(asks, default, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(asks + "x{% endif %}")
+    assert Use.of(tmp_path, True).default is default
+    assert (Use.of(tmp_path, default).told, Use.of(tmp_path, not default).told) == (
+        None,
+        json.dumps({"enable_thinking": not default}),
+    )
