@@ -375,7 +375,9 @@ class DataColumns(Section):
 class DataFile(Section):
     """One source of rows."""
 
-    path: PathName = Field(description="JSONL, JSON, CSV or Parquet file, or a data set's name on the hub")
+    path: PathName = Field(
+        description="file (JSONL, JSON, CSV, Parquet, Arrow, text), folder or pattern, address, or name on the hub"
+    )
     template: PathName | None = Field(default=None, description="data template of this file; `data.template` when null")
     columns: DataColumns | None = Field(
         default=None, description="names of this file's columns; those of `data.columns` where null"
@@ -384,7 +386,11 @@ class DataFile(Section):
         default=None,
         description="share of the mix, relative to the other files; no row is drawn twice. Null for all: every row",
     )
-    split: Name = Field(default="train", description="split of a hub data set")
+    split: Name = Field(default="train", description="split of a data set of the hub or of `save_to_disk`")
+    config: Name | None = Field(default=None, description="configuration of a hub data set, where it has several")
+    revision: Name | None = Field(default=None, description="branch, tag or commit of a hub data set")
+    limit: Count | None = Field(default=None, description="rows that are read, from the head; all when null")
+    skip: bool = Field(default=False, description="leave this file out")
 
 
 class DataSection(Section):
@@ -416,6 +422,7 @@ class DataSection(Section):
     train_empty_think: bool = Field(
         default=False, description="also train the empty think block of answers without reasoning"
     )
+    shuffle: bool = Field(default=True, description="train on the rows in random order; false: in that of the files")
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="stop at a bad row, or leave it out and count it"
     )

@@ -37,7 +37,7 @@ class Prepared:
     train, eval: `datasets.Dataset`s with columns input_ids and labels (list<int32>, -100 where there is no loss), in
         memory. Training rows are mixed and shuffled; held-out rows keep the order of their files.
     report: what became of the rows.
-    train_places, eval_places: (rows, 2) file index and line of each row.
+    train_places, eval_places: (rows, 3) index of a source, line, and which file of the source, for each row.
     """
 
     train: datasets.Dataset
@@ -48,8 +48,8 @@ class Prepared:
 
     def where(self, index: int, split: str = "train") -> str:
         """`file:line` that row `index` of a split came from."""
-        file, number = (self.train_places if split == "train" else self.eval_places)[index]
-        return place(self.report.files[file].path, int(number))
+        source, number, part = (self.train_places if split == "train" else self.eval_places)[index]
+        return place(self.report.files[source].parts[part], int(number))
 
 
 def prepare(section: DataSection, tokenizer: Any, *, seed: int, progress: Progress | None = None) -> Prepared:
@@ -65,12 +65,20 @@ def prepare(section: DataSection, tokenizer: Any, *, seed: int, progress: Progre
     that is missing, cannot be read on or has no good row is an error in any case.
     """
     _check_weights(section)
+    section = _without_skipped(section)
     train = [_EncodedFile(file, "train", seed) for file in section.train]
     evaluated = [_EncodedFile(file, "eval", seed) for file in section.eval]
     problems = [problem for file in (*train, *evaluated) for problem in file.encode(section, tokenizer, progress)]
     if problems:
         raise DataError(*problems)
     return _Mix(section, train, evaluated, seed).prepared()
+
+
+def _without_skipped(section: DataSection) -> DataSection:
+    kept = {name: tuple(file for file in getattr(section, name) if not file.skip) for name in ("train", "eval")}
+    if not kept["train"]:
+        raise DataError(Problem("data.train", "has no file that is not skipped", "remove `skip: true` from one"))
+    return section.model_copy(update=kept)
 
 
 def _check_weights(section: DataSection) -> None:
@@ -109,7 +117,7 @@ class _EncodedFile:
             self.report.template = template.name
             encoding = Encoding(section.max_length, section.over_long, section.loss_on, section.train_empty_think)
             encoder = Encoder(tokenizer, template, encoding)
-            for rows in _batches(read_rows(self.file, bad), ROWS_AT_ONCE):
+            for rows in _batches(read_rows(self.file, bad, self.report.remarks.append), ROWS_AT_ONCE):
                 for row, answer in zip(rows, encoder.encode(rows), strict=True):
                     self._take(row, answer, bad)
                 if progress is not None:
@@ -133,7 +141,10 @@ class _EncodedFile:
             bad.add(row.where, answer)
         else:
             self.report.add(row.where, answer)
-            self.store.add(row, answer)
+            parts = self.report.parts
+            if not parts or parts[-1] != row.source:
+                parts.append(row.source)
+            self.store.add(row, answer, len(parts) - 1)
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
@@ -157,7 +168,8 @@ class _Mix:
         self.lengths = np.concatenate([store.lengths for store in stores])
         self.loss_tokens = np.concatenate([store.loss_tokens for store in stores])
         numbers = np.concatenate([store.numbers for store in stores])
-        self.places = np.stack([np.repeat(np.arange(len(stores)), np.diff(self.starts)), numbers], axis=1)
+        parts = np.concatenate([store.parts for store in stores])
+        self.places = np.stack([np.repeat(np.arange(len(stores)), np.diff(self.starts)), numbers, parts], axis=1)
 
     def prepared(self) -> Prepared:
         pool = self._pool()
@@ -199,7 +211,7 @@ class _Mix:
     def _shuffled(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         for index, file in enumerate(self.files[: self.num_train_files]):
             file.report.drawn = int(np.count_nonzero(self.places[rows, 0] == index))
-        return np.random.default_rng([self.seed, 2]).permutation(rows)
+        return np.random.default_rng([self.seed, 2]).permutation(rows) if self.section.shuffle else rows
 
     def _split_report(self, rows: NDArray[np.int64]) -> SplitReport:
         lengths = self.lengths[rows]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune.config.model_files import CHAT_END, TokenFacts, read_token_facts
 from finetune.config.schema import DataFile, DataSection, Recipe
+from finetune.config.sources import is_pattern
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.conversation import Conversation
 from finetune.data.messages import interpret
@@ -31,6 +32,8 @@ def look(recipe: Recipe) -> list[str]:
     problems: list[Problem] = []
     chats = False
     for file in (*section.train, *section.eval):
+        if file.skip:
+            continue
         seen = _Seen(file, section, facts)
         chats |= seen.chats
         if seen.unread and section.unread == "error":
@@ -65,11 +68,11 @@ class _Seen:
         self.unread: dict[str, int] = {}
         self.remarks: list[str] = []
         self.rows, self.chats = 0, not isinstance(template, (CompletionTemplate, TextTemplate))
-        if not Path(file.path).exists():
+        if not (Path(file.path).exists() or is_pattern(file.path)):
             return
         chat_template = facts.chat_template if facts is not None else None
         try:
-            for row in islice(read_rows(file, BadRows()), ROWS):
+            for row in islice(read_rows(file, BadRows(), self.remarks.append), ROWS):
                 self.rows += 1
                 try:
                     found = interpret(row.fields, template)

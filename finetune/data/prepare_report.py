@@ -38,6 +38,7 @@ class FileReport:
     earlier: rows with loss on answers before the last that stand where the model would think, and show no thinking.
     ends: token that training teaches as the end -> rows.
     remarks: what the reader of the file found worth saying.
+    parts: the files that rows came from; several where path is a folder or a pattern.
     """
 
     path: str
@@ -64,6 +65,7 @@ class FileReport:
     earlier: int = 0
     ends: dict[int, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
 
     def add(self, where: str, row: Encoded) -> None:
         """Count a row that was kept."""

@@ -1,5 +1,6 @@
 """Broken data files: each is an error that names the file, the line and the field, and says what to do."""
 
+import gzip
 import io
 import json
 import os
@@ -82,8 +83,17 @@ FILES = [
     ("a.parquet", PARQUET[:-20], "chat", 0, "cannot be read as Parquet"),
     ("a.parquet", PARQUET[:40] + PARQUET[90:], "chat", 0, "cannot be read as Parquet"),
     ("a.parquet", GOOD, "chat", 0, "cannot be read as Parquet"),
-    ("a.txt", b"hello", "text", 0, "is in an unknown format"),
-    ("a.jsonl.gz", b"\x1f\x8b", "text", 0, "is compressed"),
+    ("a.doc", b"hello", "text", 0, "is in an unknown format"),
+    ("a.txt", b" \n", "text", 0, "holds no rows"),
+    ("a.txt", b"caf\xe9", "text", 1, "is not UTF-8: byte 0xe9 at column 4"),
+    ("a.jsonl.gz", b"\x1f\x8b", "text", 0, "cannot be unpacked"),
+    ("a.jsonl.gz", b"hello", "text", 0, "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(GOOD * 100)[:-20], "text", 0, "cannot be unpacked"),
+    ("a.jsonl.zst", b"hello", "text", 0, "cannot be read"),
+    ("a.jsonl.xz", b"hello", "text", 0, "cannot be unpacked"),
+    ("a.zip", b"PK", "text", 0, "is an archive"),
+    ("a.parquet.gz", b"\x1f\x8b", "text", 0, "is compressed, and a table"),
+    ("a.arrow", b"hello", "text", 0, "cannot be read as Arrow"),
 ]
 
 ROWS = [
@@ -185,12 +195,14 @@ def test_broken_chat(number, tiny_tokenizer, tmp_path, monkeypatch):
         ("nowhere/rows.jsonl", "does not exist", "there is no folder 'nowhere'"),
         ("zzz.csv", "does not exist", "paths are relative to"),
         ("../../etc/./passwd/", "does not exist", "folder"),
-        (".", "is a folder, not a file", ".jsonl"),
+        ("empty", "is a folder without a file that rows can be read from", ".jsonl"),
+        ("*.csv", "matches no file", ".jsonl"),
+        ("above", "is a folder without a file", "above/**/*.jsonl"),
         ("/dev/null", "is no regular file", ".jsonl"),
         ("pipe.jsonl", "is no regular file", ".jsonl"),
         ("loop.jsonl", "does not exist", "did you mean"),
         ("a" * 5000 + ".jsonl", "cannot be read", "check the path"),
-        ("a b.parquet?", "does not exist", "paths are relative to"),
+        ("a b.parquet?", "matches no file", ".jsonl"),
     ],
 )
 def test_paths_that_hold_no_rows(path, what, hint, tiny_tokenizer, tmp_path, monkeypatch):
@@ -198,6 +210,9 @@ def test_paths_that_hold_no_rows(path, what, hint, tiny_tokenizer, tmp_path, mon
     (tmp_path / "rows.jsonl").write_bytes(GOOD)
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "above" / "below").mkdir(parents=True)
+    (tmp_path / "above" / "below" / "rows.jsonl").write_bytes(GOOD)
     with pytest.raises(DataError) as caught:
         prepare(section(path), tiny_tokenizer, seed=0)
     assert what in caught.value.problems[0].what

@@ -45,7 +45,8 @@ def test_a_base_that_stops_there_keeps_its_file(base_and_adapter, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("to", "told"), [("vllm", '"stop_token_ids": [257]'), ("peft", "eos_token_id=[257]"), ("gguf-lora", '["<|im_end|>"]')]
+    ("to", "told"),
+    [("vllm", '"stop_token_ids": [257]'), ("peft", "eos_token_id=[257]"), ("gguf-lora", '["<|im_end|>"]')],
 )
 def test_the_note_names_the_end(to, told, base_and_adapter, tmp_path):
     if to == "gguf-lora":
