@@ -118,23 +118,24 @@ class Encoder:
             raise
         if isinstance(found, Conversation):
             self._control.refuse_in_chat(found)
-            return found, self.render(found)
+            return self.rendered(found)
         if self.template.control_tokens == "refuse":
             self._control.refuse_in_passage(found, self.template.needs)
         return found
 
-    def render(self, chat: Conversation) -> str:
-        """The chat as the tokenizer's own template writes it."""
+    def rendered(self, chat: Conversation) -> tuple[Conversation, str]:
+        """The chat as the tokenizer's own template takes it, and as it writes it."""
         error: Exception
         try:
             text = self._apply(chat.messages, chat.tools, chat.settings)
             if all(arguments in text for arguments in argument_texts(chat.messages)):
-                return text
+                return chat, text
             error = ValueError("arguments of a call are not shown")
         except Exception as raised:  # templates fail with whatever Python raises
             error = raised
         try:
-            return self._apply(with_parsed_arguments(chat.messages), chat.tools, chat.settings)
+            chat = replace(chat, messages=with_parsed_arguments(chat.messages))
+            return chat, self._apply(chat.messages, chat.tools, chat.settings)
         except Exception:
             what = f"makes the model's chat template fail: {type(error).__name__}: {error}"
             hint = "bring the messages into the shape that the model card shows"

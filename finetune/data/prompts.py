@@ -95,9 +95,10 @@ class Prompts:
 def _kind(chat: Conversation, at: int) -> tuple[Any, ...]:
     """What the prompt of an answer may depend on, but for the texts."""
     turns = tuple(
-        (message["role"], "tool_calls" in message, "reasoning_content" in message) for message in chat.messages[:at]
+        (message["role"], "tool_calls" in message, "reasoning_content" in message or "</think>" in message["content"])
+        for message in chat.messages
     )
-    return turns, bool(chat.tools), repr(sorted(chat.settings))
+    return turns, at, bool(chat.tools), repr(sorted(chat.settings.items(), key=str))
 
 
 def _shows_thinking(text: str, answer: Answer) -> bool:

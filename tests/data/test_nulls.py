@@ -30,7 +30,10 @@ REAL = {
 }
 FILLED = {
     "a null schema": [
-        {"messages": [call("weather", {"city": "Paris", "expr": None})], "tools": [tool("weather", {"city": TEXT, "expr": None})]}
+        {
+            "messages": [call("weather", {"city": "Paris", "expr": None})],
+            "tools": [tool("weather", {"city": TEXT, "expr": None})],
+        }
     ],
     "a parameter of another tool": [
         {"messages": [call("weather", {"city": "Paris", "expr": None})], "tools": [tool("weather", {"city": TEXT})]}
@@ -39,7 +42,7 @@ FILLED = {
         {"messages": [call("weather", {"city": "Paris", "expr": None})]},
         {"messages": [call("calc", {"city": None, "expr": "1"})]},
     ],
-}  # fmt: skip
+}
 WRITTEN = {
     "a parameter that may be null": [REAL],
     "one tool": [{"messages": [call("set", {"id": 7, "end": None})]}, {"messages": [call("set", {"id": 1, "end": 2})]}],
