@@ -15,6 +15,7 @@ from finetune.cli.machine import doctor
 from finetune.cli.options import TakesWeights
 from finetune.cli.routing import experts, profile
 from finetune.cli.runs import check, prepare, report, schema, train
+from finetune.cli.templates import templates
 from finetune.cli.weights import export, import_adapter, merge, quantize, verify
 
 app = typer.Typer(
@@ -51,3 +52,4 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 for _command in _COMMANDS:
     app.command(cls=TakesWeights if _command in (merge, verify) else None)(_command)
 app.command("eval")(evaluate)
+app.add_typer(templates, name="template")
