@@ -108,6 +108,8 @@ def _token_ids(folder: Path) -> dict[str, int]:
             match = _ADDED.search(text)
             added = json.JSONDecoder().raw_decode(text, match.end())[0] if match else []
         ids |= {token["content"]: token["id"] for token in added}
+        named = _read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        ids |= {token["content"]: int(number) for number, token in named.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return {token: number for token, number in ids.items() if type(number) is int}
