@@ -18,7 +18,7 @@ from finetune.adapters.files import AdapterFiles
 from finetune.adapters.frozen import BaseWeights, choose_base, frozen_text, refuse_to_merge_packed
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_section
-from finetune.config.model_files import GENERATION_CONFIG, with_stops
+from finetune.config.model_files import GENERATION_CONFIG, stop_ids, with_stops
 from finetune.config.rope import has_scaling
 from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
@@ -95,7 +95,13 @@ def save_adapter(
 
 
 def _stops_of(model: PeftModel) -> tuple[int, ...]:
-    """Tokens at which the base stops."""
+    """Tokens at which the base stops, by its files: trainers change what is in memory."""
+    config = next(iter(model.peft_config.values()))
+    try:
+        if stops := stop_ids(find_checkpoint(str(config.base_model_name_or_path), config.revision)):
+            return stops
+    except ModelError:
+        pass  # a base that is nowhere on disk
     found = getattr(model.get_base_model().generation_config, "eos_token_id", None)
     return tuple(found) if isinstance(found, (list, tuple)) else () if found is None else (found,)
 

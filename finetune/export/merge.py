@@ -13,13 +13,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from finetune.config.model_files import GENERATION_CONFIG, stop_ids, with_stops
+from finetune.config.model_files import GENERATION_CONFIG
 from finetune.config.rope import with_scaling
 from finetune.errors import Problem, UserError
 from finetune.export.base_weights import BaseWeights, QuantizationError, quantization_errors
 from finetune.export.base_weights import advice as advice_on_base
 from finetune.export.folder import CONFIG_DTYPES, Progress, Work, describe_job, side_contents, write_folder
-from finetune.export.plan import Adapters, MergePlan, plan_merge, taught_ends
+from finetune.export.plan import Adapters, MergePlan, generation_config, plan_merge, taught_ends
 from finetune.export.retention import Retention, Tally, advice
 from finetune.export.shards import num_bytes, plan_files, reports_by_weight, stored_dtypes
 from finetune.export.show import Shown, size_text, table, warnings
@@ -113,17 +113,10 @@ def merge(
     side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None, config) | _index(plan, stored)
     ends = taught_ends(plan)
     if ends:
-        side[GENERATION_CONFIG] = _stopping(plan, ends)
+        side[GENERATION_CONFIG] = generation_config(plan, ends)
     job = describe_job("merge", dtype, list(plan.shares), base_weights, folders=[plan.base.path, *plan.paths])
     reported = reports_by_weight(write_folder(Work(output, plan.base, tuple(files), side, job, resume), progress))
     return _report(plan, output, dtype, stored, reported, time.perf_counter() - started, ends)
-
-
-def _stopping(plan: MergePlan, ends: dict[int, str]) -> bytes:
-    """The base's generation_config.json with the ends that training taught."""
-    path = plan.base.path / GENERATION_CONFIG
-    named = path.read_bytes() if path.is_file() else json.dumps({"eos_token_id": list(stop_ids(plan.base.path))})
-    return with_stops(named if isinstance(named, bytes) else named.encode(), ends)
 
 
 def _index(plan: MergePlan, stored: dict[str, str]) -> dict[str, bytes]:

@@ -12,10 +12,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from finetune.config.model_files import GENERATION_CONFIG
 from finetune.errors import Problem, VerifyError
 from finetune.export.base_weights import BaseWeights, packing_of
 from finetune.export.logits_check import LogitAgreement, check_logits
-from finetune.export.plan import Adapters, MergePlan, plan_merge, refuse_packed
+from finetune.export.plan import Adapters, MergePlan, generation_config, plan_merge, refuse_packed, taught_ends
 from finetune.export.show import Shown, table, warnings
 from finetune.export.weights_check import WeightAgreement, WeightCheck, check_weights
 from finetune.models.checkpoint import CONFIG, Checkpoint
@@ -187,10 +188,13 @@ def _wrong_logits(logits: LogitAgreement, merged: Checkpoint) -> Problem:
 
 def _notes(plan: MergePlan, merged: Checkpoint) -> list[str]:
     notes = []
+    ends = taught_ends(plan)
     for name in plan.base.side_files:
         ours, theirs = merged.path / name, plan.base.path / name
         if not ours.is_file():
             notes.append(f"{name} of the base is not in {merged.path}")
+        elif name == GENERATION_CONFIG and ends and ours.read_bytes() == generation_config(plan, ends):
+            continue
         elif name != CONFIG and ours.read_bytes() != theirs.read_bytes():
             notes.append(f"{name} differs from the base's")
     if {name: info.shard for name, info in merged.tensors.items()} != {

@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import torch
 
+from finetune.adapters.attach import attach, load_adapter, save_adapter
 from finetune.export.adapter_export import export_adapter
 from finetune.export.merge import merge
 from finetune.export.serving_note import Use
+from finetune.export.verify import verify
+from finetune.models.loading import load_model
 from tests.export.checkpoints import write_adapter, write_base
 from tests.export.test_adapter_export import SOURCES
 
@@ -34,6 +38,27 @@ def test_a_merged_model_stops_where_training_taught_it_to(base_and_adapter, tmp_
     }
     assert any("<|im_end|> (257)" in warning for warning in report.warnings)
     assert json.loads((base / "generation_config.json").read_text())["eos_token_id"] == 256
+
+
+def test_verify_expects_that_file_and_no_other(base_and_adapter, tmp_path):
+    adapter = base_and_adapter[1]
+    merge(adapter, tmp_path / "merged")
+    assert not any("generation_config" in warning for warning in verify(adapter, tmp_path / "merged").notes)
+    (tmp_path / "merged/generation_config.json").write_text('{"eos_token_id": 256}')
+    assert any("generation_config" in warning for warning in verify(adapter, tmp_path / "merged").notes)
+
+
+def test_a_saved_adapter_names_the_end_at_which_its_base_goes_on(base_and_adapter, tmp_path):
+    base, _ = base_and_adapter
+    model = attach(load_model(base, dtype=torch.float32), {"attention": ["q_proj"], "rank": 4})
+    model.generation_config.eos_token_id = END  # as trainers do
+    (note,) = save_adapter(model, tmp_path / "saved", thinking=False, ends=[END])
+    assert "names 257" in note
+    assert json.loads((tmp_path / "saved/generation_config.json").read_text()) == {"eos_token_id": [256, END]}
+    assert json.loads((tmp_path / "saved/finetune_adapter.json").read_text())["ends"] == [END]
+    assert save_adapter(model, tmp_path / "saved", ends=[256]) == []
+    assert not (tmp_path / "saved/generation_config.json").exists()
+    load_adapter(load_model(base, dtype=torch.float32), tmp_path / "saved")
 
 
 def test_a_base_that_stops_there_keeps_its_file(base_and_adapter, tmp_path):
