@@ -413,7 +413,9 @@ class DataSection(Section):
     max_length: Annotated[int, Field(ge=8, lt=2**31)] = Field(
         default=2048, description="tokens of a row and of a packed block"
     )
-    over_long: Literal["error", "skip", "truncate"] = Field(default="error", description="what to do with a longer row")
+    over_long: Literal["error", "skip", "truncate", "split"] = Field(
+        default="error", description="what to do with a longer row; split: plain text into several rows"
+    )
     packing: bool = Field(default=True, description="fill blocks with several rows, isolated from one another")
     loss_on: Literal["assistant", "all_turns", "last", "all"] = Field(
         default="assistant",

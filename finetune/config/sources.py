@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from functools import lru_cache
 from pathlib import Path
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -20,6 +21,7 @@ def packing_of(path: str) -> str:
     return suffix if suffix in PACKINGS else ""
 
 
+@lru_cache(64)
 def suffix_of(path: str) -> str:
     """What a file holds, by its name: its suffix below the one of its compression."""
     packing = packing_of(path)

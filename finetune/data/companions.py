@@ -17,13 +17,13 @@ _SWITCHES = {"true": True, "false": False, "1": True, "0": False, "yes": True, "
 
 def read_before(fields: Fields, template: DataTemplate, reader: MessageReader) -> None:
     """Put what comes before the row's own turns into the conversation: its system prompt, then its history."""
-    column = template.companion("system")
+    column = template.companions.get("system")
     system = fields.get(column) if column else None
     if system is not None and not isinstance(system, str):
         raise BadRow(str(column), "is not a text", "write the system prompt as text", system)
     if system and system.strip():
         reader.append({"role": "system", "content": system}, str(column), trained=False)
-    column = template.companion("history")
+    column = template.companions.get("history")
     if column and (history := structured(fields.get(column))):
         _read_history(history, column, reader)
 
@@ -69,23 +69,23 @@ def read_beside(fields: Fields, template: DataTemplate) -> tuple[list[Any] | Non
     """The tools on offer, and what else the chat template is told."""
     tools = None
     for name in ("tools", "functions"):
-        column = template.companion(name)
+        column = template.companions.get(name)
         if column and tools is None:
             tools = read_tools(fields.get(column), column)
     settings: Fields = {}
-    column = template.companion("documents")
+    column = template.companions.get("documents")
     if column and (documents := structured(fields.get(column))):
         if not isinstance(documents, list):
             raise BadRow(column, "is not a list", 'write documents as [{"title": "...", "text": "..."}]', documents)
         settings["documents"] = [structured(document) for document in documents]
-    column = template.companion("chat_template_kwargs")
+    column = template.companions.get("chat_template_kwargs")
     if column and (told := structured(fields.get(column))):
         if not isinstance(told, dict):
             raise BadRow(column, "is not an object", 'write it as {"enable_thinking": false}', told)
         if taken := [name for name in RESERVED if name in told]:
             raise BadRow(f"{column}.{taken[0]}", "is not for a row to say", "remove it", told[taken[0]])
         settings |= {name: value for name, value in told.items() if value is not None}
-    column = template.companion("enable_thinking")
+    column = template.companions.get("enable_thinking")
     if column and (thinking := fields.get(column)) not in (None, ""):
         switch = thinking if isinstance(thinking, bool) else _SWITCHES.get(str(thinking).strip().lower())
         if switch is None:

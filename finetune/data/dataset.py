@@ -83,13 +83,13 @@ def _without_skipped(section: DataSection) -> DataSection:
 
 def _check_weights(section: DataSection) -> None:
     """Weights are for every training file or for none, and for no held-out file."""
-    weighted = [file.weight is not None for file in section.train]
+    weighted = [file.weight is not None for file in section.train if not file.skip]
     problems = [
         Problem(
             f"data.train.{index}.weight", "is missing, but other files have one", "give every file a weight, or none"
         )
-        for index, has_weight in enumerate(weighted)
-        if any(weighted) and not has_weight
+        for index, file in enumerate(section.train)
+        if any(weighted) and file.weight is None and not file.skip
     ]
     hint = "remove the weight: every held-out row is looked at once"
     problems += [
@@ -124,7 +124,7 @@ class _EncodedFile:
                     progress(self.file.path, self.report.kept + len(bad))
         except DataError as error:
             return [*bad.listing(self.file.path, good=self.report.kept), *error.problems]
-        self.report.read = self.report.kept + len(bad)
+        self.report.read = self.report.kept - self.report.pieces + len(bad)
         self.report.skipped = dict(bad.reasons)
         if bad.stop:
             return bad.listing(self.file.path, good=self.report.kept)
@@ -141,10 +141,14 @@ class _EncodedFile:
             bad.add(row.where, answer)
         else:
             self.report.add(row.where, answer)
+            for piece in answer.rest:
+                self.report.add(row.where, piece)
+                self.report.pieces += 1
             parts = self.report.parts
             if not parts or parts[-1] != row.source:
                 parts.append(row.source)
-            self.store.add(row, answer, len(parts) - 1)
+            for piece in (answer, *answer.rest):
+                self.store.add(row, piece, len(parts) - 1)
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

@@ -29,7 +29,7 @@ class Encoding:
     """How rows become labels; the fields are those of the recipe's `data` section."""
 
     max_length: int = 2**31 - 1
-    over_long: Literal["error", "skip", "truncate"] = "error"
+    over_long: Literal["error", "skip", "truncate", "split"] = "error"
     loss_on: Literal["assistant", "all_turns", "last", "all"] = "assistant"
     train_empty_think: bool = False
 
@@ -48,6 +48,7 @@ class Encoded:
     lead: how a chat's last trained answer is asked for; None for text outside a chat.
     end: the token that training teaches as the end; None where it was cut off.
     unread: columns that went nowhere.
+    rest: further rows that the text was split into.
     """
 
     input_ids: list[int]
@@ -58,6 +59,7 @@ class Encoded:
     lead: Lead | None = None
     end: int | None = None
     unread: tuple[str, ...] = ()
+    rest: tuple[Encoded, ...] = ()
 
     @property
     def loss_tokens(self) -> int:
@@ -180,7 +182,19 @@ class Encoder:
     def _finish_passage(self, prompt: list[int], completion: list[int]) -> Encoded:
         ids = [*prompt, *completion, self.tokenizer.eos_token_id]
         untrained = 0 if self.encoding.loss_on == "all" else len(prompt)
+        if self.encoding.over_long == "split" and not prompt:
+            return self._split(ids)
         return self._fitted(Encoded(ids, [IGNORED] * untrained + ids[untrained:], end=ids[-1]))
+
+    def _split(self, ids: list[int]) -> Encoded:
+        """Plain text as rows of at most `max_length` tokens, which go on where the one before stopped."""
+        limit = self.encoding.max_length
+        pieces = [ids[begin : begin + limit] for begin in range(0, len(ids), limit)]
+        if len(pieces) > 1 and len(pieces[-1]) == 1:  # the end of text, which only the token before it predicts
+            pieces[-2:] = [pieces[-2][:-1], pieces[-2][-1:] + pieces[-1]]
+        rows = [Encoded(piece, [IGNORED, *piece[1:]]) for piece in pieces]
+        rows[-1] = replace(rows[-1], end=ids[-1])
+        return replace(rows[0], rest=tuple(rows[1:]))
 
     def _fitted(self, row: Encoded) -> Encoded:
         """`row` within `max_length`, and with loss on it. BadRow when that cannot be."""
@@ -189,9 +203,9 @@ class Encoder:
         row.labels[0] = IGNORED
         if length > limit:
             if self.encoding.over_long != "truncate":
-                hint = "raise data.max_length, or set data.over_long to skip or truncate"
+                hint = "raise data.max_length, or set data.over_long to skip or truncate, or for plain text to split"
                 what = f"has {length:,} tokens, more than data.max_length = {limit:,}"
-                fatal = self.encoding.over_long == "error"
+                fatal = self.encoding.over_long != "skip"
                 raise OverLong("", what, hint, reason="has more tokens than data.max_length", fatal=fatal)
             row = replace(row, input_ids=row.input_ids[:limit], labels=row.labels[:limit], truncated=True, end=None)
             if not row.loss_tokens:

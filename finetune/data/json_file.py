@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from finetune.data.bad_rows import BadRow
@@ -17,13 +18,16 @@ Reject = Callable[[int, BadRow], None]
 Say = Callable[[str], None]
 
 
-def read_jsonl(path: DataPath, source: str, reject: Reject, say: Say) -> Iterator[tuple[int, Fields]]:
+def read_jsonl(
+    path: DataPath, source: str, reject: Reject, say: Say, head: int | None = None
+) -> Iterator[tuple[int, Fields]]:
     """Line number and object of each good line; bad lines go to `reject`, blank lines do not count.
 
-    Nulls that a table filled in are left out, and `say` is told.
+    Nulls that a table filled in are left out, and `say` is told.  head: how many lines are looked at for signs of
+    that; all when None.
     """
     parser = StrictJson()
-    clean = _cleaner(sign_of_a_table(_lines_with_nulls(path)), source, say)
+    clean = _cleaner(sign_of_a_table(_lines_with_nulls(path, head)), source, say)
     with path.open() as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
@@ -36,7 +40,9 @@ def read_jsonl(path: DataPath, source: str, reject: Reject, say: Say) -> Iterato
                 reject(number, error)
 
 
-def read_json(path: DataPath, source: str, reject: Reject, say: Say) -> Iterator[tuple[int, Fields]]:
+def read_json(
+    path: DataPath, source: str, reject: Reject, say: Say, head: int | None = None
+) -> Iterator[tuple[int, Fields]]:
     """Line number and object of each element of the list that the file holds.
 
     A broken element leaves no way to find the next one: DataError.
@@ -44,7 +50,7 @@ def read_json(path: DataPath, source: str, reject: Reject, say: Say) -> Iterator
     with path.open() as file:
         start = without_bom(file.read(4096), source).lstrip()
     if start and not start.startswith(b"["):
-        yield from _not_a_list(path, source, reject, say)
+        yield from _not_a_list(path, source, reject, say, head)
         return
     text = _decode_file(path, source)
     if not text.strip():
@@ -61,10 +67,10 @@ def read_json(path: DataPath, source: str, reject: Reject, say: Say) -> Iterator
             reject(line, error)
 
 
-def _lines_with_nulls(path: DataPath) -> Iterator[Any]:
+def _lines_with_nulls(path: DataPath, head: int | None) -> Iterator[Any]:
     """Lines that may hold nulls in calls or tools, parsed; those that are no JSON are left to the reading."""
     with path.open() as file:
-        for line in file:
+        for line in islice(file, head):
             if b"null" in line and (b'"arguments"' in line or b'"parameters"' in line):
                 try:
                     yield json.loads(line)
@@ -116,12 +122,14 @@ def _decode_file(path: DataPath, source: str) -> str:
     return "".join(lines)
 
 
-def _not_a_list(path: DataPath, source: str, reject: Reject, say: Say) -> Iterator[tuple[int, Fields]]:
+def _not_a_list(
+    path: DataPath, source: str, reject: Reject, say: Say, head: int | None
+) -> Iterator[tuple[int, Fields]]:
     """A .json file that starts with an object: lines of objects are read as JSONL, one big object is an error."""
     with path.open() as file:
         lines = [line for line in (without_bom(file.readline(), source), *file) if line.strip()][:2]
     if len(lines) == 2 and all(_is_object(line) for line in lines):
-        yield from read_jsonl(path, source, reject, say)
+        yield from read_jsonl(path, source, reject, say, head)
         return
     hint = "write a list of objects, [{...}, {...}], or one object per line in a .jsonl file"
     raise DataError(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 from finetune.config.model_files import CHAT_END, TokenFacts, read_token_facts
 from finetune.config.schema import DataFile, DataSection, Recipe
-from finetune.config.sources import is_pattern
+from finetune.config.sources import is_pattern, suffix_of
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.conversation import Conversation
 from finetune.data.messages import interpret
@@ -16,6 +15,7 @@ from finetune.data.templates import CompletionTemplate, TextTemplate, template_o
 from finetune.data.unread import in_words, unread_columns, unread_problem
 from finetune.errors import DataError, Problem
 
+LARGE_LIST_BYTES = 2**25
 ROWS = 1000
 """Rows of a file that are looked at; `prepare` reads them all."""
 
@@ -60,6 +60,11 @@ def end_note(facts: TokenFacts, model: str) -> str | None:
     )
 
 
+def _is_large_list(path: str) -> bool:
+    """Whether a file is one list of rows that takes long to read."""
+    return suffix_of(path) == ".json" and Path(path).is_file() and Path(path).stat().st_size > LARGE_LIST_BYTES
+
+
 class _Seen:
     """What the head of a file holds."""
 
@@ -68,11 +73,12 @@ class _Seen:
         self.unread: dict[str, int] = {}
         self.remarks: list[str] = []
         self.rows, self.chats = 0, not isinstance(template, (CompletionTemplate, TextTemplate))
-        if not (Path(file.path).exists() or is_pattern(file.path)):
+        if not (Path(file.path).exists() or is_pattern(file.path)) or _is_large_list(file.path):
             return
         chat_template = facts.chat_template if facts is not None else None
         try:
-            for row in islice(read_rows(file, BadRows(), self.remarks.append), ROWS):
+            head = file.model_copy(update={"limit": min(file.limit or ROWS, ROWS)})
+            for row in read_rows(head, BadRows(), self.remarks.append):
                 self.rows += 1
                 try:
                     found = interpret(row.fields, template)

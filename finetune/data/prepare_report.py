@@ -29,6 +29,7 @@ class FileReport:
     longest, longest_at: tokens of the longest kept row, and where it is.
     reasoning_dropped: trained answers whose reasoning the model's chat template leaves out.
     reasons: trained answers that reason before they say something.
+    pieces: how many more rows there are because long texts were split.
     drawn: rows of the training mix that come from here.
     unused: kept rows that the weights leave out.
     unread: column -> rows in which it has content that nothing reads.
@@ -56,6 +57,7 @@ class FileReport:
     longest_at: str = ""
     reasoning_dropped: int = 0
     reasons: int = 0
+    pieces: int = 0
     drawn: int = 0
     unused: int = 0
     unread: dict[str, int] = field(default_factory=dict)
@@ -94,6 +96,13 @@ class FileReport:
         places = self.unprompted_at.setdefault(lead.why, [])
         if len(places) < NAMED:
             places.append(where)
+
+
+def unprompted_note(why: str, count: int, places: Sequence[str]) -> str:
+    """What to know about rows that no prompt of the model leads to."""
+    more = f" and {count - NAMED:,} more" if count > NAMED else ""
+    rows = "1 row is" if count == 1 else f"{count:,} rows are"
+    return f"{rows} never asked for as trained, at {', '.join(places[:NAMED])}{more}: {why}"
 
 
 def _count(counts: dict[Any, int], key: Any) -> None:
@@ -172,6 +181,8 @@ class PrepareReport:
                 notes.append(f"{file.unused:,} of {file.kept:,} rows of {file.path} are left out by the weights")
         if truncated := sum(file.truncated for file in self.files):
             notes.append(f"{truncated:,} rows cut to data.max_length = {self.max_length:,} tokens")
+        if pieces := sum(file.pieces for file in self.files):
+            notes.append(f"long texts were split at {self.max_length:,} tokens, which makes {pieces:,} more rows")
         notes += self._unread_note() + self._prompt_notes()
         notes += [remark for file in self.files for remark in file.remarks]
         if dropped := sum(file.reasoning_dropped for file in self.files):
@@ -193,11 +204,7 @@ class PrepareReport:
         """Rows that the model's prompt does not lead to, and answers that stand where it would think."""
         notes = []
         for file in self.files:
-            for why, count in file.unprompted.items():
-                places = ", ".join(file.unprompted_at[why])
-                more = f" and {count - NAMED:,} more" if count > NAMED else ""
-                rows = "1 row is" if count == 1 else f"{count:,} rows are"
-                notes.append(f"{rows} never asked for as trained, at {places}{more}: {why}")
+            notes += [unprompted_note(why, count, file.unprompted_at[why]) for why, count in file.unprompted.items()]
         earlier = sum(file.earlier for file in self.files if file.use == "train")
         if earlier and self.loss_on == "assistant":
             rows = "1 row has" if earlier == 1 else f"{earlier:,} rows have"

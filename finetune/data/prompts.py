@@ -61,10 +61,16 @@ class Prompts:
         first = tokens.char_to_token(header)
         assert first is not None
         fitting = [mode for mode, end in ends.items() if self._stands(end, tokens.ids, first)]
+        told = chat.settings.get("enable_thinking")
+        if isinstance(told, bool) and "only" not in ends:
+            fitting = [mode for mode in fitting if mode == ("on" if told else "off")]
         thinks = "on" in ends or "<think>" in ends.get("only", "")
         earlier = sum(answer.trained and not _shows_thinking(text, answer) for answer in answers[:last])
         if not fitting:
-            return Lead(None, _why(ends, text, header, answers[last]), earlier if thinks else 0)
+            why = _why(ends, text, header, answers[last])
+            if isinstance(told, bool) and "only" not in ends:
+                why = f"they say enable_thinking: {str(told).lower()}, and that prompt does not lead to the answer"
+            return Lead(None, why, earlier if thinks else 0)
         return Lead("off" if "off" in fitting else fitting[0], earlier=earlier if thinks else 0)
 
     def _rendered(self, chat: Conversation, at: int, before: str) -> dict[Mode, str]:

@@ -117,16 +117,16 @@ def _parts(file: DataFile, bad: BadRows, say: Say) -> Iterator[tuple[str, Found]
     if is_address(file.path):
         if not can_be_read(file.path.partition("?")[0]):
             raise DataError(_unknown_format(file.path.partition("?")[0]))
-        yield file.path, _fetched(file.path, bad, say)
+        yield file.path, _fetched(file.path, bad, say, file.limit)
     elif is_saved(file.path):
         yield file.path, read_saved(path, file.split, file.path, _rejecter(bad, file.path))
     elif path.is_dir() or is_pattern(file.path):
         names = files_of(file.path)
         if not names:
             raise DataError(_nothing_to_read(file.path))
-        yield from ((name, _read(name, bad, say)) for name in names)
+        yield from ((name, _read(name, bad, say, file.limit)) for name in names)
     elif path.is_file():
-        yield file.path, _read(file.path, bad, say)
+        yield file.path, _read(file.path, bad, say, file.limit)
     elif path.exists():
         what = "is no regular file"
         raise DataError(Problem(file.path, what, f"name a file that ends in one of {FORMATS}"))
@@ -143,21 +143,21 @@ def _rejecter(bad: BadRows, source: str) -> Reject:
     return reject
 
 
-def _read(source: str, bad: BadRows, say: Say) -> Found:
+def _read(source: str, bad: BadRows, say: Say, head: int | None) -> Found:
     if not can_be_read(source):
         raise DataError(_unknown_format(source))
-    return _rows_of(DataPath(Path(source), packing_of(source)), source, bad, say)
+    return _rows_of(DataPath(Path(source), packing_of(source)), source, bad, say, head)
 
 
-def _fetched(address: str, bad: BadRows, say: Say) -> Found:
+def _fetched(address: str, bad: BadRows, say: Say, head: int | None) -> Found:
     with on_disk(address) as path:
-        yield from _rows_of(path, str(path.path), bad, say)
+        yield from _rows_of(path, str(path.path), bad, say, head)
 
 
-def _rows_of(path: DataPath, source: str, bad: BadRows, say: Say) -> Found:
+def _rows_of(path: DataPath, source: str, bad: BadRows, say: Say, head: int | None) -> Found:
     suffix, reject = suffix_of(str(path.path)), _rejecter(bad, source)
     if suffix in JSON_READERS:
-        return JSON_READERS[suffix](path, source, reject, say)
+        return JSON_READERS[suffix](path, source, reject, say, head)
     return READERS[suffix](path, source, reject)
 
 

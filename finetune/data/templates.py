@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,6 +68,16 @@ class Template(Section):
     def companion(self, name: str) -> str | None:
         """The column of something that may stand beside the chat; None where the template itself reads it."""
         return None if name in (*self.needs, *self.knows) else self.column(name)
+
+    @cached_property
+    def companions(self) -> dict[str, str]:
+        """What may stand beside the chat -> its column."""
+        return {name: column for name in COMPANIONS if (column := self.companion(name))}
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """The columns that the template itself reads."""
+        return frozenset(self.column(name) for name in (*self.needs, *self.knows))
 
     @property
     def needs(self) -> Names:
@@ -286,6 +296,8 @@ def with_columns(template: DataTemplate, columns: DataColumns | None) -> DataTem
             *(Problem(f"data.columns.{name}", f"is not read by template {template.name}", hint) for name in unread)
         )
     made = template.model_copy(update=changed)
+    for cached in ("companions", "columns"):
+        made.__dict__.pop(cached, None)
     made._columns = dict(given)
     return made
 

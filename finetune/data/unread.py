@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from finetune.data.conversation import Conversation, Passage
-from finetune.data.templates import COMPANIONS, CompletionTemplate, DataTemplate, MessagesTemplate
+from finetune.data.templates import CompletionTemplate, DataTemplate, MessagesTemplate
 from finetune.errors import Problem
 
 Fields = dict[str, Any]
@@ -23,10 +24,12 @@ def unread_columns(
     found: what `template` made of the row.  chat_template: the model's own, which may read documents and the like;
     None takes it to read everything.
     """
-    read = {template.column(name) for name in (*template.needs, *template.knows)}
-    if isinstance(found, Conversation):
-        read |= {column for name in COMPANIONS if (column := template.companion(name))}
-    unread = [name for name, value in fields.items() if name not in read and _has_content(value)]
+    beside = template.companions.values() if isinstance(found, Conversation) else ()
+    unread = [
+        name
+        for name, value in fields.items()
+        if name not in template.columns and name not in beside and _has_content(value)
+    ]
     if isinstance(found, Conversation) and chat_template is not None:
         unread += _told_in_vain(found, template, chat_template)
     return unread
@@ -40,7 +43,7 @@ def unread_problem(source: str, unread: Mapping[str, int]) -> Problem:
 
 def _told_in_vain(chat: Conversation, template: DataTemplate, chat_template: str) -> list[str]:
     """What the model's chat template is told and does not mention."""
-    column = template.companion("chat_template_kwargs")
+    column = template.companions.get("chat_template_kwargs")
     unread = [
         name if name in ("documents", "enable_thinking") else f"{column}.{name}"
         for name, value in chat.settings.items()
@@ -61,6 +64,7 @@ def _told_in_vain(chat: Conversation, template: DataTemplate, chat_template: str
     return unread + [f"{place}[].{key}" for key in sorted(keys) if not mentions(chat_template, key)]
 
 
+@lru_cache(1024)
 def mentions(chat_template: str, name: str) -> bool:
     """Whether a chat template has a variable, key or attribute of that name."""
     return re.search(rf"\b{re.escape(name)}\b", chat_template) is not None

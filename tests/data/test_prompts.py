@@ -59,6 +59,15 @@ def test_rows_without_reasoning_do_not_fit_a_model_that_always_thinks(reported):
     assert "give them reasoning_content, or train a model that answers without" in note
 
 
+def test_a_row_may_say_how_it_is_asked_for(reported):
+    told = [PLAIN | {"enable_thinking": thinking} for thinking in (None, False, True)]
+    report = reported(told)
+    assert report.files[0].modes == {"off": 2, "on": 1}
+    report = reported([REASONED | {"enable_thinking": False}, PLAIN])
+    assert report.files[0].modes == {"off": 1}
+    assert any("they say enable_thinking: false" in note for note in report.notes())
+
+
 def test_white_space_that_joins_the_prompt_is_told(reported):
     report = reported([answered("\n\nb")], "qwen3_instruct_2507")
     (note,) = [note for note in report.notes() if "never asked" in note]

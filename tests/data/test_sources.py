@@ -76,6 +76,24 @@ def test_plain_text_is_one_row_a_file(tmp_path, tiny_tokenizer):
         prepare(section(tmp_path), tiny_tokenizer, seed=0)
 
 
+def test_long_texts_can_be_split(tmp_path, tiny_tokenizer):
+    text = "one two three four five six seven eight nine ten " * 5
+    (tmp_path / "a.txt").write_text(text)
+    whole = [*tiny_tokenizer(text)["input_ids"], tiny_tokenizer.eos_token_id]
+    for length in (8, 50, len(whole) - 1, len(whole), len(whole) + 1):
+        data = section(tmp_path, template="text", max_length=max(length, 8), over_long="split", shuffle=False)
+        prepared = prepare(data, tiny_tokenizer, seed=0)
+        pieces = prepared.train["input_ids"]
+        assert [token for piece in pieces for token in piece] == whole
+        assert all(1 < len(piece) <= length for piece in pieces)
+        assert all(labels == [-100, *ids[1:]] for ids, labels in zip(pieces, prepared.train["labels"], strict=True))
+        report = prepared.report.files[0]
+        assert (report.read, report.kept) == (1, len(pieces))
+        assert any("were split" in note for note in prepared.report.notes()) is (len(pieces) > 1)
+    with pytest.raises(DataError, match="for plain text to split"):
+        prepare(section(tmp_path, template="text", max_length=8), tiny_tokenizer, seed=0)
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_addresses_are_read_where_fsspec_can(suffix):
     with fsspec.open(f"memory://rows.jsonl{suffix}", "wb", compression="gzip" if suffix else None) as file:
