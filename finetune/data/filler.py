@@ -3,16 +3,19 @@
 A column of objects has one set of keys for all rows; what a row lacks becomes null. Inside such a column the two
 cannot be told apart, so its nulls go. JSON text has the nulls that were written. Lines of JSON can be either: they are
 a table's where a null stands in the place of a JSON schema, where a call has a null for a parameter that its tool
-does not have, or where calls of different tools all have the same keys.
+does not have, or where objects that differ all have the same keys: calls of different tools, or messages of different
+roles together with calls whose nulls their tool does not allow.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 from finetune.data.json_text import structured
+from finetune.data.templates import ROLES
 
 Clean = Callable[[Any], Any]
 FOR_WHICH = 10_000
@@ -86,42 +89,78 @@ def sign_of_a_table(rows: Iterable[Any]) -> str | None:
 
     rows: those that may hold calls or schemas with nulls, as they were parsed.
     """
-    keys_by_tool: dict[str, set[frozenset[str]]] = {}
-    nulls = 0
-    for count, row in enumerate(rows):
-        if count == FOR_WHICH:
-            break
-        tools = {name: schema for name, schema in _tools(row) if isinstance(schema, dict)}
+    signs = _Signs()
+    for row in islice(rows, FOR_WHICH):
+        if (sure := signs.add(row)) is not None:
+            return sure
+    return signs.taken_together()
+
+
+class _Signs:
+    """What rows have in common when a table wrote them."""
+
+    def __init__(self) -> None:
+        self._tools: set[str] = set()
+        self._argument_keys: set[tuple[str, ...]] = set()
+        self._message_keys: set[tuple[str, ...]] = set()
+        self._nulls = self._nulls_not_allowed = self._nulls_beside = False
+
+    def add(self, row: Any) -> str | None:
+        """Look at a row; what in it only a table can have written."""
+        objects = list(_objects(row))
+        tools = {found["name"]: found["parameters"] for found in objects if _is_tool(found)}
         for name, schema in tools.items():
             if (place := _null_schema(schema)) is not None:
                 return f"tool {name!r} has null where the schema of {place!r} should be"
-        for name, arguments in _calls(row):
-            empty = {key for key, value in arguments.items() if value is None}
-            nulls += bool(empty)
-            declared = (tools.get(name) or {}).get("properties")
-            if isinstance(declared, dict) and (strange := sorted(empty - declared.keys())):
-                return f"a call of {name!r} has null for {strange[0]!r}, which is no parameter of it"
-            keys_by_tool.setdefault(name, set()).add(frozenset(arguments))
-    distinct = {keys for sets in keys_by_tool.values() for keys in sets}
-    if nulls and len(keys_by_tool) > 1 and len(distinct) == 1:
-        return f"calls of {len(keys_by_tool)} tools all have the same keys"
-    return None
+        for found in objects:
+            if isinstance(found.get("name"), str) and isinstance(found.get("arguments"), dict):
+                if (sure := self._add_call(found["name"], found["arguments"], tools)) is not None:
+                    return sure
+            elif isinstance(role := found.get("role", found.get("from")), str):
+                self._message_keys.add(tuple(found))
+                self._nulls_beside |= ROLES.get(role) != "assistant" and None in found.values()
+        return None
+
+    def _add_call(self, name: str, arguments: dict[str, Any], tools: dict[str, Any]) -> str | None:
+        empty = [key for key, value in arguments.items() if value is None]
+        declared = (tools.get(name) or {}).get("properties")
+        if isinstance(declared, dict) and (strange := [key for key in empty if key not in declared]):
+            return f"a call of {name!r} has null for {strange[0]!r}, which is no parameter of it"
+        self._tools.add(name)
+        self._argument_keys.add(tuple(arguments))
+        self._nulls |= bool(empty)
+        self._nulls_not_allowed |= any(not isinstance(declared, dict) or not _may_be_null(declared[k]) for k in empty)
+        return None
+
+    def taken_together(self) -> str | None:
+        """What no row shows alone: objects that differ have the same keys."""
+        if not self._nulls or len(self._argument_keys) != 1:
+            return None
+        if len(self._tools) > 1:
+            return f"calls of {len(self._tools)} tools all have the same keys"
+        if self._nulls_not_allowed and self._nulls_beside and len(self._message_keys) == 1:
+            return "all messages have the same keys, and so have all calls, with nulls that the tool does not allow"
+        return None
 
 
-def _tools(row: Any) -> Iterable[tuple[str, Any]]:
-    """Name and parameters of each tool anywhere in a row; JSON text is not looked into."""
-    for found in _objects(row):
-        if isinstance(found.get("name"), str) and "parameters" in found:
-            yield found["name"], found["parameters"]
+def _is_tool(found: dict[str, Any]) -> bool:
+    """Whether an object is a tool; JSON text is not looked into."""
+    return isinstance(found.get("name"), str) and isinstance(found.get("parameters"), dict)
 
 
-def _calls(row: Any) -> Iterable[tuple[str, dict[str, Any]]]:
-    for found in _objects(row):
-        if isinstance(found.get("name"), str) and isinstance(found.get("arguments"), dict):
-            yield found["name"], found["arguments"]
+def _may_be_null(schema: Any) -> bool:
+    """Whether a parameter's schema allows null."""
+    if not isinstance(schema, dict) or ("default" in schema and schema["default"] is None) or schema.get("nullable"):
+        return True
+    kinds = schema.get("type")
+    if kinds is None:
+        choices = [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]
+        return not choices or any(map(_may_be_null, choices))
+    return kinds == "null" or (isinstance(kinds, list) and "null" in kinds) or None in (schema.get("enum") or ())
 
 
 def _objects(value: Any) -> Iterable[dict[str, Any]]:
+    """Every object in a row."""
     waiting = [value]
     while waiting:
         value = waiting.pop()

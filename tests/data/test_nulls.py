@@ -43,7 +43,29 @@ FILLED = {
         {"messages": [call("calc", {"city": None, "expr": "1"})]},
     ],
 }
+SEARCH = tool("search", {"q": TEXT, "limit": {"type": "integer"}})
+
+
+def searches(*calls, tools=(SEARCH,)):
+    """Rows as a table writes them: all messages have the same keys."""
+    rows = []
+    for arguments in calls:
+        asked = {"role": "user", "content": "x", "tool_calls": None}
+        rows.append({"messages": [asked, call("search", arguments)], "tools": list(tools)})
+    return rows
+
+
+FILLED["calls of one tool, in messages that all have the same keys"] = searches(
+    {"q": "a", "limit": None}, {"q": "b", "limit": 5}
+)
+FILLED["the same without a tool that says what it allows"] = searches(
+    {"q": "a", "limit": None}, {"q": "b", "limit": 5}, tools=()
+)
 WRITTEN = {
+    "a null that the tool allows": searches(
+        {"q": "a", "limit": None}, tools=[tool("search", {"q": TEXT, "limit": {"anyOf": [TEXT, {"type": "null"}]}})]
+    ),
+    "calls of one tool that have other keys": searches({"q": "a", "limit": None}, {"q": "b"}),
     "a parameter that may be null": [REAL],
     "one tool": [{"messages": [call("set", {"id": 7, "end": None})]}, {"messages": [call("set", {"id": 1, "end": 2})]}],
     "keys that come and go": [
@@ -64,12 +86,12 @@ def read(path):
 @pytest.mark.parametrize("name", FILLED)
 def test_filler_in_lines_of_json_is_left_out_and_told(name, suffix, tmp_path):
     path = tmp_path / f"rows.{suffix}"
-    plain = [{"messages": [{"role": "user", "content": None}], "system": None}]
+    plain = [{"messages": [{"role": "user", "content": "hi", "tool_calls": None}], "system": None}]
     rows = [*plain, *FILLED[name]]
     path.write_text(json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
     found, said = read(path)
     assert "null" not in json.dumps(found).replace('"system": null', "")
-    assert found[0] == {"messages": [{"role": "user"}], "system": None}
+    assert found[0] == {"messages": [{"role": "user", "content": "hi"}], "system": None}
     assert len(said) == 1
     assert "taken for filler" in said[0]
 
