@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
+from finetune.cli.format_options import FORMAT_NAMES, format_list, takes_format_options
 from finetune.cli.options import (
     AdapterPath,
     AdapterPaths,
     AsJson,
     BasePath,
-    BaseWeights,
+    Onto,
     Shares,
     WeightType,
-    parse_base_weights,
-    parse_dtype,
     parse_shares,
 )
 from finetune.cli.printing import open_console, print_json
+from finetune.formats.registry import make_format
 
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model folder, or a hub name")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
-    scheme: Annotated[str, typer.Option("--scheme", help="nf4 or fp8")] = "nf4",
-    block: Annotated[int | None, typer.Option("--block", help="weights that share a scale (nf4): 64 or 128")] = None,
+    scheme: Annotated[Literal["nf4", "fp8"], typer.Option("--scheme", help="storage of the weights")] = "nf4",
+    block: Annotated[
+        Literal[64, 128] | None, typer.Option("--block", help="weights that share a scale (nf4); 64 by default")
+    ] = None,
     attention: Annotated[bool | None, typer.Option(help="linear layers of attention and dense MLPs (nf4)")] = None,
     experts: Annotated[bool, typer.Option(help="the experts")] = True,
     double: Annotated[bool, typer.Option(help="the scales too (nf4)")] = True,
@@ -35,9 +37,10 @@ def quantize(
 ) -> None:
     """Pack a model once; QLoRA runs load it in seconds."""
     from finetune import pipeline
-    from finetune.export.show import size_text
+    from finetune.config.schema import QuantizeSection
+    from finetune.io.sizes import size_text
 
-    settings: Any = {"scheme": scheme, "attention": attention, "experts": experts, "block": block, "double": double}
+    settings = QuantizeSection(scheme=scheme, attention=attention, experts=experts, block=block, double=double)
     console = open_console(stderr=as_json)
     packed = pipeline.quantize(model, output, settings, revision=revision, console=console)
     size = sum(file.stat().st_size for file in output.iterdir())
@@ -53,7 +56,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
     weights: Shares = None,
-    base_weights: BaseWeights = "original",
+    onto: Onto = "original",
     dtype: WeightType = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a merge that was killed")] = False,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="prove the result afterwards")] = True,
@@ -62,16 +65,22 @@ def merge(
     """Merge adapters into their base model, and prove it."""
     from finetune import pipeline
 
-    progress = open_console(stderr=True)
-    settings: dict[str, Any] = {
-        "base": base,
-        "weights": parse_shares(weights),
-        "base_weights": parse_base_weights(base_weights),
-    }
-    report = pipeline.merge(adapters, output, **settings, dtype=parse_dtype(dtype), resume=resume, console=progress)
+    shares = parse_shares(weights)
+    report = pipeline.merge(
+        adapters,
+        output,
+        base=base,
+        weights=shares,
+        dtype=dtype,
+        onto=onto,
+        resume=resume,
+        console=open_console(stderr=True),
+    )
     if not as_json:
         open_console().print(report)
-    proof = pipeline.verify(adapters, output, **settings) if check else None
+    proof = None
+    if check:
+        proof = pipeline.verify(adapters, output, base=base, weights=shares, onto=onto)
     if as_json:
         print_json({**report.to_dict(), "verify": proof and proof.to_dict()})
     elif proof:
@@ -86,62 +95,47 @@ def verify(
     base: BasePath = None,
     weights: Shares = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="text to compare on; may be repeated")] = None,
-    base_weights: BaseWeights = "original",
+    onto: Onto = "original",
     as_json: AsJson = False,
 ) -> None:
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
-    settings: dict[str, Any] = {"weights": parse_shares(weights), "base_weights": parse_base_weights(base_weights)}
-    report = pipeline.verify(adapters, merged, base=base, prompts=prompts or None, **settings)
+    report = pipeline.verify(
+        adapters, merged, base=base, weights=parse_shares(weights), onto=onto, prompts=prompts or None
+    )
     if as_json:
         print_json(report.to_dict())
     else:
         open_console().print(report)
 
 
+def _list_formats(asked: bool) -> None:
+    if asked:
+        typer.echo(format_list())
+        raise typer.Exit
+
+
+@takes_format_options
 def export(
     source: Annotated[
         str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="an adapter, or a model such as merge made")
     ],
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            help="adapters: peft, peft-per-expert, vllm, sglang, gguf-lora; models: gguf, fp8, fp8-ct, int4, gptq, "
-            "awq, hf",
-        ),
-    ],
+    to: Annotated[str, typer.Option("--to", help=FORMAT_NAMES)],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
-    dtype: WeightType = None,
-    gguf_type: Annotated[
-        str, typer.Option("--type", help="gguf: F32, F16, BF16, Q8_0, Q4_0, Q6_K, Q5_K_M ...")
-    ] = "F16",
-    shard_gb: Annotated[float, typer.Option("--shard-gb", help="size of a file at most, in 10^9 bytes")] = 4.0,
-    group: Annotated[int, typer.Option("--group", min=8, help="int4, gptq, awq: weights per scale")] = 128,
-    data: Annotated[list[str] | None, typer.Option("--data", help="gptq, awq: file with rows to fit to")] = None,
-    template: Annotated[str, typer.Option("--template", help="gptq, awq: data template of the files")] = "chat",
-    blocks: Annotated[int, typer.Option("--calibration-blocks", min=1, help="gptq, awq: blocks of tokens")] = 128,
-    length: Annotated[int, typer.Option("--calibration-length", min=8, help="gptq, awq: tokens of a block")] = 512,
-    steps: Annotated[int, typer.Option("--calibration-steps", min=0, help="gptq, awq: search steps per layer")] = 200,
-    thinking: Annotated[
-        bool | None,
-        typer.Option("--thinking/--no-thinking", help="what it was trained for, where no run wrote it down"),
-    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an export that was killed")] = False,
     as_json: AsJson = False,
+    formats: Annotated[
+        bool, typer.Option("--list", callback=_list_formats, is_eager=True, help="print the formats and exit")
+    ] = False,
+    **options: object,
 ) -> None:
     """Write an adapter or a model as another program reads it."""
     from finetune import pipeline
-    from finetune.export.calibrated import Calibration
-    from finetune.export.model_export import ModelOptions
 
-    kept: Any = parse_dtype(dtype)
-    calibration = Calibration(tuple(data or ()), template, blocks, length, steps)
-    options = ModelOptions(gguf_type, kept, int(shard_gb * 1e9), group, thinking, calibration)
-    console = open_console(stderr=True)
-    report = pipeline.export(source, output, to, base=base, options=options, resume=resume, console=console)
+    made = make_format(to, {name: value for name, value in options.items() if value is not None})
+    report = pipeline.export(source, output, made, base=base, resume=resume, console=open_console(stderr=True))
     if as_json:
         print_json(report.to_dict())
     else:
@@ -152,8 +146,8 @@ def import_adapter(
     adapter: AdapterPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     packing: Annotated[
-        str | None,
-        typer.Option("--packing", help="peft, peft-0.18, expert-major or expert-major-0.18; where the file is silent"),
+        Literal["peft", "peft-0.18", "expert-major", "expert-major-0.18"] | None,
+        typer.Option("--packing", help="how experts are packed; where the file is silent"),
     ] = None,
     base: BasePath = None,
     as_json: AsJson = False,

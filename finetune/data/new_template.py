@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.data.templates import template_folder, template_names
+from finetune.config.data_templates import template_folder, template_names
 from finetune.errors import Problem, UserError
 
 HEAD = """# {name}: a data template. Save it as {name}.yaml and name it in the recipe: data.template: {name}.yaml

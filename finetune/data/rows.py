@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from finetune.data.data_path import DAMAGED, DataPath, on_disk
 from finetune.data.json_file import Reject, read_json, read_jsonl
 from finetune.data.table_file import read_arrow, read_csv, read_hub, read_parquet, read_saved
 from finetune.data.text_file import read_text
+from finetune.diagnostics.advice import did_you_mean
 from finetune.errors import DataError, Problem
 
 Say = Callable[[str], None]
@@ -184,7 +184,5 @@ def _missing(path: Path) -> Problem:
     if not folder.is_dir():
         return Problem(str(path), "does not exist", f"there is no folder {str(folder)!r} in {str(Path.cwd())!r}")
     names = sorted(item.name for item in folder.iterdir() if can_be_read(item.name) and item.is_file())
-    close = difflib.get_close_matches(path.name, names, n=1)
-    if close:
-        return Problem(str(path), "does not exist", f"did you mean {str(folder / close[0])!r}?")
-    return Problem(str(path), "does not exist", f"paths are relative to {str(Path.cwd())!r}")
+    hint = did_you_mean(path.name, names, folder) or f"paths are relative to {str(Path.cwd())!r}"
+    return Problem(str(path), "does not exist", hint)

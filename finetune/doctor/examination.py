@@ -1,21 +1,22 @@
-"""The whole of `finetune doctor`: the machine, the libraries, the parts that run, and what a recipe lacks."""
+"""The whole of `finetune doctor`: the machine, the libraries, what runs, and what a recipe lacks."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from finetune.architecture.shape import find_model_shape
-from finetune.config.packed_folder import settled
+from finetune.config.packed_folder import resolve_packed
 from finetune.config.schema import Recipe
 from finetune.config.summary import summarize
 from finetune.doctor import libraries, machine
-from finetune.doctor.choices import parts
-from finetune.doctor.parts import Job
+from finetune.doctor.choices import components
+from finetune.doctor.component import Job
 from finetune.errors import Problem
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -27,17 +28,17 @@ def examine(recipe: Recipe | None = None) -> dict[str, Any]:
     """Facts that `json.dumps` takes.
 
     ok: whether everything that would run is right and, with a recipe, whether the machine has what it needs.
-    runs: a `Part` each. lacks: what the machine has not got for the recipe, each with a hint.
+    runs: a `Component` each. lacks: what the machine has not got for the recipe, each with a hint.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with _quiet():
-        found = parts(Job(device) if recipe is None else job_of(settled(recipe), device))
+        found = components(Job(device) if recipe is None else job_of(resolve_packed(recipe), device))
     here = machine.describe()
     facts: dict[str, Any] = {
-        "ok": all(part.fault is None for part in found),
+        "ok": all(component.fault is None for component in found),
         "machine": here,
         "libraries": libraries.describe(),
-        "runs": [part.to_dict() for part in found],
+        "runs": [component.to_dict() for component in found],
         "caches": machine.caches(),
     }
     if recipe is not None:
@@ -54,13 +55,19 @@ def examine(recipe: Recipe | None = None) -> dict[str, Any]:
 def job_of(recipe: Recipe, device: torch.device) -> Job:
     """A recipe's widths, where its config.json is here, and its settings."""
     shape, train = find_model_shape(recipe.model.path), recipe.train
-    settings: Any = {"backend": train.expert_backend, "attention": recipe.model.attention_implementation}
-    settings |= {"optimizer": train.optimizer, "compile": train.compile, "dtypes": (TYPES[train.precision],)}
-    settings["rank"] = recipe.adapter.rank_of_experts if recipe.adapter.experts else recipe.adapter.rank
-    if shape is not None:
-        settings |= {"hidden": shape.hidden, "head_dim": shape.head_dim}
-        settings |= {"intermediate": shape.expert_intermediate} if shape.expert_intermediate else {}
-    return Job(device, **settings)
+    job = Job(
+        device,
+        dtypes=(TYPES[train.precision],),
+        rank=recipe.adapter.rank_of_experts if recipe.adapter.experts else recipe.adapter.rank,
+        backend=train.expert_backend,
+        attention=recipe.model.attention_implementation,
+        optimizer=train.optimizer,
+        compile=train.compile,
+    )
+    if shape is None:
+        return job
+    intermediate = shape.expert_intermediate or job.intermediate
+    return replace(job, hidden=shape.hidden, intermediate=intermediate, head_dim=shape.head_dim)
 
 
 def lacking(recipe: Recipe, summary: dict[str, Any], here: dict[str, Any]) -> list[Problem]:

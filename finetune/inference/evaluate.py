@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from finetune.adapters.attach import frozen_text, load
-from finetune.adapters.frozen import BaseWeights
+from finetune.adapters.frozen import LoadedWeights
 from finetune.config.schema import DataFile
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.encode import Encoded, Encoder, Encoding
@@ -84,7 +84,7 @@ def evaluate(
     limit: int | None = None,
     dtype: torch.dtype | None = None,
     base: str | Path | None = None,
-    base_weights: BaseWeights = "packed",
+    base_weights: LoadedWeights = "packed",
 ) -> EvalReport:
     """Score a model folder or an adapter folder on files of rows.
 

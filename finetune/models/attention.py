@@ -9,20 +9,18 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import Problem, UserError
+from finetune.models.hf_types import PreTrainedModel
 from finetune.models.packed_attention import packed_attention
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PACKED = "packed"
 LAYOUT = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""What tells the documents of a packed row, by the names that transformers' models and TRL's collator have for it."""
+"""Where the documents of a packed row begin, by the names that transformers' models and TRL's collator have for it."""
 
 _PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -91,7 +89,7 @@ def why_masked(config: Any, device: torch.device, dtype: torch.dtype, *, trainin
 
 
 def prepare_packed_rows(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, which from here on tells its layers what of a packed row they have to know, once a forward.
+    """`model`, whose layers get from here on what they need of a packed row, made once a forward.
 
     Without it `packed` is as right, but transformers builds the mask that nobody looks at.
     """

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,12 +15,10 @@ from finetune.architecture.registry import find_family, is_moe, unknown_family
 from finetune.architecture.shape import shape_of
 from finetune.config.model_files import embedding_problem
 from finetune.config.rope import RopeScaling, rescaled
-from finetune.errors import ModelError, Problem
+from finetune.errors import ModelError, Problem, first_of
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_model(
@@ -127,17 +125,9 @@ def stored_dtype(path: str | Path, *, revision: str | None = None) -> torch.dtyp
     config = read_config(path, revision)
     family = find_family(config)
     inner = config if family is None else family.text_config(config)
-    name = next((told for each in (config, inner) for key in ("dtype", "torch_dtype") if (told := each.get(key))), None)
+    name = next((name for each in (config, inner) for key in ("dtype", "torch_dtype") if (name := each.get(key))), None)
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def transformers_version() -> str:
-    """Version of transformers that builds the models."""
-    import transformers
-
-    version: str = transformers.__version__
-    return version
 
 
 def run_device() -> torch.device:
@@ -197,9 +187,7 @@ def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
     for kind, what in kinds.items():
         names = sorted(key if isinstance(key, str) else key[0] for key in info.get(kind) or ())
         names = [name for name in names if kind != "unexpected_keys" or ".layers." in name]
-        problems += [Problem(f"{path}: {name}", what, hint) for name in names[:_MOST_NAMES]]
-        if len(names) > _MOST_NAMES:
-            problems.append(Problem(str(path), f"{len(names) - _MOST_NAMES} more weights like these", hint))
+        problems += first_of([Problem(f"{path}: {name}", what, hint) for name in names], _MOST_NAMES, str(path))
     if problems:
         raise ModelError(*problems)
 

@@ -1,19 +1,17 @@
-"""A live model without its weights, for those who bring them part by part."""
+"""A live model without its weights, for those who bring them one by one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from finetune.architecture.registry import is_moe
 from finetune.config.rope import RopeScaling
 from finetune.models.attention import prepare_packed_rows, transformers_name
+from finetune.models.hf_types import PreTrainedModel
 from finetune.models.loading import as_model_error, scale_positions_
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def skeleton(

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from finetune.errors import FinetuneError
+
+T = TypeVar("T")
 
 
 def processes() -> PartialState:
@@ -21,8 +29,32 @@ def is_main_process() -> bool:
     return bool(processes().is_main_process)
 
 
-def part() -> None:
-    """Wait for the other processes and leave them: one that ends without now and then dies of its open connections."""
+def on_main_process(work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, in every process; an error of it is raised in every process."""
+    state = processes()
+    if state.num_processes == 1:
+        return work()
+    found: list[T | FinetuneError | None] = [None]
+    if is_main_process():
+        try:
+            found = [work()]
+        except FinetuneError as error:
+            found = [error]
+    broadcast_object_list(found)
+    (answer,) = found
+    if isinstance(answer, FinetuneError):
+        raise answer
+    return answer  # type: ignore[return-value]
+
+
+def gathered(value: T) -> list[T]:
+    """The value of every process, by rank."""
+    found: list[T] = gather_object([value])
+    return found
+
+
+def end_process_group() -> None:
+    """A barrier, then the process group is destroyed: a process that exits without may die of its open connections."""
     if (state := processes()).num_processes > 1:
         state.wait_for_everyone()
         state.destroy_process_group()

@@ -22,12 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from finetune.kernels.triton import (
-    borders,
     down_back,
     factor_grads,
     fp8,
     gate_up,
     log_probs,
+    lora_padding,
     nf4,
     project,
     routing,
@@ -47,8 +47,8 @@ POINTERS = {"bfloat16": BF16, "float16": "*fp16", "float32": FP32}
 OPTIONS = ("num_warps", "num_stages")
 
 
-def _shape(shape: shapes.Shape, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    constants = shapes.fitted(shape, dtype).gate_up.constants
+def _shape(shape: shapes.Shape, dtype: torch.dtype, rank: int) -> tuple[dict[str, int], dict[str, int]]:
+    constants = shapes.fitted(shape, dtype, rank).gate_up.constants
     experts = E if shape.programs else 0
     constants |= {"EVEN": True, "WHOLE": True, "E": experts, "E2": experts}
     return {k: v for k, v in constants.items() if k not in OPTIONS}, {k: constants[k] for k in OPTIONS}
@@ -115,8 +115,8 @@ def cases(rank: int, dtype_name: str, arch: int = 90, *, quick: bool = False) ->
             dict.fromkeys(("stride_gate_up", "stride_d_h", "stride_d_gate_up", "stride_weighted_h", "width"), I), {},
         ),
         "copy_factor": (
-            borders.copy_factor, {"factor_ptr": FP32, "slot_ptr": I64, "border_ptr": real},
-            {"R": rank, "R2": tiles.padded_rank(rank), "N": borders.COLUMNS},
+            lora_padding.copy_factor, {"factor_ptr": FP32, "slot_ptr": I64, "padding_ptr": real},
+            {"R": rank, "R2": tiles.padded_rank(rank), "N": lora_padding.COLUMNS},
             {"stride_x": rank * H, "stride_r": H, "stride_n": 1, "stride_e": (2 * I + 16) * (H + 16),
              "stride_br": H + 16, "stride_bn": 1, "width": H}, {"num_warps": 4},
         ),
@@ -141,7 +141,7 @@ def cases(rank: int, dtype_name: str, arch: int = 90, *, quick: bool = False) ->
     pointers = {"index_ptr": I32, "w_ptr": real, **factor, **TILES}
     for name, candidates in pickable(arch, dtype, rank, quick=quick).items():
         for candidate in candidates:
-            shape, options = _shape(candidate, dtype)
+            shape, options = _shape(candidate, dtype, rank)
             kernel, own, constants, sizes = _products(real, rank)[name]
             found[f"{name}: {candidate}"] = (kernel, pointers | own, low_rank | shape | constants, sizes, options)
     return found
