@@ -84,10 +84,11 @@ class Run:
 def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared, PreTrainedTokenizerBase]:
     """Rows of the recipe as tokens and loss masks, and the tokenizer they were made with."""
     from finetune.data.dataset import prepare as prepare_data
-    from finetune.models.loading import load_tokenizer
+    from finetune.models.loading import check_embeddings, load_tokenizer
 
     section = recipe.model
     tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    check_embeddings(tokenizer, section.path, revision=section.revision)
     with rows_read(console or Console(stderr=True)) as progress:
         return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress), tokenizer
 
@@ -204,7 +205,9 @@ def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: boo
     progress_line = TrainingProgress(console)
     train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
-        save_adapter(adapted, folder.adapter, thinking=prepared.report.trains_reasoning)
+        told = save_adapter(adapted, folder.adapter, thinking=prepared.report.thinking, ends=prepared.report.ends)
+        for note in told:
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     return Run(folder.path, summarize(folder, adapted))
 
 

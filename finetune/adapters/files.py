@@ -35,6 +35,7 @@ __all__ = [
     "LoraTensors",
     "LowRankDelta",
     "WeightDelta",
+    "ends_of",
     "pack_a",
     "pack_b",
     "read_sidecar",
@@ -154,6 +155,12 @@ def _refuse_others(path: Path) -> None:
     if (path / "config.json").exists():
         what = "is a packed model, not an adapter" if read_packed_settings(path) else "is a model, not an adapter"
         raise AdapterError(Problem(str(path), what, "give the adapter that was trained on it, such as RUN/adapter"))
+
+
+def ends_of(sidecar: dict[str, Any]) -> tuple[int, ...]:
+    """Tokens that a sidecar names as the ends that training taught."""
+    found = sidecar.get("ends")
+    return tuple(end for end in found if type(end) is int and end >= 0) if isinstance(found, list) else ()
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any] | None:

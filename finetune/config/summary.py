@@ -128,6 +128,7 @@ def _experts(recipe: Recipe) -> dict[str, Any]:
 
 def _files(files: tuple[DataFile, ...]) -> list[dict[str, Any]]:
     """Each file with its share of the mix; null where that follows from the number of its rows."""
+    files = tuple(file for file in files if not file.skip)
     total = sum(file.weight or 0.0 for file in files)
     return [{"path": file.path, "share": file.weight / total if file.weight else None} for file in files]
 
