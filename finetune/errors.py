@@ -110,6 +110,12 @@ class TrainingError(RunError):
     """Training cannot go on, or would go on wrongly."""
 
 
+class StoppedError(RunError):
+    """Training was asked to stop and can be continued. Exit code 143, the system's for SIGTERM."""
+
+    exit_code = 143
+
+
 class ExportError(RunError):
     """What another program wrote for an export is not what was asked for."""
 

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
+from finetune.data.blanks import with_blanks
 from finetune.data.packing import packed
 from finetune.kernels.prepare import prepare_experts, tune_experts
 from finetune.kernels.tiles import Load
@@ -25,6 +26,8 @@ from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, Gra
 from finetune.training.checkpointing import checkpoint_layers_
 from finetune.training.checkpoints import newest_complete, step_of
 from finetune.training.compiled import compile_layers_
+from finetune.training.interruptions import StopOnSigterm, lost_processes_named
+from finetune.training.order import missing_rows
 from finetune.training.processes import is_main_process, processes
 from finetune.training.reselection import Reselection
 from finetune.training.router_losses import RouterLosses
@@ -76,12 +79,15 @@ def train_sft(
     resume: continue from the newest complete checkpoint, bit for bit as if never interrupted.
     progress: shows the run as it goes.
     Raises AdapterError when that checkpoint was taken with another expert plan or rank, TrainingError when a group
-    of adapters gets no gradient or the loss is not finite.
+    of adapters gets no gradient, the loss is not finite or another process is gone, StoppedError after SIGTERM.
     """
     began_s = time.perf_counter()
     arguments = sft_arguments(recipe, folder.checkpoints)
     train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
+    if blanks := missing_rows(len(train), recipe.train.batch_size):
+        train = with_blanks(train, blanks)
     trainer = StepTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
+    trainer.blanks = blanks
     trainer.remove_callback(PrinterCallback)
     with processes().local_main_process_first(), trainer.accelerator.autocast():  # others read what one compiled
         _prepare_experts(model, recipe, progress)
@@ -113,9 +119,13 @@ def train_sft(
             seed = recipe.train.seed
             trainer.add_callback(Reselection(model, section, metrics, seed=seed, checkpoint=checkpoint))
         trainer.add_callback(Checkpoints(folder.checkpoints, recipe.train.save_every, recipe.train.keep))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        stop = StopOnSigterm()
+        trainer.add_callback(stop)
+        with stop.listening(), lost_processes_named(folder.path):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
+    stop.check(folder.path)
 
 
 def _prepare_experts(model: PeftModel, recipe: Recipe, progress: Progress) -> None:

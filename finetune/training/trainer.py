@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
+from finetune.training.order import BlanksLast
 from finetune.training.router_losses import Batch, RouterLosses, RouterLossLog
 
 
@@ -20,10 +21,20 @@ class StepTrainer(SFTTrainer):
     router: RouterLosses | None = None
     """Losses to add to the trainer's own; none when None."""
 
+    blanks = 0
+    """Rows at the end of the training rows that carry no loss."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.router_log = RouterLossLog()
         self._new_tokens: Tensor | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """That of transformers, or one that takes blank rows last."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not self.blanks:
+            return super()._get_train_sampler(train_dataset)
+        return BlanksLast(len(rows) - self.blanks, self.blanks, self.args.data_seed)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of one optimizer step, which the losses are means over."""
