@@ -139,6 +139,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.config.packed_folder import settled
     from finetune.models.attention import check_attention, explain_attention
     from finetune.models.live import refuse_packed_rows
+    from finetune.models.text_model import text_config
     from finetune.quant.load import check_source
     from finetune.report.routing_table import render_choice
     from finetune.routing.expert_files import ExpertFiles
@@ -168,7 +169,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_table(target_table(adapted)))
         attention = explain_attention(
-            recipe.model.attention_implementation, model.config, model.device, _compute_dtype(recipe)
+            recipe.model.attention_implementation, text_config(model), model.device, _compute_dtype(recipe)
         )
         console.print(f"attention: {attention}", highlight=False)
     rows = Rows(prepared.train, prepared.eval)

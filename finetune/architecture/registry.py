@@ -10,6 +10,7 @@ from finetune.architecture.olmoe import OLMOE
 from finetune.architecture.qwen3 import QWEN3, QWEN3_MOE
 from finetune.architecture.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from finetune.architecture.qwen3_next import QWEN3_NEXT
+from finetune.architecture.qwen3_vl_moe import QWEN3_OMNI_MOE, QWEN3_VL_MOE
 from finetune.errors import ModelError, Problem
 
 FAMILIES = {
@@ -20,6 +21,8 @@ FAMILIES = {
         QWEN3_NEXT,
         QWEN3_5,
         QWEN3_5_MOE,
+        QWEN3_VL_MOE,
+        QWEN3_OMNI_MOE,
         MIXTRAL,
         OLMOE,
     )

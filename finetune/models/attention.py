@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from finetune.errors import Problem, UserError
 from finetune.models.packed_attention import packed_attention
+from finetune.models.text_model import text_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,8 +96,8 @@ def prepare_packed_rows(model: PreTrainedModel) -> PreTrainedModel:
 
     Without it `packed` is as right, but transformers builds the mask that nobody looks at.
     """
-    if model.config._attn_implementation == PACKED:
-        decoder: Any = model.model
+    decoder: Any = text_model(model)[1]
+    if decoder.config._attn_implementation == PACKED:
         decoder.register_forward_pre_hook(_prepare, with_kwargs=True)
     return model
 
