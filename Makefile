@@ -21,8 +21,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed ## train, merge and verify the embedded model (a few minutes, no GPU, no download)
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/installed ## run the test suite
-	@$(BIN)/python -m pytest
+test: $(VENV)/installed ## run the test suite, a process for each core
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/installed ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check .

@@ -55,15 +55,13 @@ def main(overrides: list[str]) -> int:
     merged = accuracy(MERGED)
 
     console.rule("5/5 verify that merged = base + adapter")
-    proof = ft.verify(run.adapter, MERGED)
-    console.print(proof)
+    console.print(ft.verify(run.adapter, MERGED))
 
     seconds = time.perf_counter() - started_s
     console.print()
     console.print(result_table([before, after, merged]))
     experts, share = run.summary.get("trained_experts", "all"), run.summary["trainable_share"]
     console.print(f"trainable share           {share:.1%} of all parameters, with adapters on {experts} experts")
-    console.print(f"merged = base + adapter   yes: {proof.headline()}", soft_wrap=True)
     console.print(f"seconds in all            {seconds:.0f}, of which training {run.summary['seconds']:.0f}")
     console.print(f"run                       {run.path}")
     console.print(f"adapter                   {run.adapter}")

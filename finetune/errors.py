@@ -8,6 +8,7 @@ Every error carries one or more `Problem`s and prints as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +44,24 @@ def shorten(value: Any, limit: int = 80) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
+def first_of(
+    problems: Sequence[Problem],
+    limit: int,
+    where: str,
+    *,
+    total: int | None = None,
+    kind: str = "like these",
+    hint: str | None = None,
+) -> list[Problem]:
+    """The first `limit` problems, and one at `where` that counts the rest.
+
+    total: how many there are, when `problems` are only some of them.  kind, hint: of the rest; as the last one shown.
+    """
+    shown = list(problems[:limit])
+    more = (len(problems) if total is None else total) - len(shown)
+    return [*shown, Problem(where, f"and {more:,} more {kind}", hint or shown[-1].hint)] if more else shown
+
+
 class FinetuneError(Exception):
     """Root of the tree. `exit_code` is what the command line returns."""
 
@@ -72,7 +91,7 @@ class DataError(UserError):
 
 
 class ModelError(UserError):
-    """A model folder or checkpoint is missing, truncated or not a Qwen3."""
+    """A model folder or checkpoint is missing, truncated or of no known family."""
 
 
 class RoutingError(UserError):

@@ -17,16 +17,22 @@ from finetune.report.progress import TrainingProgress, bytes_done, rows_done, ro
 from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    import torch
+
+    from finetune.adapters.frozen import BaseWeights as LoadedWeights
     from finetune.data.dataset import Prepared
     from finetune.export.adapter_export import ExportReport
     from finetune.export.base_weights import BaseWeights
-    from finetune.export.import_adapter import ImportReport
+    from finetune.export.import_adapter import ImportReport, Packing
     from finetune.export.merge import MergeReport
     from finetune.export.model_export import ModelOptions
     from finetune.export.verify import VerifyReport
     from finetune.inference.evaluate import EvalReport
     from finetune.models.generation import Generation
+    from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
     from finetune.routing.profile import RoutingProfile
+
+DtypeName = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Run:
         return plot_loss(RunFolder(self.path).read_metrics(), title=self.path.name)
 
 
-def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared, Any]:
+def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared, PreTrainedTokenizerBase]:
     """Rows of the recipe as tokens and loss masks, and the tokenizer they were made with."""
     from finetune.data.dataset import prepare as prepare_data
     from finetune.models.loading import load_tokenizer
@@ -162,14 +168,21 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         refuse_packed_rows(model)
     with rows_done(console, "profiling") as advance:
         choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
-    trains: Any = {"expert_mode": recipe.experts.mode, "router": recipe.router.train}
-    adapted = attach(model, recipe.adapter, choice.plan, seed=recipe.train.seed, **trains)
+    adapted = attach(
+        model,
+        recipe.adapter,
+        choice.plan,
+        seed=recipe.train.seed,
+        expert_mode=recipe.experts.mode,
+        router=recipe.router.train,
+    )
     if is_main_process():
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_table(target_table(adapted)))
+        precision = _torch_dtype(recipe.train.precision)
         attention = explain_attention(
-            recipe.model.attention_implementation, text_config(model), model.device, _compute_dtype(recipe)
+            recipe.model.attention_implementation, text_config(model), model.device, precision or model.dtype
         )
         console.print(f"attention: {attention}", highlight=False)
     rows = Rows(prepared.train, prepared.eval)
@@ -186,7 +199,7 @@ def merge(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
-    dtype: Any = None,
+    dtype: DtypeName | None = None,
     base_weights: BaseWeights = "original",
     resume: bool = False,
     console: Console | None = None,
@@ -201,8 +214,16 @@ def merge(
     from finetune.export.merge import merge as merge_weights
 
     with bytes_done(console or Console(stderr=True), "merging") as progress:
-        settings: dict[str, Any] = {"base": base, "weights": weights, "base_weights": base_weights}
-        return merge_weights(adapter, output, **settings, dtype=dtype, resume=resume, progress=progress)
+        return merge_weights(
+            adapter,
+            output,
+            base=base,
+            weights=weights,
+            dtype=dtype,
+            base_weights=base_weights,
+            resume=resume,
+            progress=progress,
+        )
 
 
 def verify(
@@ -220,8 +241,7 @@ def verify(
     """
     from finetune.export.verify import verify as verify_weights
 
-    settings: Any = {"weights": weights, "base_weights": base_weights}
-    return verify_weights(adapter, merged, base=base, prompts=prompts, **settings)
+    return verify_weights(adapter, merged, base=base, weights=weights, prompts=prompts, base_weights=base_weights)
 
 
 def export(
@@ -255,8 +275,16 @@ def export(
         raise UserError(*problems)
     with bytes_done(console or Console(stderr=True), "exporting") as progress:
         if to in ADAPTER_FORMATS:
-            settings: Any = {"dtype": options.dtype, "thinking": options.thinking, "resume": resume}
-            return export_adapter(source, output, to, base=base, progress=progress, **settings)
+            return export_adapter(
+                source,
+                output,
+                to,
+                base=base,
+                dtype=options.dtype,
+                thinking=options.thinking,
+                resume=resume,
+                progress=progress,
+            )
         if (Path(source) / ADAPTER_CONFIG).is_file():
             hint = f"merge it first: finetune merge {source} --output MERGED, then export MERGED"
             raise UserError(Problem(str(source), f"is an adapter, and --to {to} writes whole models", hint))
@@ -264,7 +292,7 @@ def export(
 
 
 def import_adapter(
-    adapter: str | Path, output: str | Path, *, packing: Any = None, base: str | Path | None = None
+    adapter: str | Path, output: str | Path, *, packing: Packing | None = None, base: str | Path | None = None
 ) -> ImportReport:
     """Write an adapter made elsewhere as PEFT 0.19 and later have it; `packing` where its file does not tell."""
     from finetune.export.import_adapter import import_adapter as write_imported
@@ -306,9 +334,9 @@ def evaluate(
     template: str = "chat",
     by: str | None = None,
     limit: int | None = None,
-    dtype: str | None = None,
+    dtype: DtypeName | None = None,
     base: str | Path | None = None,
-    base_weights: Literal["packed", "original"] = "packed",
+    base_weights: LoadedWeights = "packed",
 ) -> EvalReport:
     """Exact match and loss of a model or an adapter on files of rows.
 
@@ -316,8 +344,16 @@ def evaluate(
     """
     from finetune.inference.evaluate import evaluate as evaluate_rows
 
-    frozen: Any = {"dtype": _torch_dtype(dtype), "base": base, "base_weights": base_weights}
-    return evaluate_rows(path, data, template=template, by=by, limit=limit, **frozen)
+    return evaluate_rows(
+        path,
+        data,
+        template=template,
+        by=by,
+        limit=limit,
+        dtype=_torch_dtype(dtype),
+        base=base,
+        base_weights=base_weights,
+    )
 
 
 def chat(
@@ -326,9 +362,9 @@ def chat(
     prompt: str | None = None,
     *,
     system: str | None = None,
-    dtype: str | None = None,
+    dtype: DtypeName | None = None,
     base: str | Path | None = None,
-    base_weights: Literal["packed", "original"] = "packed",
+    base_weights: LoadedWeights = "packed",
     console: Console,
 ) -> None:
     """One reply to `prompt`, or a conversation when there is none. base, base_weights: of an adapter, as for `load`."""
@@ -341,7 +377,7 @@ def chat(
     converse(model, tokenizer, generation, prompt, system, console)
 
 
-def _load_frozen(recipe: Recipe, console: Console, device: Any = None) -> Any:
+def _load_frozen(recipe: Recipe, console: Console, device: torch.device | None = None) -> PreTrainedModel:
     """The model of a recipe as it is before adapters, where it will run when `device` is None."""
     import torch
 
@@ -349,25 +385,23 @@ def _load_frozen(recipe: Recipe, console: Console, device: Any = None) -> Any:
     from finetune.quant.load import load_frozen
 
     section = recipe.model
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, section.dtype),
-        "revision": section.revision,
-        "attention_implementation": section.attention_implementation,
-        "trust_remote_code": section.trust_remote_code,
-        "rope_scaling": None if section.rope_scaling is None else section.rope_scaling.as_config,
-    }
     with bytes_done(console, "loading") as progress:
-        model = load_frozen(section.path, recipe.quantize, **options, device=device, progress=progress)
+        model = load_frozen(
+            section.path,
+            recipe.quantize,
+            dtype=getattr(torch, section.dtype),
+            revision=section.revision,
+            attention_implementation=section.attention_implementation,
+            trust_remote_code=section.trust_remote_code,
+            rope_scaling=None if section.rope_scaling is None else section.rope_scaling.as_config,
+            device=device,
+            progress=progress,
+        )
     prepare_experts(model, recipe.train.expert_backend)
     return model
 
 
-def _compute_dtype(recipe: Recipe) -> Any:
-    """The type that products of a run are made in."""
-    return _torch_dtype(recipe.train.precision)
-
-
-def _torch_dtype(name: str | None) -> Any:
+def _torch_dtype(name: DtypeName | None) -> torch.dtype | None:
     import torch
 
-    return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    return None if name is None else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]

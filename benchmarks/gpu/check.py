@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.gpu.layers import Case, Forward, Shape, ours, ours_packed, step
 from benchmarks.gpu.packed import SCHEMES
 from finetune.kernels import device_op, reference, self_check
-from finetune.kernels.blocks import make_room_
+from finetune.kernels.blocks import pad_bank_
 from finetune.kernels.layer import all_weights
 from finetune.kernels.self_check import TOLERANCE
 from finetune.kernels.support import decodes_on
@@ -27,10 +27,10 @@ NAMES = ("x", "weights", "A1", "B1", "A2", "B2")
 def faults(shape: Shape, products: list[str], device: torch.device) -> list[str]:
     """What is wrong, in words; empty when all is right."""
     found = []
-    for name, room, rank in product(products, (0, shape.rank), (1, 5, shape.rank, 64)):
-        case = self_check.Case(name, device, shape.dtype, shape.hidden, shape.intermediate, rank, rank, room)
+    for name, padding, rank in product(products, (0, shape.rank), (1, 5, shape.rank, 64)):
+        case = self_check.Case(name, device, shape.dtype, shape.hidden, shape.intermediate, rank, rank, padding)
         if fault := self_check.fault(case):
-            found.append(f"{name}, room {room}, rank {rank}: {fault}")
+            found.append(f"{name}, padding {padding}, rank {rank}: {fault}")
     for name, tokens in product(products, TOKENS):
         found += [f"{name}, {tokens} tokens: {fault}" for fault in _against_reference(shape, name, tokens, device)]
     for scheme in SCHEMES:
@@ -48,7 +48,7 @@ def faults(shape: Shape, products: list[str], device: torch.device) -> list[str]
 def _ways_that_stay(shape: Shape, products: list[str], device: torch.device) -> dict[str, Callable[[Case], Forward]]:
     """What should not wait for the host: products unless torch's do, and packed experts where Triton decodes them."""
     products = [name for name in products if name == "triton" or not _grouped_mm_waits(shape, device)]
-    ways = {name: partial(ours, products=name, room=name != "triton") for name in products}
+    ways = {name: partial(ours, products=name, padding=name != "triton") for name in products}
     if decodes_on(device, shape.dtype):
         ways |= {f"{n}, {s}": partial(ours_packed, products=n, scheme=s) for n, s in product(products, SCHEMES)}
     return ways
@@ -71,9 +71,9 @@ def _against_reference(shape: Shape, products: str, tokens: int, device: torch.d
     layer = case.layer(case.banks)
     want = gradients(case, lambda: reference.expert_mlp(case.x, case.index, case.weights, layer))
     found = []
-    for room in (False, True):
-        got = gradients(case, ours(case, products, room=room))
-        found += [f"{fault} ({'blocks' if room else 'no room'})" for fault in differences(shape, got, want)]
+    for padding in (False, True):
+        got = gradients(case, ours(case, products, padding=padding))
+        found += [f"{fault} ({'blocks' if padding else 'no padding'})" for fault in differences(shape, got, want)]
     return found
 
 
@@ -105,7 +105,7 @@ def _against_decoded(shape: Shape, products: str, scheme: Scheme, tokens: int, d
     banks = [nn.Parameter(all_weights(stack, shape.dtype), requires_grad=False) for stack in stacks]
     for bank in banks:
         if products != "triton":  # they decode packed weights into block matrices
-            make_room_(bank, shape.rank)
+            pad_bank_(bank, shape.rank)
     mlp = partial(device_op.expert_mlp, case.x, case.index, case.weights)
     got, want = (gradients(case, partial(mlp, case.layer(held), False, products)) for held in (stacks, banks))
     return [f"gradient of {name} differs" for name, a, b in zip(NAMES, got, want, strict=True) if not torch.equal(a, b)]

@@ -12,7 +12,7 @@ from torch.nn.functional import grouped_mm, silu
 
 from benchmarks.gpu.packed import random_stack
 from finetune.kernels import device_op
-from finetune.kernels.blocks import make_room_
+from finetune.kernels.blocks import pad_bank_
 from finetune.kernels.layer import ExpertLayer, Factors, Stack
 from finetune.quant.experts import PackedProjection, Scheme
 
@@ -81,13 +81,13 @@ class Case:
 Forward = Callable[[], Tensor]
 
 
-def ours(case: Case, products: str, *, room: bool, adapted: bool = True) -> Forward:
+def ours(case: Case, products: str, *, padding: bool, adapted: bool = True) -> Forward:
     """Our layer on one set of products."""
     banks: list[Any] = case.banks
-    if room:
+    if padding:
         banks = [nn.Parameter(bank.clone(), requires_grad=False) for bank in case.banks]
         for bank in banks:
-            make_room_(bank, case.shape.rank)
+            pad_bank_(bank, case.shape.rank)
     layer = case.layer(banks, adapted=adapted)
     return lambda: device_op.expert_mlp(case.x, case.index, case.weights, layer, False, products)
 
@@ -162,11 +162,11 @@ WAYS: dict[str, Callable[[Case], Forward]] = {
     "frozen (transformers)": frozen,
     "stock PEFT": stock,
     "separated LoRA": separated,
-    "ours, triton": lambda case: ours(case, "triton", room=False),
-    "ours, hybrid in blocks": lambda case: ours(case, "hybrid", room=True),
-    "ours, grouped in blocks": lambda case: ours(case, "grouped", room=True),
-    "ours, grouped": lambda case: ours(case, "grouped", room=False),
-    "ours, triton, no adapter": lambda case: ours(case, "triton", room=False, adapted=False),
+    "ours, triton": lambda case: ours(case, "triton", padding=False),
+    "ours, hybrid in blocks": lambda case: ours(case, "hybrid", padding=True),
+    "ours, grouped in blocks": lambda case: ours(case, "grouped", padding=True),
+    "ours, grouped": lambda case: ours(case, "grouped", padding=False),
+    "ours, triton, no adapter": lambda case: ours(case, "triton", padding=False, adapted=False),
     "ours, triton, NF4": lambda case: ours_packed(case, "triton", "nf4"),
     "ours, triton, FP8": lambda case: ours_packed(case, "triton", "fp8"),
     "ours, hybrid in blocks, NF4": lambda case: ours_packed(case, "hybrid", "nf4"),

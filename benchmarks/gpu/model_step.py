@@ -14,6 +14,7 @@ from benchmarks.gpu.packed import random_stack
 from benchmarks.gpu.timing import GIB, seconds
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.expert_lora import LoraExperts
+from finetune.adapters.hosting import with_our_layers
 from finetune.kernels.log_probs import log_probs
 from finetune.kernels.prepare import prepare_experts
 from finetune.models.attention import prepare_packed_rows, transformers_name
@@ -78,7 +79,7 @@ def adapt(model: Any, rank: int) -> Any:
         r=rank, lora_alpha=2 * rank, target_modules=[*ATTENTION, "experts"],
         expert_targets=("gate_up_proj", "down_proj"), task_type="CAUSAL_LM",
     )  # fmt: skip
-    adapted = get_peft_model(model, lora)
+    adapted = get_peft_model(model, with_our_layers(lora))
     adapted.config.use_cache = False
     return adapted.train()
 

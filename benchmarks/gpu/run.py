@@ -104,7 +104,7 @@ def tile_rows(shape: Shape, tokens: int, device: torch.device) -> list[dict[str,
     from finetune.kernels.triton import shapes, tuning
 
     case = Case(shape, tokens, device)
-    forward = layers.ours(case, "triton", room=False)
+    forward = layers.ours(case, "triton", padding=False)
     want = check.gradients(case, forward)
     workload = tile_workload(shape, device)
     shipped = shapes.shapes_for(tokens * shape.top_k, workload)

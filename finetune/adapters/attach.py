@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -15,22 +15,21 @@ from finetune.adapters.agreement import check_consumed, check_same_plan
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
 from finetune.adapters.frozen import BaseWeights, choose_base, frozen_text, refuse_to_merge_packed
+from finetune.adapters.hosting import with_our_layers
 from finetune.adapters.stock_config import ADAPTER_CONFIG
-from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_section
+from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_adapter
 from finetune.config.rope import has_scaling
 from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.kernels.prepare import prepare_experts
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.files import finished_folder
+from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.models.loading import load_tokenizer
 from finetune.models.text_model import text_config
 from finetune.quant.linear import known_to_peft
 from finetune.quant.load import load_frozen
 from finetune.routing.plan import ExpertPlan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["attach", "check_same_plan", "frozen_text", "load", "load_adapter", "save_adapter"]
 
@@ -58,9 +57,9 @@ def attach(
     loss is computed stays its `output_router_logits` (off by default).
     Raises AdapterError with every setting that is wrong and every target that matches nothing.
     """
-    config = lora_config(model, parse_section(adapter), experts, expert_mode, router)
+    config = lora_config(model, parse_adapter(adapter), experts, expert_mode, router)
     with _seeded(seed), _quiet(), known_to_peft(model):
-        return refuse_to_merge_packed(get_peft_model(model, config))
+        return refuse_to_merge_packed(get_peft_model(model, with_our_layers(config)))
 
 
 def save_adapter(model: PeftModel, path: str | Path, *, thinking: bool | None = None) -> None:
@@ -93,7 +92,7 @@ def load_adapter(
     """
     files = AdapterFiles.open(path)
     _check_positions(model, files)
-    config = ExpertLoraConfig.load(path)
+    config = with_our_layers(ExpertLoraConfig.load(path))
     config.inference_mode = not trainable
     if trainable:
         config.quantize, config.packed_in = getattr(model, "packed_as", None), getattr(model, "packed_in", None)
@@ -134,8 +133,14 @@ def load(
         return model, load_tokenizer(path)
     files = AdapterFiles.open(path)
     chosen = choose_base(files, base, base_weights, dtype)
-    options: Any = {"revision": chosen.revision, "device": device, "rope_scaling": files.rope_scaling}
-    model = load_frozen(chosen.path, chosen.section, dtype=dtype, **options)
+    model = load_frozen(
+        chosen.path,
+        chosen.section,
+        dtype=dtype,
+        revision=chosen.revision,
+        rope_scaling=files.rope_scaling,
+        device=device,
+    )
     known = files.base_fingerprint
     if known is not None and known != base_fingerprint(Checkpoint.open(find_checkpoint(chosen.path, chosen.revision))):
         hint = "put the original base back; or load a model yourself and use load_adapter to run on another base"

@@ -26,9 +26,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from finetune.adapters.expert_lora import LoraExperts
 from finetune.adapters.files import FORMAT_VERSION, SIDECAR, read_sidecar
-from finetune.adapters.router_lora import LoraRouter
 from finetune.adapters.stock_config import ADAPTER_CONFIG, WHOLE_EXPERTS, read_json_object
 from finetune.architecture.names import (
     EXPERT_PROJECTIONS,
@@ -41,7 +39,6 @@ from finetune.architecture.names import (
 )
 from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
-from finetune.models.live import PackedBank, bank_classes, router_classes
 from finetune.routing.plan import ExpertPlan
 
 _BANK_PARAMETER = re.compile(rf"(?:(?P<bank>.*\b{EXPERTS})\.)?(?P<projection>{'|'.join(EXPERT_PROJECTIONS)})")
@@ -105,8 +102,6 @@ class ExpertLoraConfig(LoraConfig):
             raise AdapterError(
                 Problem("init_lora_weights", "is not supported with experts", hint, self.init_lora_weights)
             )
-        banks: dict[type, type] = dict.fromkeys((*bank_classes(), PackedBank), LoraExperts)
-        self._register_custom_module({**banks, **dict.fromkeys(router_classes(), LoraRouter)})
 
     def rank_and_alpha(self, key: str) -> tuple[int, float]:
         """Rank and alpha of a module or bank parameter by its full name, matched as PEFT does."""

@@ -12,14 +12,12 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.delta import Delta
 from finetune.adapters.factor import Factor
 from finetune.errors import AdapterError, Problem
 from finetune.kernels.ops import Deltas, Factors
 from finetune.models.live import PackedBank
-
-if TYPE_CHECKING:
-    from finetune.adapters.config import ExpertLoraConfig
 
 
 class ExpertFactors(nn.Module, LoraLayer):

@@ -11,18 +11,16 @@ With one target alone there is one layer, LoraExperts with that target's factors
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.expert_factors import ExpertFactors
 from finetune.architecture.names import DOWN, GATE_UP
 from finetune.errors import AdapterError, Problem
 from finetune.kernels.ops import Backend, Deltas, Dropout, ExpertLayer, Factors, expert_mlp, prepare
 from finetune.kernels.tiles import Load, tune
-
-if TYPE_CHECKING:
-    from finetune.adapters.config import ExpertLoraConfig
 
 
 class LoraExperts(ExpertFactors):

@@ -12,6 +12,7 @@ from torch import nn
 
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
+from finetune.adapters.hosting import with_our_layers
 from finetune.architecture.names import EXPERT_MATRICES, expert_matrix
 from finetune.errors import AdapterError, Problem
 
@@ -58,7 +59,7 @@ def attach_part(
 def _config(files: AdapterFiles) -> LoraConfig:
     """Ours, or stock PEFT's for an adapter that our live layers do not host (on the router, for one)."""
     try:
-        config: LoraConfig = ExpertLoraConfig.load(files.path)
+        config: LoraConfig = with_our_layers(ExpertLoraConfig.load(files.path))
     except AdapterError:
         config = LoraConfig.from_pretrained(str(files.path))
     config.inference_mode = True

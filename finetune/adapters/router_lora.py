@@ -13,10 +13,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from finetune.adapters.config import ExpertLoraConfig
 from finetune.models.live import route
-
-if TYPE_CHECKING:
-    from finetune.adapters.config import ExpertLoraConfig
 
 
 class LoraRouter(Linear):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import nn
 
 from finetune.adapters.config import ExpertLoraConfig
@@ -26,9 +25,8 @@ from finetune.architecture.names import (
     layer_index,
 )
 from finetune.architecture.registry import FAMILIES, find_family, is_moe
-from finetune.config.findings import NOTHING, Finding, dotted
-from finetune.config.messages import findings_of
-from finetune.config.schema import AdapterSection, Section
+from finetune.config.load import parse_section
+from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.live import expert_modules, num_experts, projection_names, router_layers
@@ -38,29 +36,14 @@ ExpertMode = Literal["lora", "full"]
 Router = Literal["frozen", "lora", "full"]
 
 
-def parse_section(adapter: Any) -> AdapterSection:
+def parse_adapter(adapter: Any) -> AdapterSection:
     """The adapter section of a recipe, also from a dict with its fields. Raises AdapterError with every problem."""
     if isinstance(adapter, AdapterSection):
         return adapter
     if not isinstance(adapter, dict):
         hint = f'give a dict like {{"attention": ["{ATTENTION_PROJECTIONS[0]}"], "rank": 8}}, or recipe.adapter'
         raise AdapterError(Problem("adapter", "must be a dict or an AdapterSection", hint, type(adapter).__name__))
-    tree = {"adapter": adapter}
-    try:
-        return _OnlyAdapter.model_validate(tree).adapter
-    except ValidationError as error:
-        raise AdapterError(*(_problem(finding) for finding in findings_of(error, tree))) from None
-
-
-class _OnlyAdapter(Section):
-    """A recipe with nothing but its adapter section, so that mistakes are told as a recipe's are."""
-
-    adapter: AdapterSection
-
-
-def _problem(finding: Finding) -> Problem:
-    got = {} if finding.got is NOTHING else {"got": finding.got}
-    return Problem(dotted(finding.path), finding.what, finding.hint, **got)
+    return parse_section(AdapterSection, adapter, AdapterError)
 
 
 def lora_config(
@@ -92,24 +75,21 @@ def lora_config(
     if main and experts is not None and experts.max_rank is not None:  # every expert keeps the scale of the section
         ratio = experts.max_rank / rank
         rank, alpha = experts.max_rank, alpha * (ratio**0.5 if section.rslora else ratio)
-    options: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": _whole(alpha),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     routers = [ROUTER] if router != "frozen" else []
     if main and (rank, alpha) != (section.rank, section.alpha):
         # on disk a dense MLP's target is its weight, live it is the module: the pattern matches both
         names = [*attention, *(rf"{target}(\.weight)?" for target in (*mlp, *routers))]
-        options["rank_pattern"] = dict.fromkeys(names, section.rank)
-        options["alpha_pattern"] = dict.fromkeys(names, _whole(section.alpha))
+        ranks, alphas = dict.fromkeys(names, section.rank), dict.fromkeys(names, _whole(section.alpha))
     if router == "full":
-        rank = num_experts(model)
-        options["rank_pattern"][_ROUTER_WEIGHT] = rank
-        options["alpha_pattern"][_ROUTER_WEIGHT] = rank**0.5 if section.rslora else rank  # a scale of 1
+        ranks[_ROUTER_WEIGHT] = num = num_experts(model)
+        alphas[_ROUTER_WEIGHT] = num**0.5 if section.rslora else num  # a scale of 1
     return ExpertLoraConfig(
-        **options,
+        r=rank,
+        lora_alpha=_whole(alpha),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         target_modules=[*attention, *mlp, *bank_targets, *routers],
         exclude_modules=_towers(model),
         lora_dropout=section.dropout,

@@ -12,7 +12,6 @@ import typer
 
 from finetune.cli.answers import chat, evaluate
 from finetune.cli.machine import doctor
-from finetune.cli.options import TakesWeights
 from finetune.cli.routing import experts, profile
 from finetune.cli.runs import check, prepare, report, schema, train
 from finetune.cli.weights import export, import_adapter, merge, quantize, verify
@@ -49,5 +48,5 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     chat,
 )  # fmt: skip
 for _command in _COMMANDS:
-    app.command(cls=TakesWeights if _command in (merge, verify) else None)(_command)
+    app.command()(_command)
 app.command("eval")(evaluate)

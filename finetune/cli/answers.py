@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from finetune.cli.options import AsJson, BasePath, LoadedWeights, ModelPath, WeightType, parse_base_weights, parse_dtype
+from finetune.cli.options import AsJson, BasePath, LoadedWeights, ModelPath, WeightType
 from finetune.cli.printing import open_console, print_json
 
 
@@ -25,10 +25,17 @@ def chat(
     from finetune import pipeline
     from finetune.models.generation import Generation
 
-    generation = Generation(thinking, max_new_tokens, temperature)
-    below = parse_base_weights(base_weights, ("packed", "original"))
-    frozen: Any = {"dtype": parse_dtype(dtype), "base": base, "base_weights": below}
-    pipeline.chat(path, generation, prompt, system=system, **frozen, console=open_console())
+    generation = Generation(thinking=thinking, max_new_tokens=max_new_tokens, temperature=temperature)
+    pipeline.chat(
+        path,
+        generation,
+        prompt,
+        system=system,
+        dtype=dtype,
+        base=base,
+        base_weights=base_weights,
+        console=open_console(),
+    )
 
 
 def evaluate(
@@ -45,9 +52,9 @@ def evaluate(
     """Exact match and loss on files of rows."""
     from finetune import pipeline
 
-    below = parse_base_weights(base_weights, ("packed", "original"))
-    frozen: Any = {"dtype": parse_dtype(dtype), "base": base, "base_weights": below}
-    result = pipeline.evaluate(path, data, template=template, by=by, limit=limit, **frozen)
+    result = pipeline.evaluate(
+        path, data, template=template, by=by, limit=limit, dtype=dtype, base=base, base_weights=base_weights
+    )
     if as_json:
         print_json(result.to_dict())
     else:

@@ -77,10 +77,10 @@ def train(
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; continue with: finetune train {recipe} --resume", err=True)
         raise typer.Exit(130) from None
-    from finetune.training.processes import is_main_process, part
+    from finetune.training.processes import end_process_group, is_main_process
 
     main = is_main_process()
-    part()
+    end_process_group()
     if not main:
         return
     if as_json:

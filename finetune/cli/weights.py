@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,8 +15,6 @@ from finetune.cli.options import (
     BaseWeights,
     Shares,
     WeightType,
-    parse_base_weights,
-    parse_dtype,
     parse_shares,
 )
 from finetune.cli.printing import open_console, print_json
@@ -25,8 +23,10 @@ from finetune.cli.printing import open_console, print_json
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model folder, or a hub name")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
-    scheme: Annotated[str, typer.Option("--scheme", help="nf4 or fp8")] = "nf4",
-    block: Annotated[int | None, typer.Option("--block", help="weights that share a scale (nf4): 64 or 128")] = None,
+    scheme: Annotated[Literal["nf4", "fp8"], typer.Option("--scheme", help="storage of the weights")] = "nf4",
+    block: Annotated[
+        Literal[64, 128] | None, typer.Option("--block", help="weights that share a scale (nf4); 64 by default")
+    ] = None,
     attention: Annotated[bool | None, typer.Option(help="linear layers of attention and dense MLPs (nf4)")] = None,
     experts: Annotated[bool, typer.Option(help="the experts")] = True,
     double: Annotated[bool, typer.Option(help="the scales too (nf4)")] = True,
@@ -35,9 +35,10 @@ def quantize(
 ) -> None:
     """Pack a model once; QLoRA runs load it in seconds."""
     from finetune import pipeline
+    from finetune.config.schema import QuantizeSection
     from finetune.export.show import size_text
 
-    settings: Any = {"scheme": scheme, "attention": attention, "experts": experts, "block": block, "double": double}
+    settings = QuantizeSection(scheme=scheme, attention=attention, experts=experts, block=block, double=double)
     console = open_console(stderr=as_json)
     packed = pipeline.quantize(model, output, settings, revision=revision, console=console)
     size = sum(file.stat().st_size for file in output.iterdir())
@@ -62,16 +63,22 @@ def merge(
     """Merge adapters into their base model, and prove it."""
     from finetune import pipeline
 
-    progress = open_console(stderr=True)
-    settings: dict[str, Any] = {
-        "base": base,
-        "weights": parse_shares(weights),
-        "base_weights": parse_base_weights(base_weights),
-    }
-    report = pipeline.merge(adapters, output, **settings, dtype=parse_dtype(dtype), resume=resume, console=progress)
+    shares = parse_shares(weights)
+    report = pipeline.merge(
+        adapters,
+        output,
+        base=base,
+        weights=shares,
+        dtype=dtype,
+        base_weights=base_weights,
+        resume=resume,
+        console=open_console(stderr=True),
+    )
     if not as_json:
         open_console().print(report)
-    proof = pipeline.verify(adapters, output, **settings) if check else None
+    proof = None
+    if check:
+        proof = pipeline.verify(adapters, output, base=base, weights=shares, base_weights=base_weights)
     if as_json:
         print_json({**report.to_dict(), "verify": proof and proof.to_dict()})
     elif proof:
@@ -92,8 +99,9 @@ def verify(
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
-    settings: dict[str, Any] = {"weights": parse_shares(weights), "base_weights": parse_base_weights(base_weights)}
-    report = pipeline.verify(adapters, merged, base=base, prompts=prompts or None, **settings)
+    report = pipeline.verify(
+        adapters, merged, base=base, weights=parse_shares(weights), base_weights=base_weights, prompts=prompts or None
+    )
     if as_json:
         print_json(report.to_dict())
     else:
@@ -137,9 +145,15 @@ def export(
     from finetune.export.calibrated import Calibration
     from finetune.export.model_export import ModelOptions
 
-    kept: Any = parse_dtype(dtype)
-    calibration = Calibration(tuple(data or ()), template, blocks, length, steps)
-    options = ModelOptions(gguf_type, kept, int(shard_gb * 1e9), group, thinking, calibration)
+    calibration = Calibration(data=tuple(data or ()), template=template, blocks=blocks, length=length, steps=steps)
+    options = ModelOptions(
+        type=gguf_type,
+        dtype=dtype,
+        max_shard_bytes=int(shard_gb * 1e9),
+        group=group,
+        thinking=thinking,
+        calibration=calibration,
+    )
     console = open_console(stderr=True)
     report = pipeline.export(source, output, to, base=base, options=options, resume=resume, console=console)
     if as_json:
@@ -152,8 +166,8 @@ def import_adapter(
     adapter: AdapterPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     packing: Annotated[
-        str | None,
-        typer.Option("--packing", help="peft, peft-0.18, expert-major or expert-major-0.18; where the file is silent"),
+        Literal["peft", "peft-0.18", "expert-major", "expert-major-0.18"] | None,
+        typer.Option("--packing", help="how experts are packed; where the file is silent"),
     ] = None,
     base: BasePath = None,
     as_json: AsJson = False,

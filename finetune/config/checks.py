@@ -6,20 +6,8 @@ from collections.abc import Iterator
 from os.path import normpath
 
 from finetune.architecture.names import EXPERT_PROJECTIONS
-from finetune.config.files import find_in_files
-from finetune.config.findings import FieldPath, Finding, Places
 from finetune.config.schema import QuantizeSection, Recipe
-from finetune.errors import RecipeError
-
-
-def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
-    """Check what one recipe says as a whole, and the local files it names.
-
-    `load_recipe` does this already; recipes made in Python need it. Raises RecipeError with every problem.
-    """
-    findings = [*text_findings(recipe), *find_in_files(recipe)]
-    if findings:
-        raise RecipeError(*Places(source, {}, {}).problems(findings))
+from finetune.diagnostics.findings import FieldPath, Finding
 
 
 def text_findings(recipe: Recipe) -> list[Finding]:

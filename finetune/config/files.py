@@ -10,16 +10,16 @@ from pathlib import Path
 
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
-from finetune.config.advice import close_to, sentence
-from finetune.config.findings import FieldPath, Finding
+from finetune.config.data_templates import template_names
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.values import parameters_in
+from finetune.diagnostics.advice import did_you_mean, sentence
+from finetune.diagnostics.findings import FieldPath, Finding
 from finetune.errors import ModelError
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar")
-TEMPLATE_FOLDERS = (Path(__file__).parents[1] / "data_templates", Path(__file__).parents[2] / "data_templates")
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?:[\w-]|\.(?!\.))*(?:/[A-Za-z0-9](?:[\w-]|\.(?!\.))*)?", re.ASCII)
 
 
@@ -196,18 +196,10 @@ def _template(where: FieldPath, name: str) -> Iterator[Finding]:
         if kind_of(name) != "file":
             yield _missing(where, name, f"templates known by name are {', '.join(known)}")
         return
-    similar = close_to(name, known)
-    advice = f"did you mean {similar}?" if similar else ""
-    hint = sentence(advice, f"known by name are {', '.join(known)}; or give the path of a .yaml file")
+    hint = sentence(
+        did_you_mean(name, known), f"known by name are {', '.join(known)}; or give the path of a .yaml file"
+    )
     yield Finding(where, "is no data template", hint, name)
-
-
-def template_names() -> tuple[str, ...]:
-    """Names of the data templates that come with the package."""
-    for folder in TEMPLATE_FOLDERS:
-        if folder.is_dir():
-            return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
-    return ()
 
 
 def _data_file(where: FieldPath, file: DataFile) -> Iterator[Finding]:
@@ -252,10 +244,9 @@ def _output(recipe: Recipe) -> Iterator[Finding]:
 def _missing(where: FieldPath, path: str, otherwise: str = "", suffixes: Iterable[str] = ()) -> Finding:
     """Nothing is at `path`; the hint names what is beside it."""
     folder = Path(path).parent
-    similar = None
     if kind_of(str(folder)) == "folder":
-        similar = close_to(Path(path).name, _names_in(folder, tuple(suffixes)))
-        advice = f"did you mean {folder / similar}?" if similar else f"{folder} has no such name"
+        similar = did_you_mean(Path(path).name, _names_in(folder, tuple(suffixes)), folder)
+        advice = similar or f"{folder} has no such name"
     else:
         advice = f"there is no folder {folder} in {Path.cwd()}"
     return Finding(where, "does not exist", sentence(advice, otherwise), path)

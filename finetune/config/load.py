@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
 
 from finetune.config.checks import quantize_findings, text_findings
-from finetune.config.document import MAX_BYTES, TOO_LARGE, add_scalars, read_document
 from finetune.config.files import find_in_files
-from finetune.config.findings import Finding, Places
-from finetune.config.messages import findings_of, value_at
-from finetune.config.overrides import apply_overrides
 from finetune.config.packed_folder import settled
-from finetune.config.salvage import Rest, salvage
-from finetune.config.schema import QuantizeSection, Recipe, Section
-from finetune.errors import Problem, RecipeError
+from finetune.config.recipe_document import RECIPE
+from finetune.config.schema import QuantizeSection, Recipe
+from finetune.diagnostics.advice import did_you_mean
+from finetune.diagnostics.document import MAX_BYTES, TOO_LARGE, add_scalars
+from finetune.diagnostics.findings import Finding
+from finetune.diagnostics.parse import parse
+from finetune.diagnostics.parse import parse_section as parse_part
+from finetune.diagnostics.section import Section
+from finetune.errors import Problem, RecipeError, UserError
 
 
 def load_recipe(path: str | Path, *overrides: str, check_files: bool = True) -> Recipe:
@@ -36,23 +36,24 @@ def parse_recipe(text: str, source: str, *overrides: str) -> Recipe:
     return _load(text, source, overrides, check_files=False)
 
 
+S = TypeVar("S", bound=Section)
+
+
+def parse_section(section: type[S], fields: Any, error: type[UserError] = RecipeError) -> S:
+    """A section of a recipe, also from a dict with its fields. Raises `error` with every problem."""
+    (name,) = (name for name, field in Recipe.model_fields.items() if field.annotation is section)
+    return parse_part(section, fields, name, RECIPE, error)
+
+
 def parse_quantize(settings: Any) -> QuantizeSection:
-    """The quantize section of a recipe, also from a dict with its fields. Raises RecipeError with every problem."""
-    places = Places("settings", {}, {})
-    try:
-        section = _OnlyQuantize.model_validate({"quantize": settings}).quantize
-    except ValidationError as error:
-        raise RecipeError(*places.problems(findings_of(error, {"quantize": settings}))) from None
+    """The quantize section of a recipe that packs something. Raises RecipeError with every problem."""
+    section = parse_section(QuantizeSection, settings)
     findings = list(quantize_findings(section))
     if section.scheme == "none" and not findings:
         findings.append(Finding(("quantize", "scheme"), "is none, which packs nothing", "write scheme: nf4, or fp8"))
     if findings:
-        raise RecipeError(*places.problems(findings))
+        raise RecipeError(*(finding.problem() for finding in findings))
     return section
-
-
-class _OnlyQuantize(Section):
-    quantize: QuantizeSection
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -68,34 +69,10 @@ add_scalars(_Dumper)
 
 
 def _load(text: str, source: str, overrides: tuple[str, ...], check_files: bool) -> Recipe:
-    document = read_document(text)
-    if isinstance(document, Finding):
-        raise RecipeError(*Places(source, {}, {}).problems([document]))
-    places = Places(source, document.key_lines, document.value_lines)
-    if not isinstance(document.value, dict):
-        empty = document.value is None and not document.findings
-        what = "is empty" if empty else "must be sections such as model:, data:, output:"
-        problem = Finding((), what, "start from recipes/quickstart.yaml")
-        raise RecipeError(*places.problems([*document.findings, problem]))
+    def check(recipe: Recipe) -> list[Finding]:
+        return [*text_findings(recipe), *(find_in_files(recipe) if check_files else ())]
 
-    tree: dict[str, Any] = document.value
-    findings = [*document.findings, *apply_overrides(tree, overrides, places)]
-    unread = frozenset(finding.path for finding in findings if finding.path)
-    recipe: Recipe | None = None
-    rest: Rest | None
-    try:
-        recipe = Recipe.model_validate(tree)
-        rest = Rest(recipe, unread)
-    except ValidationError as error:
-        told_already = {path for path in unread if value_at(tree, path) is None}
-        findings += [finding for finding in findings_of(error, tree) if finding.path not in told_already]
-        rest = salvage(tree, unread)
-    if rest is not None:
-        told = [*text_findings(rest.recipe), *(find_in_files(rest.recipe) if check_files else ())]
-        findings += [finding for finding in told if rest.still_true(finding)]
-    if findings:
-        raise RecipeError(*places.problems(findings))
-    assert recipe is not None
+    recipe = parse(text, source, RECIPE, overrides, check=check, error=RecipeError)
     return settled(recipe) if check_files else recipe
 
 
@@ -126,8 +103,7 @@ def _unreadable(path: Path, error: Exception) -> Problem:
     if isinstance(error, FileNotFoundError):
         folder = path.parent if path.parent.is_dir() else Path("recipes")
         names = [file.name for file in folder.glob("*.yaml")] if folder.is_dir() else []
-        close = get_close_matches(path.name, names, n=1) or get_close_matches(f"{path.name}.yaml", names, n=1)
-        hint = f"did you mean {folder / close[0]}?" if close else "recipes/ has one recipe per model and hardware"
+        hint = did_you_mean(path.name, names, folder) or "recipes/ has one recipe per model and hardware"
         return Problem(str(path), "does not exist", hint)
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return Problem(str(path), f"cannot be read ({reason})", "name a readable YAML file")

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from finetune.architecture.shape import ModelShape
 from finetune.config.schema import QuantizeSection, Recipe
-from finetune.errors import ModelError, Problem
+from finetune.config.tensor_header import read_header
+from finetune.errors import ModelError, Problem, first_of
 
 QUANT_METHOD = "finetune"
 FORMAT_VERSION = 1
@@ -33,7 +34,6 @@ _CONFIG = "config.json"
 _KEY = "quantization_config"
 _FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 _BYTES = {"U8": 1, "F32": 4}
-_LARGEST_HEADER = 100_000_000
 _SHOWN = 4
 
 Stored = tuple[str, tuple[int, ...]]
@@ -194,7 +194,7 @@ def folder_problems(folder: str | Path, shape: ModelShape, section: QuantizeSect
     folder = Path(folder)
     found, problems = _read_headers(folder)
     if problems:
-        return problems[:_SHOWN]
+        return first_of(problems, _SHOWN, str(folder))
     lacking: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for weights in shape.weights():
         if section.packs(weights.kind):
@@ -213,7 +213,7 @@ def folder_problems(folder: str | Path, shape: ModelShape, section: QuantizeSect
         if count > 0:
             what = f"lacks {count} tensors of {dtype} {list(size)}" + (f", {field}" if field else "")
             problems.append(Problem(str(folder), what, AGAIN))
-    return problems[:_SHOWN]
+    return first_of(problems, _SHOWN, str(folder))
 
 
 _ENDINGS = (".codes", ".scales", ".scale_scales", ".offset")
@@ -230,26 +230,12 @@ def _read_headers(folder: Path) -> tuple[dict[str, Stored], list[Problem]]:
     problems = []
     for shard in shards:
         try:
-            found |= _read_header(folder, shard)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            if Path(shard).name != shard:
+                raise ValueError
+            found |= {name: (info.dtype, info.shape) for name, info in read_header(folder / shard)[0].items()}
+        except (ValueError, TypeError):
             problems.append(Problem(f"{folder}/{shard}", "is missing, cut off or damaged", AGAIN))
     if not problems and set(found) != set(weight_map):
         names = sorted(set(found) ^ set(weight_map))
         problems = [Problem(f"{folder}: {name}", "is not both in the index and in a shard", AGAIN) for name in names]
     return found, problems
-
-
-def _read_header(folder: Path, shard: str) -> dict[str, Stored]:
-    """Raises ValueError when the file does not end where its last tensor does."""
-    if "/" in shard or "\\" in shard:
-        raise ValueError
-    with (folder / shard).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LARGEST_HEADER:
-            raise ValueError
-        header = json.loads(file.read(length))
-        size = file.seek(0, 2) - 8 - length
-    header.pop("__metadata__", None)
-    if size != max((entry["data_offsets"][1] for entry in header.values()), default=0):
-        raise ValueError
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from finetune.architecture.names import (
     ALL,
@@ -23,19 +23,19 @@ from finetune.architecture.names import (
     LinearAttentionProjection,
     MlpProjection,
 )
+from finetune.architecture.registry import FAMILIES
 from finetune.architecture.shape import ModelShape
-from finetune.config.values import (
-    Amount,
+from finetune.config.values import Amount, DropoutRate, as_checkpointing
+from finetune.diagnostics.section import Section
+from finetune.diagnostics.values import (
     Count,
-    DropoutRate,
     Name,
     NonNegative,
+    OneOrMany,
     OpenShare,
     PathName,
     Positive,
     Share,
-    as_checkpointing,
-    as_files,
     as_switch,
     as_tuple,
     no_repeats,
@@ -67,12 +67,6 @@ MlpTargets = Annotated[tuple[MlpProjection, ...], BeforeValidator(as_tuple), Aft
 ExpertTargets = Annotated[tuple[ExpertProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
 
 
-class Section(BaseModel):
-    """Frozen, no unknown keys, no NaN, no silent conversion between types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
 class RopeScalingSection(Section):
     """Positions beyond those a model was made for, in config.json's own words."""
 
@@ -94,10 +88,13 @@ class RopeScalingSection(Section):
         return int(self.factor * self.original_max_position_embeddings)
 
 
+_FAMILIES = ", ".join(family.title for family in FAMILIES.values())
+
+
 class ModelSection(Section):
     """Which frozen model to start from."""
 
-    path: PathName = Field(description="folder of a Qwen3 or Qwen3-MoE checkpoint, or its name on the hub")
+    path: PathName = Field(description=f"folder of a checkpoint, or its name on the hub; of the families {_FAMILIES}")
     revision: Name | None = Field(default=None, description="branch, tag or commit on the hub")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="type the frozen weights are held in"
@@ -355,13 +352,14 @@ class DataFile(Section):
     split: Name = Field(default="train", description="split of a hub data set")
 
 
+DataFiles = Annotated[tuple[DataFile, ...], OneOrMany("path", "a file name, or a list of files")]
+
+
 class DataSection(Section):
     """Rows, how to read them, and how they become token blocks."""
 
-    train: Annotated[tuple[DataFile, ...], BeforeValidator(as_files)] = Field(
-        min_length=1, description="a file, or several with weights"
-    )
-    eval: Annotated[tuple[DataFile, ...], BeforeValidator(as_files)] = Field(default=(), description="held-out files")
+    train: DataFiles = Field(min_length=1, description="a file, or several with weights")
+    eval: DataFiles = Field(default=(), description="held-out files")
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="share of the training rows to hold out when `eval` is empty"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from finetune.errors import Problem
+from finetune.errors import Problem, first_of
 
 SHOWN = 20
 SHOWN_PER_REASON = 5
@@ -69,9 +69,7 @@ class BadRows:
     def listing(self, source: str, *, skipped_too: bool = False) -> list[Problem]:
         """The rows that stop the run: at most `SHOWN` problems, and one that counts the rest."""
         reasons = set(self.reasons) if skipped_too else self._errors
-        shown = [problem for reason, problem in self._problems if reason in reasons][:SHOWN]
-        more = sum(self.reasons[reason] for reason in reasons) - len(shown)
-        if not more:
-            return shown
+        shown = [problem for reason, problem in self._problems if reason in reasons]
         counted = [f"{count:,} x {reason}" for reason, count in self.reasons.most_common() if reason in reasons]
-        return [*shown, Problem(source, f"and {more:,} more bad rows (in all: {', '.join(counted[:5])})", SKIP_HINT)]
+        total, kind = sum(self.reasons[reason] for reason in reasons), f"bad rows (in all: {', '.join(counted[:5])})"
+        return first_of(shown, SHOWN, source, total=total, kind=kind, hint=SKIP_HINT)

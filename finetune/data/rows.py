@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune.config.files import PACKED_SUFFIXES, is_hub_name
 from finetune.config.schema import DataFile
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.json_file import Reject, read_json, read_jsonl
 from finetune.data.table_file import read_csv, read_hub, read_parquet
+from finetune.diagnostics.advice import did_you_mean
 from finetune.errors import DataError, Problem
 
 Reader = Callable[[Path, str, Reject], Iterator[tuple[int, dict[str, Any]]]]
@@ -26,8 +26,6 @@ READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
 }
 FORMATS = ", ".join(READERS)
-PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +89,13 @@ def _open(file: DataFile, reject: Reject) -> Iterator[tuple[int, dict[str, Any]]
     if path.exists():
         what = "is a folder, not a file" if path.is_dir() else "is no regular file"
         raise DataError(Problem(file.path, what, f"name a file that ends in one of {FORMATS}"))
-    if suffix in READERS or suffix in PACKED or not _HUB_NAME.fullmatch(file.path):
+    if suffix in READERS or suffix in PACKED_SUFFIXES or not is_hub_name(file.path):
         raise DataError(_missing(path))
     return read_hub(file.path, file.split, file.path, reject)
 
 
 def _unknown_format(source: str, suffix: str) -> Problem:
-    if suffix in PACKED:
+    if suffix in PACKED_SUFFIXES:
         return Problem(source, "is compressed", f"unpack it first; read are {FORMATS}")
     return Problem(source, "is in an unknown format", f"name it by what it holds: {FORMATS}", suffix)
 
@@ -107,7 +105,5 @@ def _missing(path: Path) -> Problem:
     if not folder.is_dir():
         return Problem(str(path), "does not exist", f"there is no folder {str(folder)!r} in {str(Path.cwd())!r}")
     names = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in READERS and item.is_file())
-    close = difflib.get_close_matches(path.name, names, n=1)
-    if close:
-        return Problem(str(path), "does not exist", f"did you mean {str(folder / close[0])!r}?")
-    return Problem(str(path), "does not exist", f"paths are relative to {str(Path.cwd())!r}")
+    hint = did_you_mean(path.name, names, folder) or f"paths are relative to {str(Path.cwd())!r}"
+    return Problem(str(path), "does not exist", hint)

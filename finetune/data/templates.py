@@ -7,7 +7,6 @@ name; any other is named by its path.
 
 from __future__ import annotations
 
-import difflib
 import json
 from functools import cache
 from pathlib import Path
@@ -17,13 +16,14 @@ from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
-from finetune.config.document import read_document
-from finetune.config.findings import Finding, Places
-from finetune.config.schema import Section
-from finetune.config.values import Name
+from finetune.config.data_templates import template_folder, template_names
+from finetune.diagnostics.advice import did_you_mean
+from finetune.diagnostics.document import read_document
+from finetune.diagnostics.findings import Finding, Places
+from finetune.diagnostics.section import Section
+from finetune.diagnostics.values import Name
 from finetune.errors import DataError, Problem
 
-FOLDERS = (Path(__file__).parents[1] / "data_templates", Path(__file__).parents[2] / "data_templates")
 JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
 
 KINDS = ("messages", "turns", "completion", "text")
@@ -176,23 +176,6 @@ DataTemplate = MessagesTemplate | TurnsTemplate | CompletionTemplate | TextTempl
 _ANY_TEMPLATE: TypeAdapter[DataTemplate] = TypeAdapter(Annotated[DataTemplate, Field(discriminator="kind")])
 
 
-@cache
-def template_folder() -> Path:
-    """Where the templates known by name lie: in the installed package, or beside it in a source checkout."""
-    for folder in FOLDERS:
-        if (folder / "chat.yaml").is_file():
-            return folder
-    raise DataError(
-        Problem("data_templates", "is missing", f"install the package again; looked in {FOLDERS[0].parent}")
-    )
-
-
-@cache
-def template_names() -> Names:
-    """Names of the templates that come with the package."""
-    return tuple(sorted(path.stem for path in template_folder().glob("*.yaml")))
-
-
 def load_template(name: str) -> DataTemplate:
     """The template of that name, or in the file at that path. DataError says what is wrong with it."""
     if name in template_names():
@@ -200,8 +183,7 @@ def load_template(name: str) -> DataTemplate:
     path = Path(name)
     if path.suffix.lower() not in (".yaml", ".yml"):
         known = ", ".join(template_names())
-        close = difflib.get_close_matches(name, template_names(), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {known}; or give the path of a .yaml file"
+        hint = did_you_mean(name, template_names()) or f"known are {known}; or give the path of a .yaml file"
         raise DataError(Problem("data.template", "is no data template", hint, name))
     if not path.is_file():
         known = ", ".join(template_names())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,13 +55,19 @@ def examine(recipe: Recipe | None = None) -> dict[str, Any]:
 def job_of(recipe: Recipe, device: torch.device) -> Job:
     """A recipe's widths, where its config.json is here, and its settings."""
     shape, train = find_model_shape(recipe.model.path), recipe.train
-    settings: Any = {"backend": train.expert_backend, "attention": recipe.model.attention_implementation}
-    settings |= {"optimizer": train.optimizer, "compile": train.compile, "dtypes": (TYPES[train.precision],)}
-    settings["rank"] = recipe.adapter.rank_of_experts if recipe.adapter.experts else recipe.adapter.rank
-    if shape is not None:
-        settings |= {"hidden": shape.hidden, "head_dim": shape.head_dim}
-        settings |= {"intermediate": shape.expert_intermediate} if shape.expert_intermediate else {}
-    return Job(device, **settings)
+    job = Job(
+        device,
+        dtypes=(TYPES[train.precision],),
+        rank=recipe.adapter.rank_of_experts if recipe.adapter.experts else recipe.adapter.rank,
+        backend=train.expert_backend,
+        attention=recipe.model.attention_implementation,
+        optimizer=train.optimizer,
+        compile=train.compile,
+    )
+    if shape is None:
+        return job
+    intermediate = shape.expert_intermediate or job.intermediate
+    return replace(job, hidden=shape.hidden, intermediate=intermediate, head_dim=shape.head_dim)
 
 
 def lacking(recipe: Recipe, summary: dict[str, Any], here: dict[str, Any]) -> list[Problem]:

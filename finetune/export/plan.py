@@ -15,7 +15,7 @@ from finetune.architecture.registry import FAMILIES, find_family, unknown_family
 from finetune.architecture.shape import ModelShape, shape_of
 from finetune.config.packed_folder import PackedSettings
 from finetune.config.rope import RopeScaling, scaled
-from finetune.errors import AdapterError, ModelError, Problem, UserError
+from finetune.errors import AdapterError, ModelError, Problem, UserError, first_of
 from finetune.export.base_weights import BaseWeights, dequantized
 from finetune.models import fp8
 from finetune.models.checkpoint import CONFIG, Checkpoint, base_fingerprint, find_checkpoint
@@ -199,7 +199,7 @@ def _check_fit(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
         elif name == f"{HEAD}.weight" and tied:
             what = f"changes {HEAD}, which is the embedding as well in this model"
             problems.append(Problem(where, what, "untie the two in a copy of the base first"))
-    return _shorten(problems)
+    return first_of(problems, _SHOWN, str(files.path))
 
 
 def _check_experts(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
@@ -222,7 +222,7 @@ def _check_missing(base: Checkpoint, files: AdapterFiles) -> list[Problem]:
         Problem(str(files.file.path), f"has no factors for {name}, which its settings target", hint)
         for name in files.missing(base.tensors)
     ]
-    return _shorten(problems)
+    return first_of(problems, _SHOWN, str(files.path))
 
 
 def _check_identity(base: Checkpoint, files: AdapterFiles, *, chosen: bool) -> tuple[str, ...]:
@@ -248,11 +248,3 @@ def _same_model(recorded: str, path: Path) -> bool:
     if Path(recorded).exists():
         return Path(recorded).resolve() == path.resolve()
     return Path(recorded).name == path.name or f"models--{recorded.replace('/', '--')}" in path.resolve().parts
-
-
-def _shorten(problems: list[Problem]) -> list[Problem]:
-    if len(problems) <= _SHOWN:
-        return problems
-    last = problems[_SHOWN - 1]
-    hint = f"{last.hint} ({len(problems) - _SHOWN} more like this are not shown)"
-    return [*problems[: _SHOWN - 1], replace(last, hint=hint)]

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from finetune.errors import Problem, VerifyError
+from finetune.errors import Problem, VerifyError, first_of
 from finetune.export.base_weights import BaseWeights, packing_of
 from finetune.export.logits_check import LogitAgreement, check_logits
 from finetune.export.plan import Adapters, MergePlan, plan_merge, refuse_packed
@@ -50,13 +50,6 @@ class VerifyReport(Shown):
         """Everything, as plain JSON types."""
         paths = {"merged": str(self.merged), "base": str(self.base), "adapters": [str(path) for path in self.adapters]}
         return {**asdict(self), **paths, "dtypes": list(self.dtypes), "notes": list(self.notes)}
-
-    def headline(self) -> str:
-        """The result in a few words."""
-        weights = f"{self.tensors:,} tensors exact to their dtype"
-        if self.logits is None:
-            return weights
-        return f"{weights}, logits of {len(self.logits.prompts)} prompts within its rounding"
 
     def render(self) -> Group:
         """The agreement of weights and logits, and notes."""
@@ -167,10 +160,7 @@ def _different_settings(base: Checkpoint, merged: Checkpoint) -> list[Problem]:
 
 def _wrong_weights(check: WeightCheck, merged: Checkpoint, hint: str) -> list[Problem]:
     problems = [Problem(f"{merged.path}: {name}", what, hint) for name, what in sorted(check.wrong.items())]
-    if len(problems) <= _SHOWN:
-        return problems
-    rest = Problem(str(merged.path), f"{len(problems) - _SHOWN} more tensors are wrong", hint)
-    return [*problems[:_SHOWN], rest]
+    return first_of(problems, _SHOWN, str(merged.path))
 
 
 def _wrong_logits(logits: LogitAgreement, merged: Checkpoint) -> Problem:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from finetune.kernels.layer import Deltas, ExpertLayer, Factors
-from finetune.kernels.pairs import (
+from finetune.kernels.projection import Projection
+from finetune.kernels.token_blocks import (
     ALIGNED,
     EXACT,
     FEW_SIZES,
@@ -20,7 +21,6 @@ from finetune.kernels.pairs import (
     plan_blocks,
     sort_pairs,
 )
-from finetune.kernels.projection import Projection
 
 BLOCK_VALUES = 2**22
 """Most values, rows times hidden size, computed together, which bounds the memory between saved tensors."""

@@ -1,7 +1,7 @@
-"""Frozen banks with room for their low-rank factors around them, so that one product computes both.
+"""Frozen banks with padding for their low-rank factors around them, so that one product computes both.
 
     W+ = [[ W , scale B ],
-          [ A ,    0    ]]      per expert, (out + room, in + room)
+          [ A ,    0    ]]      per expert, (out + padding, in + padding)
 
 `[x | z] [W | scale B]^T` is the projection with its factors, `[dy | dz] [[W], [A]]` its gradient.
 """
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from finetune.kernels.layer import Stack
 
 RANK_MULTIPLE = 8
-"""Ranks are rounded up to this: rows of 16-bit borders then start at multiples of 16 bytes."""
+"""Ranks are rounded up to this: rows of 16-bit padding then start at multiples of 16 bytes."""
 
-_ROOM = "_finetune_room"
+_PADDING = "_finetune_padding"
 
 
 def rounded_rank(rank: int) -> int:
@@ -25,35 +25,35 @@ def rounded_rank(rank: int) -> int:
 
 
 @torch.no_grad()
-def make_room_(bank_EOI: nn.Parameter, rank: int) -> None:
-    """Move a frozen bank into block matrices with room for factors up to `rank`; its values and shape stay.
+def pad_bank_(bank_EOI: nn.Parameter, rank: int) -> None:
+    """Move a frozen bank into block matrices with padding for factors up to `rank`; its values and shape stay.
 
     Takes the memory of a second copy of this bank while it runs. Moving the bank to another device or type loses the
-    room, and nothing else.
+    padding, and nothing else.
     """
-    if room_of(bank_EOI) >= rank:
+    if padding_of(bank_EOI) >= rank:
         return
-    (num_experts, height, width), room = bank_EOI.shape, rounded_rank(rank)
-    blocks = bank_EOI.new_zeros(num_experts, height + room, width + room)
+    (num_experts, height, width), padding = bank_EOI.shape, rounded_rank(rank)
+    blocks = bank_EOI.new_zeros(num_experts, height + padding, width + padding)
     blocks[:, :height, :width] = bank_EOI
     bank_EOI.data = blocks[:, :height, :width]
-    setattr(bank_EOI, _ROOM, room)
+    setattr(bank_EOI, _PADDING, padding)
 
 
-def room_of(bank_EOI: Stack) -> int:
-    """The rank that fits around a bank, 0 for one that `make_room_` did not lay out."""
+def padding_of(bank_EOI: Stack) -> int:
+    """The rank that fits around a bank, 0 for one that `pad_bank_` did not lay out."""
     if not isinstance(bank_EOI, Tensor):
         return 0
-    room: int = getattr(bank_EOI, _ROOM, 0)
+    padding: int = getattr(bank_EOI, _PADDING, 0)
     _, height, width = bank_EOI.shape
-    in_place = bank_EOI.stride() == ((height + room) * (width + room), width + room, 1)
-    return room if in_place else 0
+    in_place = bank_EOI.stride() == ((height + padding) * (width + padding), width + padding, 1)
+    return padding if in_place else 0
 
 
-def blocks_of(bank_EOI: Tensor, room: int) -> Tensor:
-    """The block matrices around a bank that has `room`, (E, out + room, in + room), in the same memory.
+def blocks_of(bank_EOI: Tensor, padding: int) -> Tensor:
+    """The block matrices around a bank that has `padding`, (E, out + padding, in + padding), in the same memory.
 
-    Writing to their borders does not count as a change of the bank, which autograd may have saved.
+    Writing to their padding does not count as a change of the bank, which autograd may have saved.
     """
     num_experts, height, width = bank_EOI.shape
-    return bank_EOI.data.as_strided((num_experts, height + room, width + room), bank_EOI.stride())
+    return bank_EOI.data.as_strided((num_experts, height + padding, width + padding), bank_EOI.stride())

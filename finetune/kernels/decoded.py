@@ -26,12 +26,12 @@ class _Kept(NamedTuple):
 _KEPT: dict[tuple[int, torch.dtype, int], _Kept] = {}
 
 
-def decode(stack: PackedStack, dtype: torch.dtype, border: int, end_E: Tensor, *, keep: bool) -> Tensor:
-    """Block matrices (E, out + border, in + border) with the weights of experts that have rows at their upper left.
+def decode(stack: PackedStack, dtype: torch.dtype, padding: int, end_E: Tensor, *, keep: bool) -> Tensor:
+    """Block matrices (E, out + padding, in + padding) with the weights of experts that have rows at their upper left.
 
     end_E: where each expert's rows end. keep: let the next call for the same rows take them.
     """
-    key, stream = (stack.handle, dtype, border), _stream(end_E.device)
+    key, stream = (stack.handle, dtype, padding), _stream(end_E.device)
     kept = _KEPT.pop(key, None)
     if kept is not None and kept.end_E.data_ptr() == end_E.data_ptr() and kept.stream == stream:
         blocks_EOI = kept.blocks_EOI
@@ -40,8 +40,8 @@ def decode(stack: PackedStack, dtype: torch.dtype, border: int, end_E: Tensor, *
         if keep:
             _drop_other_rows(end_E)
         num_experts, height, width = stack.shape
-        blocks_EOI = torch.empty(num_experts, height + border, width + border, dtype=dtype, device=stack.device)
-        stack.decode_(blocks_EOI[:, :height, :width] if border else blocks_EOI, end_E)
+        blocks_EOI = torch.empty(num_experts, height + padding, width + padding, dtype=dtype, device=stack.device)
+        stack.decode_(blocks_EOI[:, :height, :width] if padding else blocks_EOI, end_E)
     if keep and stream >= 0:
         _KEPT[key] = _Kept(blocks_EOI, end_E, stream)
     return blocks_EOI

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune.errors import Problem, TrainingError
 from finetune.kernels import decoded, device_path
-from finetune.kernels.blocks import room_of, rounded_rank
+from finetune.kernels.blocks import padding_of, rounded_rank
 from finetune.kernels.device_path import Needs, Products
 from finetune.kernels.grouped import GroupedProducts, TorchRowWork
 from finetune.kernels.layer import Dropout, ExpertLayer, Factors, Stack, stack_of
@@ -27,7 +27,7 @@ NUM_DIFFERENTIABLE, NUM_TENSORS = 6, 11
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 CALL = """Tensor x, Tensor weights, Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b,
     Tensor gate_up, Tensor down, Tensor? gate_up_slot, Tensor? down_slot, Tensor? dropout_seed, float gate_up_scale,
-    float down_scale, int[] sizes, int[] room, bool[] packed, float dropout_rate, ScalarType dtype, str products"""
+    float down_scale, int[] sizes, int[] padding, bool[] packed, float dropout_rate, ScalarType dtype, str products"""
 
 
 class _Call(NamedTuple):
@@ -52,7 +52,7 @@ class _Call(NamedTuple):
     gate_up_scale: float
     down_scale: float
     sizes: list[int]
-    room: list[int]
+    padding: list[int]
     packed: list[bool]
     dropout_rate: float
     dtype: torch.dtype
@@ -78,7 +78,7 @@ class _Call(NamedTuple):
             gate_up.scale if gate_up else 1.0,
             down.scale if down else 1.0,
             [layer.down_EHI.shape[0], layer.down_EHI.shape[2]],
-            [room_of(stack) for stack in banks],
+            [padding_of(stack) for stack in banks],
             [not isinstance(stack, Tensor) for stack in banks],
             dropout.rate if dropout else 0.0,
             layer.compute_dtype(),
@@ -312,7 +312,7 @@ def _products(call: _Call, layer: ExpertLayer, rows: SortedRows, *, keep: bool) 
 
         return TritonProducts(layer, rows, call.dtype, keep=keep)
     if call.products == "grouped":
-        return GroupedProducts(layer, rows, call.dtype, call.room, TorchRowWork(), keep=keep)
+        return GroupedProducts(layer, rows, call.dtype, call.padding, TorchRowWork(), keep=keep)
     from finetune.kernels.triton.row_work import TritonRowWork
 
-    return GroupedProducts(layer, rows, call.dtype, call.room, TritonRowWork(), keep=keep)
+    return GroupedProducts(layer, rows, call.dtype, call.padding, TritonRowWork(), keep=keep)

@@ -1,4 +1,4 @@
-"""The products of the device path as torch's grouped_mm, low-rank path and all in one product where there is room."""
+"""The products of the device path as torch's grouped_mm; base and low-rank path in one where there is padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.kernels.sorted_rows import SortedRows
 class RowWork(Protocol):
     """What is done around the products; every output is given."""
 
-    def write_borders(self, lora: Factors, a_ERI: Tensor, b_EOR: Tensor) -> None: ...  # noqa: D102
+    def write_lora_padding(self, lora: Factors, a_ERI: Tensor, b_EOR: Tensor) -> None: ...  # noqa: D102
     def gather(self, x_TH: Tensor, token_P: Tensor, out_PH: Tensor) -> None: ...  # noqa: D102
     def swiglu(self, gate_up_PG: Tensor, h_PI: Tensor) -> None: ...  # noqa: D102
     def swiglu_back(  # noqa: D102
@@ -33,7 +33,7 @@ class RowWork(Protocol):
 class TorchRowWork:
     """Row work in torch's own operations."""
 
-    def write_borders(self, lora: Factors, a_ERI: Tensor, b_EOR: Tensor) -> None:
+    def write_lora_padding(self, lora: Factors, a_ERI: Tensor, b_EOR: Tensor) -> None:
         """A and scale B of every expert, zero for frozen ones."""
         a_ERI.copy_(_per_expert(lora.a_XRI, lora, a_ERI.dtype))
         torch.mul(_per_expert(lora.b_XOR.mT, lora, b_EOR.dtype).mT, lora.scale, out=b_EOR)
@@ -81,31 +81,31 @@ class TorchRowWork:
 class GroupedProjection:
     """One bank with its factors, for one forward or one backward.
 
-    The factors are written around the bank where there is room, else laid out per expert, zero for frozen experts.
+    The factors are written around the bank where there is padding, else laid out per expert, zero for frozen experts.
     """
 
-    def __init__(self, bank_EOI: Tensor, room: int, lora: Factors | None, dtype: torch.dtype, work: RowWork) -> None:
+    def __init__(self, bank_EOI: Tensor, padding: int, lora: Factors | None, dtype: torch.dtype, work: RowWork) -> None:
         self.weight_EOI, self.rank, self._blocks = bank_EOI.to(dtype), 0, None
         if lora is None:
             return
         self.rank = rounded_rank(lora.a_XRI.shape[1])
         num_experts, self._height, self._width = bank_EOI.shape
-        if room >= self.rank and bank_EOI.dtype == dtype:
-            self._blocks = blocks_of(bank_EOI, room)
+        if padding >= self.rank and bank_EOI.dtype == dtype:
+            self._blocks = blocks_of(bank_EOI, padding)
             self.a_ERI = self._blocks[:, self._height : self._height + self.rank, : self._width]
             self.b_EOR = self._blocks[:, : self._height, self._width : self._width + self.rank]
         else:
             self.a_ERI = self.weight_EOI.new_empty(num_experts, self.rank, self._width)
             self.b_EOR = self.weight_EOI.new_empty(num_experts, self._height, self.rank)
-        work.write_borders(lora, self.a_ERI, self.b_EOR)
+        work.write_lora_padding(lora, self.a_ERI, self.b_EOR)
 
     @property
-    def border(self) -> int:
+    def padding(self) -> int:
         """Columns that the rows of this projection's inputs and gradients should have to spare."""
         return 0 if self._blocks is None else self.rank
 
     def forward(self, x_PI: Tensor, z_PR: Tensor | None, end_E: Tensor) -> Tensor:
-        """`x W^T + scale z B^T`. x: a part of rows with `border` columns to spare."""
+        """`x W^T + scale z B^T`. x: a part of rows with `padding` columns to spare."""
         if z_PR is not None and self._blocks is not None:
             weight_EOI = self._blocks[:, : self._height, : self._width + self.rank]
             return grouped_mm(_widened(x_PI, z_PR), weight_EOI.mT, offs=end_E)
@@ -113,7 +113,7 @@ class GroupedProjection:
         return y_PO if z_PR is None else y_PO.add_(grouped_mm(z_PR, self.b_EOR.mT, offs=end_E))
 
     def back(self, d_y_PO: Tensor, dz_PR: Tensor | None, keep: Tensor | None, end_E: Tensor) -> Tensor:
-        """`dy W + keep dz A`. dy: a part of rows with `border` columns to spare."""
+        """`dy W + keep dz A`. dy: a part of rows with `padding` columns to spare."""
         if dz_PR is not None and keep is None and self._blocks is not None:
             weight_EOI = self._blocks[:, : self._height + self.rank, : self._width]
             return grouped_mm(_widened(d_y_PO, dz_PR), weight_EOI, offs=end_E)
@@ -132,7 +132,7 @@ class GroupedProducts:
         layer: ExpertLayer,
         rows: SortedRows,
         dtype: torch.dtype,
-        room: list[int],
+        padding: list[int],
         work: RowWork,
         *,
         keep: bool = False,
@@ -141,13 +141,13 @@ class GroupedProducts:
         stacks, loras = (layer.gate_up_EGH, layer.down_EHI), (layer.gate_up_lora, layer.down_lora)
         self._gate_up, self._down = (
             GroupedProjection(*_bank(stack, lora, dtype, space, rows.end_E, keep), lora, dtype, work)
-            for stack, lora, space in zip(stacks, loras, room, strict=True)
+            for stack, lora, space in zip(stacks, loras, padding, strict=True)
         )
         self._of = {id(layer.gate_up_lora): self._gate_up, id(layer.down_lora): self._down}
 
     def inputs(self, x_TH: Tensor) -> Inputs:
         """The rows of some tokens, gathered; x forward or the output's gradient backward."""
-        x_PH = self._rows(x_TH, x_TH.shape[1], max(self._gate_up.border, self._down.border))
+        x_PH = self._rows(x_TH, x_TH.shape[1], max(self._gate_up.padding, self._down.padding))
         self._work.gather(x_TH, self._token_P, x_PH)
         return Inputs(x_PH)
 
@@ -160,9 +160,9 @@ class GroupedProducts:
         return grouped_mm(d_y.values, self._of[id(lora)].b_EOR, offs=self.rows.end_E)
 
     def gate_up(self, x: Inputs, z: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-        """The product, and SwiGLU in rows with room for down's z."""
+        """The product, and SwiGLU in rows with padding for down's z."""
         gate_up_PG = self._gate_up.forward(x.values, z, self.rows.end_E)
-        h_PI = self._rows(gate_up_PG, gate_up_PG.shape[1] // 2, self._down.border)
+        h_PI = self._rows(gate_up_PG, gate_up_PG.shape[1] // 2, self._down.padding)
         self._work.swiglu(gate_up_PG, h_PI)
         return gate_up_PG, h_PI
 
@@ -171,10 +171,10 @@ class GroupedProducts:
         return self._down.forward(h_PI, z, self.rows.end_E)
 
     def down_back(self, d_y: Inputs, dz: Tensor | None, saved: Saved) -> SwigluGradients:
-        """`dh = dy W + keep dz A`, then SwiGLU's gradients in rows with room for gate_up's dz."""
+        """`dh = dy W + keep dz A`, then SwiGLU's gradients in rows with padding for gate_up's dz."""
         d_h_PI = self._down.back(d_y.values, dz, saved.keep_PI, self.rows.end_E)
         into = SwigluGradients(
-            self._rows(d_h_PI, saved.gate_up_PG.shape[1], self._gate_up.border),
+            self._rows(d_h_PI, saved.gate_up_PG.shape[1], self._gate_up.padding),
             self._rows(d_h_PI, d_h_PI.shape[1], 0),
             d_h_PI.new_empty(len(d_h_PI), dtype=torch.float32),
         )
@@ -203,25 +203,25 @@ class GroupedProducts:
         self._work.combine(rows_PH, self.rows.row_P, weights_TK, out_TH)
         return out_TH
 
-    def _rows(self, like: Tensor, width: int, border: int) -> Tensor:
-        """New rows of `width` columns, each followed by `border` to spare."""
-        return like.new_empty(self.rows.pair_P.shape[0], width + border)[:, :width]
+    def _rows(self, like: Tensor, width: int, padding: int) -> Tensor:
+        """New rows of `width` columns, each followed by `padding` to spare."""
+        return like.new_empty(self.rows.pair_P.shape[0], width + padding)[:, :width]
 
 
 def _bank(
-    stack: Stack, lora: Factors | None, dtype: torch.dtype, room: int, end_E: Tensor, keep: bool
+    stack: Stack, lora: Factors | None, dtype: torch.dtype, padding: int, end_E: Tensor, keep: bool
 ) -> tuple[Tensor, int]:
-    """A bank and the room around it; packed weights are decoded into block matrices with room for their factors."""
+    """A bank and the padding around it; packed weights are decoded into padded block matrices."""
     if isinstance(stack, Tensor):
-        return stack, room
+        return stack, padding
     _, height, width = stack.shape
-    border = 0 if lora is None else rounded_rank(lora.a_XRI.shape[1])
-    blocks = decode(stack, dtype, border, end_E, keep=keep)
-    return blocks[:, :height, :width], border
+    padding = 0 if lora is None else rounded_rank(lora.a_XRI.shape[1])
+    blocks = decode(stack, dtype, padding, end_E, keep=keep)
+    return blocks[:, :height, :width], padding
 
 
 def _widened(rows_PN: Tensor, thin_PR: Tensor) -> Tensor:
-    """`[rows | thin]`, thin written into the columns to spare after each row."""
+    """`[rows | thin]`, thin written into the columns to spare after each row: `cat` would copy the wide rows."""
     width, rank = rows_PN.shape[1], thin_PR.shape[1]
     wide = rows_PN.as_strided((len(rows_PN), width + rank), rows_PN.stride(), rows_PN.storage_offset())
     wide[:, width:] = thin_PR

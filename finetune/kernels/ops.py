@@ -1,4 +1,4 @@
-"""The one function of this room: the expert MLP with LoRA, and the only place that chooses how it is computed."""
+"""The one function of this package: the expert MLP with LoRA, and the only place that chooses how it is computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from finetune.errors import AdapterError, Problem
 from finetune.kernels import device_op, reference, self_check, torch_op, torch_path
-from finetune.kernels.blocks import make_room_, room_of, rounded_rank
+from finetune.kernels.blocks import pad_bank_, padding_of, rounded_rank
 from finetune.kernels.layer import Deltas, Dropout, ExpertLayer, Factors, PackedStack, Stack
 from finetune.kernels.support import triton_fault
 
@@ -25,7 +25,7 @@ __all__ = [
     "Factors",
     "PackedStack",
     "expert_mlp",
-    "make_room_",
+    "pad_bank_",
     "prepare",
 ]
 
@@ -67,7 +67,7 @@ def expert_mlp(
         slots alone. They have products per expert on any device: `triton` refuses them.
     dropout: on what the factors read.
     backend: `reference` (readable, slow), `torch` (any device: products per expert on CPU, grouped on CUDA), `triton`
-        (CUDA; products in torch where `make_room_` laid out the experts), `auto`.
+        (CUDA; products in torch where `pad_bank_` laid out the experts), `auto`.
     recompute: save x alone for backward and compute gate_up again there.
 
     Raises AdapterError for shapes that do not fit, experts that require gradients, or a backend that cannot run.
@@ -112,17 +112,17 @@ def _choose(backend: Backend, layer: ExpertLayer) -> str:
 
 
 def _key(layer: ExpertLayer) -> tuple[bool, str, torch.dtype, int, int, int, int, int]:
-    """What decides between products, as torch.compile can hold it; the room counts where it holds both factors.
+    """What decides between products, as torch.compile can hold it; the padding counts where it holds both factors.
 
-    First of all, whether the experts are packed: grouped products decode them into room of their own.
+    First of all, whether the experts are packed: grouped products decode them into padded matrices of their own.
     """
     loras, banks = (layer.gate_up_lora, layer.down_lora), (layer.gate_up_EGH, layer.down_EHI)
     ranks = [0 if lora is None else lora.a_XRI.shape[1] for lora in loras]
     packed = not any(isinstance(bank, Tensor) for bank in banks)
-    rooms = [rounded_rank(max(ranks)) if packed else room_of(bank) for bank in banks]
-    room = min(rooms) if rooms[0] >= ranks[0] and rooms[1] >= ranks[1] else 0
+    paddings = [rounded_rank(max(ranks)) if packed else padding_of(bank) for bank in banks]
+    padding = min(paddings) if paddings[0] >= ranks[0] and paddings[1] >= ranks[1] else 0
     _, hidden, intermediate = layer.down_EHI.shape
-    return packed, str(layer.down_EHI.device), layer.compute_dtype(), hidden, intermediate, ranks[0], ranks[1], room
+    return packed, str(layer.down_EHI.device), layer.compute_dtype(), hidden, intermediate, ranks[0], ranks[1], padding
 
 
 @torch.compiler.assume_constant_result
@@ -137,11 +137,11 @@ def _choose_products(backend: Backend, case: self_check.Case, packed: bool = Fal
     By name, `triton` is Triton's or an error. `torch` is torch's: grouped where they are right, else one product per
     expert, loudly. `auto` never ends at products per expert: that is an error that says what failed.
     """
-    triton = "hybrid" if case.room and not packed else "triton"
+    triton = "hybrid" if case.padding and not packed else "triton"
     faults = {}
     for way in {"triton": [triton], "torch": ["grouped"], "auto": [triton, "grouped"]}[backend]:
         fault = triton_fault(case.device) if way != "grouped" else None
-        fault = fault or _checked(replace(case, products=way, room=0 if way == "triton" else case.room))
+        fault = fault or _checked(replace(case, products=way, padding=0 if way == "triton" else case.padding))
         if fault is None:
             return _log_once(way)
         faults[way] = fault

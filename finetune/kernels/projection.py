@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.kernels.layer import Deltas, Factors, Stack, weights_of
-from finetune.kernels.pairs import Block
+from finetune.kernels.token_blocks import Block
 
 
 class FactorGrads(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.kernels import device_op, reference
-from finetune.kernels.blocks import make_room_
+from finetune.kernels.blocks import pad_bank_
 from finetune.kernels.layer import ExpertLayer, Factors
 from finetune.kernels.once import once_apart
 from finetune.kernels.triton.shapes import Shapes, forced
@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """What decides the strides: widths, ranks (0 for no factors), room around the banks, and where it runs.
+    """What decides the strides: widths, ranks (0 for no factors), padding around the banks, and where it runs.
 
     tiles: of Triton's products; those that a call would take when None.
     """
@@ -42,7 +42,7 @@ class Case:
     intermediate: int
     gate_up_rank: int
     down_rank: int
-    room: int
+    padding: int
     tokens: int = field(default=NUM_TOKENS, kw_only=True)
     tiles: Shapes | None = field(default=None, kw_only=True)
 
@@ -71,9 +71,9 @@ def _compare(case: Case) -> str | None:
     hidden, intermediate = case.hidden, case.intermediate
     gate_up = nn.Parameter(normal(NUM_EXPERTS, 2 * intermediate, hidden, std=hidden**-0.5), requires_grad=False)
     down = nn.Parameter(normal(NUM_EXPERTS, hidden, intermediate, std=intermediate**-0.5), requires_grad=False)
-    if case.room:
-        make_room_(gate_up, case.room)
-        make_room_(down, case.room)
+    if case.padding:
+        pad_bank_(gate_up, case.padding)
+        pad_bank_(down, case.padding)
     slot_E = torch.tensor([1, -1, 0, -1], device=case.device)
 
     def factors(rank: int, width: int, height: int) -> Factors | None:

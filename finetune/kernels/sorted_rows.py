@@ -42,7 +42,7 @@ class SortedRows:
 
 
 def order_size(num_pairs: int, num_experts: int, tiled: bool) -> int:
-    """Values of `SortedRows.order`. tiled: with room for tiles of MIN_TILE_ROWS or more."""
+    """Values of `SortedRows.order`. tiled: with space for tiles of MIN_TILE_ROWS or more."""
     return 3 * num_pairs + num_experts + (2 * (num_pairs // MIN_TILE_ROWS + num_experts) if tiled else 0)
 
 

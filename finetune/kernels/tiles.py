@@ -50,7 +50,7 @@ def choose_tiles(layer: ExpertLayer, load: Load) -> None:
         workload.intermediate,
         gate_up_rank,
         down_rank,
-        room=0,
+        padding=0,
         tokens=CHECKED_TOKENS,
         tiles=tiles,
     )

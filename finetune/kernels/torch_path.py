@@ -15,9 +15,9 @@ from torch.nn.functional import embedding_bag
 from finetune.errors import Problem, TrainingError
 from finetune.kernels.arrangement import Arrangement, Pass
 from finetune.kernels.layer import ExpertLayer, Factors
-from finetune.kernels.pairs import Block
 from finetune.kernels.projection import FactorGrads, Projection
 from finetune.kernels.swiglu import swiglu, swiglu_back
+from finetune.kernels.token_blocks import Block
 
 
 def expert_mlp(

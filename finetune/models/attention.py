@@ -9,17 +9,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import Problem, UserError
+from finetune.models.hf_types import PreTrainedModel
 from finetune.models.packed_attention import packed_attention
 from finetune.models.text_model import text_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PACKED = "packed"
 LAYOUT = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

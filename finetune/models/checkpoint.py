@@ -12,9 +12,10 @@ from torch import Tensor
 
 from finetune.architecture.registry import find_family
 from finetune.config.packed_folder import PackedSettings
+from finetune.diagnostics.strict_json import DuplicateKeyError, no_duplicates
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
-from finetune.models.files import DuplicateKeyError, no_duplicates, safe_child
+from finetune.models.files import safe_child
 from finetune.models.hub_names import as_live
 from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
 

@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written ever looks finished, names that stay inside their folder, JSON without doubt."""
+"""Writing so that nothing half-written ever looks finished, and names that stay inside their folder."""
 
 from __future__ import annotations
 
@@ -173,17 +173,3 @@ def _umask() -> int:
     current = os.umask(0o022)
     os.umask(current)
     return current
-
-
-class DuplicateKeyError(ValueError):
-    """JSON that says two things of one key; the argument is the key."""
-
-
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(..., object_pairs_hook=no_duplicates)`."""
-    made: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in made:
-            raise DuplicateKeyError(name)
-        made[name] = value
-    return made

@@ -6,21 +6,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from finetune.architecture.names import EXPERTS, in_layer
 from finetune.architecture.registry import family_of, find_family, is_moe, unknown_family
 from finetune.config.rope import RopeScaling, rescaled
-from finetune.errors import ModelError, Problem
+from finetune.errors import ModelError, Problem, first_of
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
+from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.models.hub_names import live_name
 from finetune.models.text_model import leave_out_towers_, live_class, live_config, text_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_model(
@@ -122,14 +120,6 @@ def stored_dtype(path: str | Path, *, revision: str | None = None) -> torch.dtyp
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def transformers_version() -> str:
-    """Version of transformers that builds the models."""
-    import transformers
-
-    version: str = transformers.__version__
-    return version
-
-
 def run_device() -> torch.device:
     """Where this process runs its models: its accelerator, the CPU where there is none."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -187,9 +177,7 @@ def _check_complete(path: str | Path, info: dict[str, Any], config: Any) -> None
     for kind, what in kinds.items():
         names = sorted(key if isinstance(key, str) else key[0] for key in info.get(kind) or ())
         names = [name for name in names if kind != "unexpected_keys" or in_layer(live_name(name, family))]
-        problems += [Problem(f"{path}: {name}", what, hint) for name in names[:_MOST_NAMES]]
-        if len(names) > _MOST_NAMES:
-            problems.append(Problem(str(path), f"{len(names) - _MOST_NAMES} more weights like these", hint))
+        problems += first_of([Problem(f"{path}: {name}", what, hint) for name in names], _MOST_NAMES, str(path))
     if problems:
         raise ModelError(*problems)
 

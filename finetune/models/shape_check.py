@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from finetune.architecture.names import in_layer, is_matrix
 from finetune.architecture.shape import ModelShape
-from finetune.errors import ModelError, Problem
+from finetune.errors import ModelError, Problem, first_of
 from finetune.models.tensor_file import TensorInfo
 
 _HINT = "config.json and weights do not belong together: download or copy the checkpoint again, all of it"
@@ -26,4 +26,4 @@ def check_shapes(shape: ModelShape, tensors: Mapping[str, TensorInfo], path: str
         if (held := tensors.get(name)) is None or held.shape != size
     ]
     if problems:
-        raise ModelError(*problems[:_MOST_PROBLEMS])
+        raise ModelError(*first_of(problems, _MOST_PROBLEMS, path))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from finetune.architecture.registry import is_moe
 from finetune.config.rope import RopeScaling
 from finetune.models.attention import prepare_packed_rows, transformers_name
+from finetune.models.hf_types import PreTrainedModel
 from finetune.models.loading import as_model_error, scale_positions_
 from finetune.models.text_model import leave_out_towers_, live_class, live_config, text_config, text_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def skeleton(

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem, UserError
+from finetune.models.hf_types import PreTrainedModel
 from finetune.models.live import PackedBank
 from finetune.quant.experts import CodesOnDisk, Fp8Projection, Nf4Projection, PackedExperts, PackedProjection
 from finetune.quant.linear import is_linear_4bit, linear_4bit
 from finetune.quant.nf4 import Packed
 from finetune.quant.parts import WHOLE, Fields, Part
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

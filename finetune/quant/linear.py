@@ -100,8 +100,34 @@ def _decode(layer: Any, dtype: torch.dtype) -> Tensor:
     weight, state = layer.weight, layer.weight.quant_state
     scale_scales = state.state2.absmax if state.nested else None
     offset = state.offset if state.nested else None
-    codes = weight.data.view(-1)
-    return nf4.decode(Packed(codes, state.absmax, scale_scales, offset, tuple(state.shape), state.blocksize), dtype)
+    decoded: Tensor = torch.ops.finetune.decode_nf4(
+        weight.data.view(-1), state.absmax, scale_scales, offset, list(state.shape), state.blocksize, dtype
+    )
+    return decoded
+
+
+def _decode_fields(
+    codes: Tensor,
+    scales: Tensor,
+    scale_scales: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    block: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return nf4.decode(Packed(codes, scales, scale_scales, offset, tuple(shape), block), dtype)
+
+
+# one operator, since a compiler can follow neither bitsandbytes' decoding nor the choice of a kernel
+torch.library.define(
+    "finetune::decode_nf4",
+    "(Tensor codes, Tensor scales, Tensor? scale_scales, Tensor? offset, int[] shape, int block, ScalarType dtype)"
+    " -> Tensor",
+)
+torch.library.impl("finetune::decode_nf4", "CompositeExplicitAutograd", _decode_fields)
+torch.library.register_fake(
+    "finetune::decode_nf4", lambda codes, *fields: codes.new_empty(fields[-3], dtype=fields[-1])
+)
 
 
 def is_linear_4bit(module: nn.Module) -> bool:

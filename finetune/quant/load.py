@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,14 +20,12 @@ from finetune.config.rope import RopeScaling
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError, Problem, UserError
 from finetune.models.checkpoint import Checkpoint, find_checkpoint
+from finetune.models.hf_types import PreTrainedModel
 from finetune.models.loading import check_config, load_model, read_config, run_device, stored_dtype
 from finetune.models.skeleton import skeleton
 from finetune.quant.build import decoded_dtype, fill, weight_shapes
 from finetune.quant.folder import Origin, PackedFolder, write_packed
 from finetune.quant.parts import Part, Progress, check_parts, plan_parts, read_parts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def load_frozen(
@@ -36,24 +34,43 @@ def load_frozen(
     *,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    attention_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    rope_scaling: RopeScaling | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> PreTrainedModel:
     """A Qwen3 in eval mode however it is stored: in 16 or 32 bits, in FP8 blocks, or packed by `quantize_model`.
 
     section: how to hold its weights. Without it a packed model is what it is, and FP8 blocks are multiplied out.
     dtype: of what is not packed; the one it is stored in when None.  device: `run_device()` when None.
-    options: attention_implementation, trust_remote_code and rope_scaling, as for `load_model`.
+    attention_implementation, trust_remote_code, rope_scaling: as for `load_model`.
 
     Raises ModelError when it is damaged, incomplete, no Qwen3, or packed in another way than `section` says.
     """
     section, method = section or QuantizeSection(), quantization_method(read_config(path, revision))
-    options |= {"dtype": dtype or stored_dtype(path, revision=revision), "revision": revision}
-    options["device"] = device or run_device()
+    dtype, device = dtype or stored_dtype(path, revision=revision), device or run_device()
     if section.scheme == "none" and method not in (QUANT_METHOD, "fp8"):
-        return load_model(path, **options)
-    return load_quantized(path, section, **options, progress=progress)
+        return load_model(
+            path,
+            dtype=dtype,
+            revision=revision,
+            attention_implementation=attention_implementation,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            rope_scaling=rope_scaling,
+        )
+    return load_quantized(
+        path,
+        section,
+        dtype=dtype,
+        revision=revision,
+        attention_implementation=attention_implementation,
+        trust_remote_code=trust_remote_code,
+        rope_scaling=rope_scaling,
+        device=device,
+        progress=progress,
+    )
 
 
 def load_quantized(

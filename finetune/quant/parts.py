@@ -25,7 +25,7 @@ from finetune.architecture.names import (
 )
 from finetune.config.packed_folder import CODES
 from finetune.config.schema import QuantizeSection
-from finetune.errors import ModelError, Problem
+from finetune.errors import ModelError, Problem, first_of
 from finetune.models import fp8
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.tensor_file import WEIGHT_DTYPES
@@ -115,8 +115,7 @@ def check_parts(checkpoint: Checkpoint, parts: list[Part]) -> None:
     left = sorted(name for name in checkpoint.weights if in_layer(name) and name not in used)
     problems += [Problem(f"{checkpoint.path}: {name}", "has no place in the model", _MISFIT) for name in left]
     if problems:
-        more = [Problem(str(checkpoint.path), f"{len(problems) - _MOST_PROBLEMS} more problems like these", _MISFIT)]
-        raise ModelError(*problems[:_MOST_PROBLEMS], *(more if len(problems) > _MOST_PROBLEMS else []))
+        raise ModelError(*first_of(problems, _MOST_PROBLEMS, str(checkpoint.path)))
 
 
 def read_parts(

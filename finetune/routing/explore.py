@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from finetune.architecture.names import EXPERT_PROJECTIONS
 from finetune.architecture.shape import read_model_shape
-from finetune.config.findings import NOTHING, dotted
-from finetune.config.messages import findings_of
-from finetune.config.schema import AdapterSection, ExpertsSection, Section, SelectRule
+from finetune.config.load import parse_section
+from finetune.config.schema import AdapterSection, ExpertsSection, SelectRule
 from finetune.errors import Problem, RoutingError
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import RoutingProfile
@@ -52,7 +49,7 @@ def explore(
     rank: of the factors on both projections. model: folder whose config.json has the widths, when the file has not.
     Raises RoutingError, or ModelError for `model`, with everything that is wrong.
     """
-    section = _section(experts)
+    section = parse_section(ExpertsSection, experts, RoutingError)
     if section.against is not None and section.score != "contrast":
         hint = "score by contrast, or leave it out"
         raise RoutingError(Problem("experts.against", f"is not read by score {section.score}", hint, section.against))
@@ -69,25 +66,6 @@ def explore(
         paid = None if price is None else price * plan.sum_of_ranks(rank) // rank
         found.append(Exploration(rule, profile, plan, paid, split_half_stability(profile, rule)))
     return found
-
-
-class _OnlyExperts(Section):
-    """A recipe with nothing but its experts section, so that mistakes are told as a recipe's are."""
-
-    experts: ExpertsSection
-
-
-def _section(experts: dict[str, Any]) -> ExpertsSection:
-    tree = {"experts": experts}
-    try:
-        return _OnlyExperts.model_validate(tree).experts
-    except ValidationError as error:
-        findings = findings_of(error, tree)
-    problems = []
-    for finding in findings:
-        got = {} if finding.got is NOTHING else {"got": finding.got}
-        problems.append(Problem(dotted(finding.path), finding.what, finding.hint, **got))
-    raise RoutingError(*problems)
 
 
 def _price(profile: RoutingProfile, rank: int, model: str | Path | None) -> int | None:

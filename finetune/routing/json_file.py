@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetune.diagnostics.strict_json import DuplicateKeyError, no_duplicates
 from finetune.errors import Problem, RoutingError
-from finetune.models.files import DuplicateKeyError, no_duplicates, write_atomic
+from finetune.models.files import write_atomic
 
 MAX_BYTES = 256 * 1024 * 1024
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from finetune.diagnostics.advice import did_you_mean
 from finetune.errors import Problem, RoutingError
 from finetune.routing.json_file import read_object, write_object
 from finetune.routing.profile import RoutingProfile
@@ -86,8 +86,7 @@ def _faults(content: dict[str, Any]) -> Iterator[Fault]:
     """(where, what, hint, got) of each mistake."""
     for key in content:
         if key not in KEYS:
-            similar = get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {similar[0]}?" if similar else f"known are {', '.join(KEYS)}; notes go into source"
+            hint = did_you_mean(key, KEYS) or f"known are {', '.join(KEYS)}; notes go into source"
             yield "", "holds a key that is not known", hint, key
     if not isinstance(content.get("source") or {}, dict):
         yield "source", "must be an object", 'write it like {"model": "..."}, or leave it out', content["source"]

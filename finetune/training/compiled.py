@@ -49,6 +49,11 @@ def _call(options: dict[str, Any] | None, layer: Any, *args: Any, **kwargs: Any)
     return layer._call_impl(*args, **kwargs) if options is None else checkpointed(layer, options, *args, **kwargs)
 
 
+def _not_of_checkpointing(record: logging.LogRecord) -> bool:
+    """Torch warns of in-place operators in layers that are checkpointed selectively: no kept output is written to."""
+    return "context_fn is passed" not in record.getMessage()
+
+
 def compile_layers_(base: Any, checkpointing: Mode, *, whole: bool = True) -> CompiledLayers:
     """Let the decoder layers of `base` run compiled, checkpointed in training as `checkpointing` says.
 
@@ -60,6 +65,7 @@ def compile_layers_(base: Any, checkpointing: Mode, *, whole: bool = True) -> Co
     base.enable_input_require_grads()  # or the first layer, whose input is a constant, would need code of its own
     if whole:
         options = None if checkpointing == "off" else checkpoint_options(text_config(base), checkpointing)
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_checkpointing)
         compiled, modules = CompiledLayers(options), decoder_layers(base)
     else:
         logger.info("the router's losses read its logits, so attention and norms are compiled, experts and router not")

@@ -21,8 +21,8 @@ def is_main_process() -> bool:
     return bool(processes().is_main_process)
 
 
-def part() -> None:
-    """Wait for the other processes and leave them: one that ends without now and then dies of its open connections."""
+def end_process_group() -> None:
+    """A barrier, then the process group is destroyed: a process that exits without may die of its open connections."""
     if (state := processes()).num_processes > 1:
         state.wait_for_everyone()
         state.destroy_process_group()

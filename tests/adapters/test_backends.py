@@ -6,11 +6,11 @@ import torch
 from finetune.adapters.attach import attach
 from finetune.adapters.expert_lora import LoraExperts
 from finetune.kernels import ops
-from finetune.kernels.blocks import make_room_, room_of
+from finetune.kernels.blocks import pad_bank_, padding_of
 from tests.tiny import tiny_moe
 
 
-def losses(backend: str, steps: int = 20, room: int = 0) -> list[float]:
+def losses(backend: str, steps: int = 20, padding: int = 0) -> list[float]:
     model = attach(
         tiny_moe(initializer_range=0.05),
         {"attention": ["q_proj"], "experts": ["gate_up_proj", "down_proj"], "rank": 4},
@@ -22,9 +22,9 @@ def losses(backend: str, steps: int = 20, room: int = 0) -> list[float]:
         layer.backend = backend
         bank = layer.get_base_layer()
         for weight in (bank.gate_up_proj, bank.down_proj):
-            if room:
-                make_room_(weight, room)
-            assert room_of(weight) == room
+            if padding:
+                pad_bank_(weight, padding)
+            assert padding_of(weight) == padding
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-3)
     generator = torch.Generator().manual_seed(1)
@@ -51,7 +51,7 @@ def test_twenty_steps_on_slices_give_the_losses_of_the_reference(want):
 
 
 @pytest.mark.parametrize(
-    ("products", "room"),
+    ("products", "padding"),
     [
         ("grouped", 0),
         ("grouped", 8),
@@ -59,10 +59,10 @@ def test_twenty_steps_on_slices_give_the_losses_of_the_reference(want):
         pytest.param("triton", 0, marks=pytest.mark.slow),
     ],
 )
-def test_twenty_steps_on_products_for_accelerators(products, room, want, monkeypatch):
+def test_twenty_steps_on_products_for_accelerators(products, padding, want, monkeypatch):
     """On CPU: torch's grouped_mm, and Triton's kernels in its interpreter."""
     if products != "grouped":
         pytest.importorskip("triton", reason="triton is made for Linux only")
         pytest.importorskip("tests.kernels.triton.interpreted")
     monkeypatch.setattr(ops, "_choose", lambda backend, layer: products)
-    assert losses("auto", room=room) == pytest.approx(want, rel=0, abs=1e-5)
+    assert losses("auto", padding=padding) == pytest.approx(want, rel=0, abs=1e-5)

@@ -42,7 +42,7 @@ def test_no_number_on_red(smoke, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "not measured" in printed.err
-    assert "grouped, room 0, rank 1: wrong by 1" in printed.err
+    assert "grouped, padding 0, rank 1: wrong by 1" in printed.err
     assert list(smoke.iterdir()) == []
 
 

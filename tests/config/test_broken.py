@@ -252,7 +252,7 @@ YAML = {
     "key without colon": (swap("  rank: 8", "  rank"), "r.yaml:5", "has a key without a colon", "key: value"),
     "open list": (swap("down_proj]", "down_proj"), "r.yaml:4", "not closed", "close every ["),
     "open quote": (swap("runs/x", "'runs/x"), "r.yaml:11", "quote that is not closed", "close the quote"),
-    "second document": (GOOD + "---\n" + GOOD, "r.yaml:12", "second document", "one recipe per file"),
+    "second document": (GOOD + "---\n" + GOOD, "r.yaml:12", "second document", "one document per file"),
     "reserved character": (swap("runs/x", "@runs"), "r.yaml:11", "YAML reserves", "quote the value"),
     "unknown alias": (swap("runs/x", "*runs"), "r.yaml:11", "alias without an anchor", "quote a text"),
     "python tag": (
@@ -280,7 +280,7 @@ YAML = {
         "contains itself",
         "alias",
     ),
-    "too deep": (GOOD + "x: " + "[" * 500 + "]" * 500, "r.yaml:12", "is nested too deeply", "four levels"),
+    "too deep": (GOOD + "x: " + "[" * 500 + "]" * 500, "r.yaml:12", "is nested too deeply", "fewer levels"),
     "billion laughs": (
         GOOD
         + "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n"
@@ -293,7 +293,7 @@ YAML = {
         GOOD + "a: &a [1]\n" + "".join(f"{b}: &{b} [[[[[*{a}]]]]]\n" for a, b in zip("abcdef", "bcdefg", strict=True)),
         "r.yaml:13",
         "is nested too deeply",
-        "four levels",
+        "fewer levels",
     ),
     "too large": (GOOD + "# " + "x" * 200_000, "r.yaml", "is larger than 128 KiB", "another file"),
 }

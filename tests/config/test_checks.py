@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config.checks import check_recipe
 from finetune.config.load import load_recipe
-from finetune.config.schema import Recipe
 from finetune.errors import RecipeError
 
 MOE = {
@@ -216,18 +214,6 @@ def test_check_files_false_reads_the_text_only(folder):
     assert recipe.quantize.scheme == "nf4"
     with pytest.raises(RecipeError, match="router is frozen"):
         load_recipe("r.yaml", "router.aux_loss=0.1", check_files=False)
-
-
-def test_recipes_made_in_python_are_checked_alike(folder):
-    values = {"model": {"path": "./no"}, "data": {"train": "no.jsonl"}, "output": {"dir": "runs"}}
-    recipe = Recipe.model_validate(values | {"router": {"aux_loss": 0.1}})
-    with pytest.raises(RecipeError) as caught:
-        check_recipe(recipe, "notebook")
-    assert {problem.where for problem in caught.value.problems} == {
-        "notebook: router.aux_loss",
-        "notebook: model.path",
-        "notebook: data.train.0.path",
-    }
 
 
 def test_files_are_checked_although_the_text_is_broken_elsewhere(folder):

@@ -6,15 +6,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.config.fields import all_fields
 from finetune.config.files import find_in_files
 from finetune.config.load import parse_recipe, recipe_to_yaml
+from finetune.config.recipe_document import RECIPE
 from finetune.config.schema import Recipe
 from finetune.errors import RecipeError
 from tests.config.test_broken import GOOD
 
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-PATHS = sorted(".".join(map(str, path)) for path in all_fields())
+PATHS = sorted(".".join(map(str, path)) for path, _ in RECIPE.all_fields())
 KEYS = st.sampled_from(sorted({key for path in PATHS for key in path.split(".")})) | st.text(max_size=4)
 SCALARS = (
     st.none()

@@ -7,10 +7,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from finetune.config.document import read_document
-from finetune.config.fields import all_fields
 from finetune.config.json_schema import recipe_json_schema
 from finetune.config.load import parse_recipe, recipe_to_yaml
+from finetune.config.recipe_document import RECIPE
+from finetune.diagnostics.document import read_document
 from tests.config.test_broken import GOOD, LIMITS, NAMES, TYPES
 
 VALIDATOR = jsonschema.Draft202012Validator(recipe_json_schema())
@@ -73,5 +73,5 @@ def test_recipes_and_written_recipes_are_valid():
 
 
 def test_all_fields_walks_the_schema():
-    fields = set(all_fields())
+    fields = {path for path, _ in RECIPE.all_fields()}
     assert {("model", "path"), ("experts", "select", "top_p"), ("data", "train"), ("output", "dir")} <= fields

@@ -180,7 +180,7 @@ def test_broken_chat(number, tiny_tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "what", "hint"),
     [
-        ("rows.json", "does not exist", "did you mean 'rows.jsonl'?"),
+        ("rows.json", "does not exist", "did you mean rows.jsonl?"),
         ("nowhere/rows.jsonl", "does not exist", "there is no folder 'nowhere'"),
         ("zzz.csv", "does not exist", "paths are relative to"),
         ("../../etc/./passwd/", "does not exist", "folder"),

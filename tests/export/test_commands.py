@@ -31,11 +31,10 @@ def test_a_merge_that_is_wrong_fails(adapter, tmp_path, monkeypatch, capsys):
     assert "logits differ" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("weights", [["0.7", "0.3"], ["0.7,0.3"]])
-def test_weights_follow_one_option(adapter, tmp_path, weights):
-    out = str(tmp_path / "out")
-    assert main(["merge", str(adapter), str(adapter), "--weights", *weights, "-o", out, "--dtype", "fp32"]) == 0
-    assert main(["verify", str(adapter), str(adapter), out, "--weights", *weights]) == 0
+def test_weights_of_several_adapters(adapter, tmp_path):
+    out, weights = str(tmp_path / "out"), "0.7,0.3"
+    assert main(["merge", str(adapter), str(adapter), "--weights", weights, "-o", out, "--dtype", "fp32"]) == 0
+    assert main(["verify", str(adapter), str(adapter), out, "--weights", weights]) == 0
     assert main(["verify", str(adapter), str(adapter), out]) == 1
     assert main(["merge", str(adapter), "--weights", "x", "-o", str(tmp_path / "no")]) == 2
 

@@ -1,4 +1,4 @@
-"""Banks with room for their factors: nothing about the bank changes but where its rows lie."""
+"""Banks with padding for their factors: nothing about the bank changes but where its rows lie."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.kernels.blocks import blocks_of, make_room_, room_of
+from finetune.kernels.blocks import blocks_of, pad_bank_, padding_of
 
 
 def bank():
@@ -14,16 +14,16 @@ def bank():
     return nn.Parameter(weight, requires_grad=False)
 
 
-@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16)])
-def test_make_room(rank, room):
+@pytest.mark.parametrize(("rank", "padding"), [(1, 8), (8, 8), (9, 16)])
+def test_pad_bank(rank, padding):
     weight, want = bank(), bank().detach()
     before = weight
-    make_room_(weight, rank)
+    pad_bank_(weight, rank)
     assert weight is before
     assert torch.equal(weight, want)
-    assert room_of(weight) == room
-    blocks = blocks_of(weight, room)
-    assert blocks.shape == (3, 16 + room, 8 + room)
+    assert padding_of(weight) == padding
+    blocks = blocks_of(weight, padding)
+    assert blocks.shape == (3, 16 + padding, 8 + padding)
     assert not blocks[:, 16:].any()
     assert not blocks[:, :, 8:].any()
     version = weight._version
@@ -35,18 +35,18 @@ def test_make_room(rank, room):
 
 def test_room_is_made_once_and_grows():
     weight = bank()
-    make_room_(weight, 16)
+    pad_bank_(weight, 16)
     storage = weight.data_ptr()
-    make_room_(weight, 8)
+    pad_bank_(weight, 8)
     assert weight.data_ptr() == storage
-    make_room_(weight, 24)
-    assert room_of(weight) == 24
+    pad_bank_(weight, 24)
+    assert padding_of(weight) == 24
 
 
 def test_a_bank_laid_out_by_others_has_no_room():
     weight = bank()
-    assert room_of(weight) == 0
-    assert room_of(torch.zeros(3, 32, 32)[:, :16, :8]) == 0
+    assert padding_of(weight) == 0
+    assert padding_of(torch.zeros(3, 32, 32)[:, :16, :8]) == 0
 
 
 @pytest.mark.parametrize(
@@ -54,19 +54,19 @@ def test_a_bank_laid_out_by_others_has_no_room():
 )
 def test_moving_loses_the_room_and_nothing_else(move):
     weight = bank()
-    make_room_(weight, 8)
+    pad_bank_(weight, 8)
     weight.data = move(weight)
-    assert room_of(weight) == 0
+    assert padding_of(weight) == 0
     assert torch.equal(weight, bank().to(weight.dtype))
 
 
 def test_a_module_with_room_saves_and_copies_as_before():
     module = nn.Module()
     module.weight = bank()
-    make_room_(module.weight, 8)
+    pad_bank_(module.weight, 8)
     assert torch.equal(module.state_dict()["weight"], bank())
     clone = copy.deepcopy(module)
     assert torch.equal(clone.weight, bank())
-    if room_of(clone.weight):
+    if padding_of(clone.weight):
         blocks_of(clone.weight, 8)[:, 16:] = 1.0
     assert not blocks_of(module.weight, 8)[:, 16:].any()

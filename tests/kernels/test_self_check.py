@@ -22,12 +22,12 @@ def fresh():
     ops._choose_products.cache_clear()
 
 
-@pytest.mark.parametrize("room", [0, 8])
+@pytest.mark.parametrize("padding", [0, 8])
 @pytest.mark.parametrize("ranks", [(4, 4), (5, 0), (0, 3), (0, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_right_products_pass(dtype, ranks, room):
+def test_right_products_pass(dtype, ranks, padding):
     gate_up, down = ranks
-    case = replace(CASE, dtype=dtype, gate_up_rank=gate_up, down_rank=down, room=room)
+    case = replace(CASE, dtype=dtype, gate_up_rank=gate_up, down_rank=down, padding=padding)
     assert self_check.fault(case) is None
 
 
@@ -46,7 +46,7 @@ def without_transposes(a, b, *, offs):
 
 def test_wrong_products_are_found(monkeypatch):
     monkeypatch.setattr(grouped, "grouped_mm", without_transposes)
-    assert "wrong by" in self_check.fault(replace(CASE, hidden=16, intermediate=16, room=0))
+    assert "wrong by" in self_check.fault(replace(CASE, hidden=16, intermediate=16, padding=0))
 
 
 def missing(*_, **__):
@@ -120,18 +120,18 @@ def test_a_backend_asked_for_by_name_fails(monkeypatch):
         ops._choose_products("triton", CASE)
 
 
-@pytest.mark.parametrize(("room", "way"), [(0, "triton"), (8, "hybrid")])
-def test_room_decides_between_products(room, way, monkeypatch):
+@pytest.mark.parametrize(("padding", "way"), [(0, "triton"), (8, "hybrid")])
+def test_padding_decides_between_products(padding, way, monkeypatch):
     monkeypatch.setattr(self_check, "fault", lambda case: None)
     monkeypatch.setattr(ops, "triton_fault", lambda device: None)
-    assert ops._choose_products("triton", replace(CASE, room=room)) == way
-    assert ops._choose_products("torch", replace(CASE, room=room)) == "grouped"
+    assert ops._choose_products("triton", replace(CASE, padding=padding)) == way
+    assert ops._choose_products("torch", replace(CASE, padding=padding)) == "grouped"
 
 
 def test_packed_experts_run_on_triton_though_grouped_products_make_room(monkeypatch):
     checked = []
-    monkeypatch.setattr(self_check, "fault", lambda case: checked.append((case.products, case.room)) or "broken")
+    monkeypatch.setattr(self_check, "fault", lambda case: checked.append((case.products, case.padding)) or "broken")
     monkeypatch.setattr(ops, "triton_fault", lambda device: None)
     with pytest.raises(AdapterError, match="triton products: broken; grouped products: broken"):
-        ops._choose_products("auto", replace(CASE, room=8), packed=True)
+        ops._choose_products("auto", replace(CASE, padding=8), packed=True)
     assert checked == [("triton", 0), ("grouped", 8)]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
 from finetune.kernels import device_op, layer
-from finetune.kernels.blocks import make_room_
+from finetune.kernels.blocks import pad_bank_
 from finetune.kernels.layer import Dropout, ExpertLayer
 from finetune.kernels.ops import expert_mlp
 from finetune.quant import experts, nf4
@@ -55,11 +55,11 @@ def stack_in_blocks(stack, dtype):
 
 
 def plain(stacks, problem, products, dtype=None):
-    """The decoded weights of packed stacks, with room where the products make some."""
+    """The decoded weights of packed stacks, with padding where the products make some."""
     banks = [nn.Parameter(decoded(stack, dtype), requires_grad=False) for stack in stacks]
     for bank, lora in zip(banks, (problem.gate_up_lora, problem.down_lora), strict=True):
         if products != "triton" and lora is not None:
-            make_room_(bank, lora.a_XRI.shape[1])
+            pad_bank_(bank, lora.a_XRI.shape[1])
     return banks
 
 

@@ -5,8 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from finetune.adapters.attach import attach
-from finetune.config.checks import check_recipe
-from finetune.config.load import parse_recipe
+from finetune.config.load import load_recipe
 from finetune.config.schema import RouterSection
 from finetune.errors import RecipeError
 from finetune.training.router_losses import RouterLosses
@@ -84,9 +83,9 @@ def test_a_dense_model_has_no_router(tmp_path):
         "data: {train: examples/data/secret-code.jsonl, max_length: 128}\n"
         f"output: {{dir: {tmp_path}/run}}"
     )
-    recipe = parse_recipe(text, "test.yaml", "router.train=lora", "router.kl_to_base=0.1")
+    (tmp_path / "test.yaml").write_text(text)
     with pytest.raises(RecipeError) as error:
-        check_recipe(recipe)
+        load_recipe(tmp_path / "test.yaml", "router.train=lora", "router.kl_to_base=0.1")
     assert len(error.value.problems) == 2
     assert "is dense and has no router" in str(error.value)
 

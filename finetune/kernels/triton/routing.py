@@ -146,13 +146,3 @@ def tile_rows(end_E: Tensor, num_rows: int, tile_rows: int) -> tuple[Tensor, Ten
     sizes = {"E": num_experts, "E2": power_of_2(num_experts)}
     map_tiles[(cdiv(num_tiles, CHUNK),)](end_E, expert_M, row_M, num_tiles, **sizes, M=tile_rows, C=CHUNK)
     return expert_M, row_M
-
-
-def tile_rows_reference(end_E: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
-    """What the used tiles of `tile_rows` hold, read to the host."""
-    starts = [0, *end_E.tolist()]
-    tiles = [
-        (expert, row) for expert in range(len(end_E)) for row in range(starts[expert], starts[expert + 1], tile_rows)
-    ]
-    expert_M, row_M = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2).unbind(1)
-    return expert_M, row_M

@@ -9,16 +9,16 @@ from finetune.kernels.layer import Factors
 from finetune.kernels.sorted_rows import SortedRows
 from finetune.kernels.triton import rows as row_kernels
 from finetune.kernels.triton import swiglu
-from finetune.kernels.triton.borders import write_borders
 from finetune.kernels.triton.factor_grads import factor_grad_
+from finetune.kernels.triton.lora_padding import write_lora_padding
 
 
 class TritonRowWork:
     """`grouped.RowWork` in Triton."""
 
-    def write_borders(self, lora: Factors, a_ERI: Tensor, b_EOR: Tensor) -> None:
+    def write_lora_padding(self, lora: Factors, a_ERI: Tensor, b_EOR: Tensor) -> None:
         """A and scale B of every expert, zero for frozen ones."""
-        write_borders(lora, a_ERI, b_EOR)
+        write_lora_padding(lora, a_ERI, b_EOR)
 
     def gather(self, x_TH: Tensor, token_P: Tensor, out_PH: Tensor) -> None:
         """`out = x[token]`."""

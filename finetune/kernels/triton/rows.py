@@ -52,12 +52,6 @@ def combine(rows_PH: Tensor, row_P: Tensor, weights_TK: Tensor | None, out_TH: T
     )  # fmt: skip
 
 
-def combine_reference(rows_PH: Tensor, row_P: Tensor, weights_TK: Tensor | None, out_TH: Tensor) -> None:
-    """What `combine` computes."""
-    rows_TKH = rows_PH[row_P.long()].view(len(out_TH), -1, rows_PH.shape[1]).float()
-    out_TH.copy_((rows_TKH if weights_TK is None else rows_TKH * weights_TK.float()[..., None]).sum(1))
-
-
 def _grid(out: Tensor) -> tuple[tuple[int, int], int]:
     """One program for each row and up to MAX_COLUMNS columns."""
     columns = min(MAX_COLUMNS, power_of_2(out.shape[1]))

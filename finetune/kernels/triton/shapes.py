@@ -156,7 +156,7 @@ def candidates(num_rows: int, workload: Workload, major: int) -> list[dict[str, 
         return []
     many: dict[str, list[Shape]] = {name: [BUSY] for name in Shapes._fields}
     few: dict[str, list[Shape]] = {name: [SPARSE] for name in Shapes._fields}
-    plain = ("down", "gate_up_back")  # products with nothing else to do leave room for more
+    plain = ("down", "gate_up_back")  # products with nothing else to do leave memory for more
     for name in Shapes._fields if major == 9 else plain if narrow_rank else ():
         many[name].append(WIDE)
     if major == 9:

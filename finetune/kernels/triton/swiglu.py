@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune.kernels import swiglu as plain
 from finetune.kernels.device_path import SwigluGradients
 from finetune.kernels.triton.sizes import cdiv, power_of_2
 
@@ -74,15 +73,3 @@ def backward(gate_up_PG: Tensor, d_h_PI: Tensor, weights_TK: Tensor, pair_P: Ten
         gate_up_PG.stride(0), d_h_PI.stride(0), into.gate_up_PG.stride(0), into.weighted_h_PI.stride(0),
         width, C=min(1024, power_of_2(width)),
     )  # fmt: skip
-
-
-def backward_reference(
-    gate_up_PG: Tensor, d_h_PI: Tensor, weights_TK: Tensor, pair_P: Tensor, into: SwigluGradients
-) -> None:
-    """What `backward` computes."""
-    weight_P1 = weights_TK.reshape(-1)[pair_P.long()][:, None].float()
-    h_PI, silu_PI = plain.swiglu(gate_up_PG.float())
-    d_h_PI = d_h_PI.float()
-    into.gate_up_PG.copy_(plain.swiglu_back(gate_up_PG.float(), silu_PI, d_h_PI * weight_P1))
-    into.weighted_h_PI.copy_(h_PI * weight_P1)
-    into.weight_P[pair_P.long()] = (h_PI * d_h_PI).sum(1)

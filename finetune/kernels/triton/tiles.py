@@ -77,7 +77,7 @@ def _experts(num_experts: int) -> dict[str, int]:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where programs write their descriptors: 128 bytes for each and each program."""
+    """Scratch memory for TMA descriptors, 128 bytes each; from torch's allocator, whose reuse follows the stream."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 

@@ -22,12 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from finetune.kernels.triton import (
-    borders,
     down_back,
     factor_grads,
     fp8,
     gate_up,
     log_probs,
+    lora_padding,
     nf4,
     project,
     routing,
@@ -115,8 +115,8 @@ def cases(rank: int, dtype_name: str, arch: int = 90, *, quick: bool = False) ->
             dict.fromkeys(("stride_gate_up", "stride_d_h", "stride_d_gate_up", "stride_weighted_h", "width"), I), {},
         ),
         "copy_factor": (
-            borders.copy_factor, {"factor_ptr": FP32, "slot_ptr": I64, "border_ptr": real},
-            {"R": rank, "R2": tiles.padded_rank(rank), "N": borders.COLUMNS},
+            lora_padding.copy_factor, {"factor_ptr": FP32, "slot_ptr": I64, "padding_ptr": real},
+            {"R": rank, "R2": tiles.padded_rank(rank), "N": lora_padding.COLUMNS},
             {"stride_x": rank * H, "stride_r": H, "stride_n": 1, "stride_e": (2 * I + 16) * (H + 16),
              "stride_br": H + 16, "stride_bn": 1, "width": H}, {"num_warps": 4},
         ),

@@ -47,10 +47,10 @@ def levels():
 @pytest.mark.parametrize("shape", NF4_SHAPES.values(), ids=NF4_SHAPES.keys())
 def test_nf4_has_the_bits_of_the_cpu(shape, block, double, dtype):
     packed, stack = nf4_stack(normal(*shape), block=block, double=double)
-    room = torch.full((shape[0] + 1, *shape[1:]), torch.nan, dtype=dtype)
-    nf4.decode(stack, levels(), room[:-1])
-    assert torch.equal(room[:-1], torch.stack([cpu_nf4.decode(expert, dtype) for expert in packed]))
-    assert room[-1].isnan().all()
+    space = torch.full((shape[0] + 1, *shape[1:]), torch.nan, dtype=dtype)
+    nf4.decode(stack, levels(), space[:-1])
+    assert torch.equal(space[:-1], torch.stack([cpu_nf4.decode(expert, dtype) for expert in packed]))
+    assert space[-1].isnan().all()
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -91,10 +91,10 @@ def fp8_stack(bank, matrices, block):
 @pytest.mark.parametrize(("shape", "matrices"), FP8_SHAPES.values(), ids=FP8_SHAPES.keys())
 def test_fp8_has_the_bits_of_the_cpu(shape, matrices, block, dtype):
     stack, want = fp8_stack(normal(*shape), matrices, block)
-    room = torch.full((shape[0] + 1, *shape[1:]), torch.nan, dtype=dtype)
-    fp8.decode(stack, room[:-1])
-    assert torch.equal(room[:-1], want.to(dtype))
-    assert room[-1].isnan().all()
+    space = torch.full((shape[0] + 1, *shape[1:]), torch.nan, dtype=dtype)
+    fp8.decode(stack, space[:-1])
+    assert torch.equal(space[:-1], want.to(dtype))
+    assert space[-1].isnan().all()
     blocks = torch.full((shape[0], shape[1] + 2, shape[2] + 3), torch.nan, dtype=dtype)
     fp8.decode(stack, blocks[:, : shape[1], : shape[2]])
     assert torch.equal(blocks[:, : shape[1], : shape[2]], want.to(dtype))

@@ -63,7 +63,7 @@ def test_every_tile_against_the_reference():
         for i in range(max(map(len, option.values()))):
             tiles = Shapes(**{product: found[i % len(found)] for product, found in option.items()})
             with shapes.forced(tiles):
-                got = check.gradients(case, ours(case, "triton", room=False))
+                got = check.gradients(case, ours(case, "triton", padding=False))
             assert check.differences(shape, got, want) == [], tiles
 
 

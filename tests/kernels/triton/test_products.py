@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune.errors import TrainingError
 from finetune.kernels import device_op, grouped
-from finetune.kernels.blocks import make_room_
+from finetune.kernels.blocks import pad_bank_
 from finetune.kernels.layer import Dropout, ExpertLayer
 from finetune.kernels.ops import expert_mlp
 from finetune.kernels.triton import shapes
@@ -49,11 +49,11 @@ def loras_of(problem):
 
 
 def run(problem, way, recompute=False):
-    products, room = way
+    products, padding = way
     banks = [nn.Parameter(bank, requires_grad=False) for bank in (problem.gate_up, problem.down)]
     for bank in banks:
-        if room:
-            make_room_(bank, max(room, *(lora.a_XRI.shape[1] for lora in loras_of(problem)), 0))
+        if padding:
+            pad_bank_(bank, max(padding, *(lora.a_XRI.shape[1] for lora in loras_of(problem)), 0))
     layer = ExpertLayer(*banks, problem.gate_up_lora, problem.down_lora, problem.dropout)
     return device_op.expert_mlp(problem.x, problem.index, problem.weights, layer, recompute, products)
 
@@ -138,7 +138,7 @@ def test_low_precision_rounds_like_the_reference(dtype, way):
     ):
         assert a.dtype == b.dtype
         error, allowed = ((t.double() - c).norm() / c.norm() for t in (a, b))
-        assert error <= 2 * allowed + 1e-7, name  # without room the low-rank part is rounded by itself
+        assert error <= 2 * allowed + 1e-7, name  # without padding the low-rank part is rounded by itself
 
 
 def test_recomputed_is_the_same(way):
@@ -236,11 +236,11 @@ def test_a_factor_changed_before_backward_is_noticed(one_way):
 
 def test_other_factors_between_forward_and_backward_change_nothing(way):
     """A reference model's adapter may run on the same bank before the backward pass."""
-    products, room = way
+    products, padding = way
     problem = small()
     banks = [nn.Parameter(bank, requires_grad=False) for bank in (problem.gate_up, problem.down)]
     for bank in banks:
-        make_room_(bank, room or 8)
+        pad_bank_(bank, padding or 8)
 
     def forward(p):
         layer = ExpertLayer(*banks, p.gate_up_lora, p.down_lora)
@@ -321,14 +321,16 @@ def exact_grouped_mm(a, b, *, offs):
     return torch.stack([a[:, span] @ b[span] for span in spans])
 
 
-@pytest.mark.parametrize("room", [0, 8])
-def test_gradcheck_of_the_block_matrix_in_float64(room, monkeypatch):
+@pytest.mark.parametrize("padding", [0, 8])
+def test_gradcheck_of_the_block_matrix_in_float64(padding, monkeypatch):
     """grouped_mm has no float64; with its definition in its place the whole path is exact."""
     monkeypatch.setattr(grouped, "grouped_mm", exact_grouped_mm)
     problem = make(tokens=4, experts=3, hidden=5, intermediate=3, rank=2, slots=(2, 0))
 
     def forward(x, weights, a1, b1, a2, b2):
         loras = replace(problem.gate_up_lora, a_XRI=a1, b_XOR=b1), replace(problem.down_lora, a_XRI=a2, b_XOR=b2)
-        return run(replace(problem, x=x, weights=weights, gate_up_lora=loras[0], down_lora=loras[1]), ("grouped", room))
+        return run(
+            replace(problem, x=x, weights=weights, gate_up_lora=loras[0], down_lora=loras[1]), ("grouped", padding)
+        )
 
     assert torch.autograd.gradcheck(forward, problem.leaves)

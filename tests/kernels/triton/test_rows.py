@@ -10,6 +10,7 @@ from finetune.kernels.layer import Factors
 from finetune.kernels.sorted_rows import sort_rows
 from finetune.kernels.triton import rows, swiglu
 from finetune.kernels.triton.row_work import TritonRowWork
+from tests.kernels.triton import plain
 from tests.kernels.triton.test_routing import random_index
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -19,8 +20,8 @@ def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def part_of_wider(height, width, dtype, border=3):
-    wide = torch.full((height, width + border), torch.nan, dtype=dtype)
+def part_of_wider(height, width, dtype, padding=3):
+    wide = torch.full((height, width + padding), torch.nan, dtype=dtype)
     return wide, wide[:, :width]
 
 
@@ -48,7 +49,7 @@ def test_combine(width, weighted, dtype):
     got, want = torch.full((2, 5, width), torch.nan, dtype=dtype)
     values = normal(15, width, dtype=dtype)
     rows.combine(values, row_P, weights, got)
-    rows.combine_reference(values, row_P, weights, want)
+    plain.combine(values, row_P, weights, want)
     assert_same(got, want)
 
 
@@ -79,7 +80,7 @@ def test_swiglu_back(width, dtype):
 
     got, want = gradients(), gradients()
     swiglu.backward(gate_up, d_h, weights, pair_P, got)
-    swiglu.backward_reference(gate_up, d_h, weights, pair_P, want)
+    plain.swiglu_backward(gate_up, d_h, weights, pair_P, want)
     for a, b in zip(got, want, strict=True):
         assert_same(a, b)
     gate_up, weights = gate_up.float().requires_grad_(), weights.requires_grad_()
@@ -98,13 +99,13 @@ def test_borders(rank, dtype):
     lora = Factors(normal(3, rank, 140), normal(3, 24, rank, seed=1), 0.7, slot_E)
     rounded = rounded_rank(rank)
 
-    def borders():
+    def padding():
         blocks = torch.full((4, 24 + rounded, 140 + rounded), torch.nan, dtype=dtype)
         return blocks, blocks[:, 24:, :140], blocks[:, :24, 140:]
 
-    (got, *parts), (want, *want_parts) = borders(), borders()
-    TritonRowWork().write_borders(lora, *parts)
-    TorchRowWork().write_borders(lora, *want_parts)
+    (got, *parts), (want, *want_parts) = padding(), padding()
+    TritonRowWork().write_lora_padding(lora, *parts)
+    TorchRowWork().write_lora_padding(lora, *want_parts)
     torch.testing.assert_close(got, want, equal_nan=True)
     assert not parts[0][1].any()
     assert not parts[0][:, rank:].any()

@@ -1,4 +1,4 @@
-"""pydantic's errors about a recipe in plain words: what is wrong, and what to write instead."""
+"""pydantic's errors about a document in plain words: what is wrong, and what to write instead."""
 
 from __future__ import annotations
 
@@ -6,59 +6,65 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finetune.config.advice import advice, name_advice, sentence
-from finetune.config.fields import Kind, kind_at, known_part
-from finetune.config.findings import NOTHING, FieldPath, Finding, dotted
+from finetune.diagnostics.advice import advice, name_advice, sentence
+from finetune.diagnostics.fields import Kind
+from finetune.diagnostics.findings import NOTHING, FieldPath, Finding, dotted
+from finetune.diagnostics.schema import Schema
 
 
-def findings_of(error: ValidationError, tree: Any) -> list[Finding]:
-    """One Finding per field that pydantic refused; `tree` is what was validated."""
+def findings_of(error: ValidationError, tree: Any, schema: Schema[Any], at: FieldPath = ()) -> list[Finding]:
+    """One Finding per field that pydantic refused.
+
+    tree: what was validated: a whole document, or what belongs `at` a path of one.
+    """
     findings: dict[FieldPath, Finding] = {}
-    details = error.errors(include_url=False)
+    details: list[dict[str, Any]] = [
+        {**detail, "loc": (*at, *detail["loc"])} for detail in error.errors(include_url=False)
+    ]
     for detail in details:
         unknown = detail["type"] == "extra_forbidden"
-        path = detail["loc"] if unknown else known_part(detail["loc"])
+        path = detail["loc"] if unknown else schema.known_part(detail["loc"])
         if path in findings:  # another member of the same union
             continue
         if detail["type"] == "too_short" and any(
             len(other["loc"]) > len(path) == _shared(other["loc"], path) for other in details
         ):
             continue  # pydantic counts the items that are right
-        value = value_at(tree, path)
+        value = value_at(tree, path[len(at) :])
         if unknown:
-            findings[path] = _unknown_key(path)
+            findings[path] = _unknown_key(path, schema)
         elif detail["type"] == "missing":
-            findings[path] = Finding(path, "is required and missing", _how_to_add(path))
+            findings[path] = Finding(path, "is required and missing", _how_to_add(path, schema))
         elif detail["type"] == "refused":
             findings[path] = Finding(path, detail["ctx"]["what"], detail["ctx"]["hint"], _scalar(value))
         else:
-            findings[path] = _wrong_value(path, detail, value)
+            findings[path] = _wrong_value(path, detail, value, schema)
     return list(findings.values())
 
 
-def _unknown_key(path: FieldPath) -> Finding:
-    name, parent = str(path[-1]), kind_at(path[:-1])
+def _unknown_key(path: FieldPath, schema: Schema[Any]) -> Finding:
+    name, parent = str(path[-1]), schema.kind_at(path[:-1])
     section = parent.section if parent else None
     assert section is not None, "pydantic forbids extra keys in sections only"
-    where = dotted(path[:-1]) or "a recipe"
+    where = dotted(path[:-1]) or schema.noun
     known = ", ".join(section.model_fields)
-    return Finding(path, "is unknown", sentence(name_advice(name, section), f"{where} has {known}"))
+    return Finding(path, "is unknown", sentence(name_advice(name, section, schema), f"{where} has {known}"))
 
 
-def _how_to_add(path: FieldPath) -> str:
-    kind = kind_at(path)
+def _how_to_add(path: FieldPath, schema: Schema[Any]) -> str:
+    kind = schema.kind_at(path)
     assert kind is not None
     if kind.section is None:
-        return f"add it: {_explain(path)}"
+        return f"add it: {_explain(path, schema)}"
     needed = ", ".join(name for name, field in kind.section.model_fields.items() if field.is_required())
     return f"add a section {dotted(path)} with {needed} in it ({_purpose(kind.section)})"
 
 
-def _wrong_value(path: FieldPath, detail: Any, value: Any) -> Finding:
-    kind = kind_at(path)
+def _wrong_value(path: FieldPath, detail: Any, value: Any, schema: Schema[Any]) -> Finding:
+    kind = schema.kind_at(path)
     assert kind is not None
     what = _what(detail, kind)
-    hint = sentence(advice(value, kind), _explain(path))
+    hint = sentence(advice(value, kind), _explain(path, schema))
     return Finding(path, f"is null, {what}", hint) if value is None else Finding(path, what, hint, value)
 
 
@@ -88,16 +94,16 @@ def _what(detail: Any, kind: Kind) -> str:
     return f"must be {' or '.join(wanted)}"
 
 
-def _explain(path: FieldPath) -> str:
+def _explain(path: FieldPath, schema: Schema[Any]) -> str:
     """What the field at `path` takes and is for."""
-    kind = kind_at(path)
+    kind = schema.kind_at(path)
     assert kind is not None
     about = ""
     if kind.field is not None and kind.field.description and not (path and isinstance(path[-1], int)):
         about = f" ({kind.field.description})"
     elif kind.section is not None:
         about = f" ({_purpose(kind.section)})"
-    return f"{dotted(path)} takes {kind.in_words()}{about}" if path else f"a recipe has {kind.in_words()}"
+    return f"{dotted(path)} takes {kind.in_words()}{about}" if path else f"{schema.noun} is {kind.in_words()}"
 
 
 def _purpose(section: type[BaseModel]) -> str:

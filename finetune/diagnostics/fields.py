@@ -1,8 +1,7 @@
-"""What a field of the recipe takes, read off the schema and put in words."""
+"""What a field takes, read off a pydantic model and put in words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -10,8 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from finetune.config.findings import FieldPath
-from finetune.config.schema import Recipe
+from finetune.diagnostics.values import OneOrMany
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,50 @@ class Kind:
     def item(self) -> Kind | None:
         """What the items of a list here are."""
         for kind in self.alternatives:
-            if get_origin(kind.annotation) is tuple:
+            if get_origin(kind.annotation) in (tuple, list):
                 return _unwrap(get_args(kind.annotation)[0], (), self.field)
         return None
+
+    @property
+    def entry(self) -> Kind | None:
+        """What the values of a dict here are."""
+        for kind in self.alternatives:
+            if get_origin(kind.annotation) is dict:
+                return _unwrap(get_args(kind.annotation)[1], (), self.field)
+        return None
+
+    @property
+    def shorthand(self) -> OneOrMany | None:
+        """How a list of sections here may be written shorter."""
+        return next((item for item in self.bounds if isinstance(item, OneOrMany)), None)
+
+    def inner(self, key: str | int) -> Kind | None:
+        """What is read at a key or an index below; None when nothing is."""
+        if isinstance(key, int):
+            return self.item
+        section = self.section
+        return field_kind(section, key) if section is not None and key in section.model_fields else self.entry
+
+    def placeholder(self) -> Any:
+        """A value that is right here, which stands for one that is missing."""
+        kind = self.alternatives[0]
+        if kind.section is not None:
+            fields = kind.section.model_fields
+            return {name: field_kind(kind.section, name).placeholder() for name in fields if fields[name].is_required()}
+        if kind.choices:
+            return kind.choices[0]
+        if kind.item is not None:
+            return (kind.item.placeholder(),)
+        if kind.annotation in (int, float):
+            limits = kind.limits
+            return kind.annotation(limits.get("ge", limits.get("gt", 0) + 1))
+        return {} if kind.entry is not None else {bool: False, str: "unknown"}.get(kind.annotation)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Bounds of a number here, by ge, gt, le and lt."""
+        named = ("ge", "gt", "le", "lt")
+        return {name: getattr(item, name) for item in self.bounds for name in named if hasattr(item, name)}
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -65,52 +104,8 @@ class Kind:
         return ", or ".join(_words(kind) for kind in self.alternatives)
 
 
-ROOT = Kind(Recipe)
-
-
-def kind_at(path: FieldPath) -> Kind | None:
-    """What the schema has at `path`; None when it has nothing there."""
-    kind = ROOT
-    for key in path:
-        inner = _inner(kind, key)
-        if inner is None:
-            return None
-        kind = inner
-    return kind
-
-
-def known_part(path: FieldPath) -> FieldPath:
-    """`path` up to where the schema ends; pydantic appends names of union members."""
-    kind = ROOT
-    for length, key in enumerate(path):
-        inner = _inner(kind, key)
-        if inner is None:
-            return path[:length]
-        kind = inner
-    return path
-
-
-def all_fields() -> Iterator[FieldPath]:
-    """Every field of every section, in walk order; lists of sections by their list."""
-
-    def walk(section: type[BaseModel], path: FieldPath) -> Iterator[FieldPath]:
-        for name in section.model_fields:
-            yield (*path, name)
-            inner = _field_kind(section, name).section
-            if inner is not None:
-                yield from walk(inner, (*path, name))
-
-    return walk(Recipe, ())
-
-
-def _inner(kind: Kind, key: str | int) -> Kind | None:
-    if isinstance(key, int):
-        return kind.item
-    section = kind.section
-    return _field_kind(section, key) if section is not None and key in section.model_fields else None
-
-
-def _field_kind(section: type[BaseModel], name: str) -> Kind:
+def field_kind(section: type[BaseModel], name: str) -> Kind:
+    """What a field of a section takes."""
     field = section.model_fields[name]
     return _unwrap(field.annotation, tuple(field.metadata), field)
 
@@ -134,18 +129,21 @@ def _words(kind: Kind) -> str:
     if kind.item is not None and kind.item.choices:
         return "a list with any of " + ", ".join(kind.item.choices)
     if kind.item is not None and kind.item.section is not None:
-        return "a file name, or a list of files with " + ", ".join(kind.item.section.model_fields)
+        listed = "a list of sections" if kind.shorthand is None else kind.shorthand.words
+        return f"{listed} with " + ", ".join(kind.item.section.model_fields)
+    if kind.item is not None:
+        return "a list"
+    if kind.entry is not None:
+        return "a section"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return names[kind.annotation] + _bounds(kind)
+    return names.get(kind.annotation, "a value") + _bounds(kind)
 
 
 def _bounds(kind: Kind) -> str:
     """` from 0 to 1` or ` above 0 and below 1`; limits nobody meets are left out."""
     if kind.annotation not in (int, float):
         return ""
-    limits = {
-        name: getattr(item, name) for item in kind.bounds for name in ("ge", "gt", "le", "lt") if hasattr(item, name)
-    }
+    limits = kind.limits
     if "ge" in limits and "le" in limits:
         return f" from {limits['ge']:g} to {limits['le']:g}"
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

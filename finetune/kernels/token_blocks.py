@@ -136,7 +136,8 @@ def plan_blocks(counts: Sequence[int], kinds: Sequence[Hashable], costs: BlockCo
 def _widths(sizes: Sequence[int], costs: BlockCosts) -> list[tuple[int, int]]:
     """First expert and number of experts of each block; numbers are powers of two, so that shapes recur.
 
-    sizes: falling. Computed from the end: the least cost from an expert on is known when its predecessors need it.
+    sizes: falling. Dynamic programming from the end, in O(experts x log experts): the widest block that fits is not the
+    cheapest, since it pads all of its experts to the rows of the largest.
     """
     least, best = [0] * (len(sizes) + 1), [1] * len(sizes)
     for first in range(len(sizes) - 1, -1, -1):

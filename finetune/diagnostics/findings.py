@@ -9,7 +9,7 @@ from typing import Any
 from finetune.errors import Problem, shorten
 
 FieldPath = tuple[str | int, ...]
-"""Keys and list indices from the top of the recipe: ("data", "train", 0, "path")."""
+"""Keys and list indices from the top of a document: ("data", "train", 0, "path")."""
 
 NOTHING: Any = object()
 
@@ -30,6 +30,11 @@ class Finding:
     line: int | None = None
     with_paths: tuple[FieldPath, ...] = ()
 
+    def problem(self, where: str | None = None) -> Problem:
+        """As it is told, at its field when no better place is known."""
+        got = {} if self.got is NOTHING else {"got": self.got}
+        return Problem(dotted(self.path) if where is None else where, self.what, self.hint, **got)
+
 
 def dotted(path: FieldPath) -> str:
     """`data.train.0.path`, as an override spells it; keys that would garble a terminal are escaped."""
@@ -42,12 +47,17 @@ def printable(text: str, limit: int = 60) -> str:
 
 
 class Places:
-    """Where each field of a recipe was written: a line of its file, or an override."""
+    """Where each field of a document was written: a line of its file, or an override."""
 
-    def __init__(self, source: str, key_lines: Mapping[FieldPath, int], value_lines: Mapping[FieldPath, int]) -> None:
+    def __init__(
+        self,
+        source: str,
+        key_lines: Mapping[FieldPath, int] | None = None,
+        value_lines: Mapping[FieldPath, int] | None = None,
+    ) -> None:
         self._source = source
-        self._key_lines = dict(key_lines)
-        self._value_lines = dict(value_lines)
+        self._key_lines = dict(key_lines or {})
+        self._value_lines = dict(value_lines or {})
         self._overrides: dict[FieldPath, tuple[int, str]] = {}
 
     def override(self, path: FieldPath, text: str) -> None:
@@ -71,12 +81,7 @@ class Places:
         """One Problem per finding, in the order of the file, overrides last."""
         placed = [(*self._place(finding), finding) for finding in findings]
         placed.sort(key=lambda entry: entry[0])
-        return [
-            Problem(where, found.what, found.hint)
-            if found.got is NOTHING
-            else Problem(where, found.what, found.hint, found.got)
-            for _, where, found in placed
-        ]
+        return [finding.problem(where) for _, where, finding in placed]
 
     def _place(self, finding: Finding) -> tuple[tuple[int, int], str]:
         """Sort key, and `file:line: field` or `override key=value`."""

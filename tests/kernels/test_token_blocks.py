@@ -4,7 +4,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.kernels.pairs import ALIGNED, EXACT, FEW_SIZES, BlockCosts, PairRows, lay_out, plan_blocks, sort_pairs
+from finetune.kernels.token_blocks import (
+    ALIGNED,
+    EXACT,
+    FEW_SIZES,
+    BlockCosts,
+    PairRows,
+    lay_out,
+    plan_blocks,
+    sort_pairs,
+)
 
 
 @st.composite

@@ -1,51 +1,39 @@
-"""`key.sub=value` on top of a recipe's plain values."""
+"""`key.sub=value` on top of the plain values of a document."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from finetune.config.document import NULL, read_document
-from finetune.config.fields import kind_at
-from finetune.config.findings import FieldPath, Finding, Places, dotted, printable
-from finetune.config.values import as_files
-
-FILE_LISTS: tuple[FieldPath, ...] = (("data", "train"), ("data", "eval"))
+from finetune.diagnostics.document import NULL, read_document
+from finetune.diagnostics.findings import FieldPath, Finding, Places, dotted, printable
+from finetune.diagnostics.schema import Schema
 
 
-def apply_overrides(tree: dict[str, Any], overrides: tuple[str, ...], places: Places) -> list[Finding]:
-    """Set each override in `tree`, in place and in order, and tell `places`; returns what is wrong with them."""
+def apply_overrides_(
+    tree: dict[str, Any], overrides: Sequence[str], places: Places, schema: Schema[Any]
+) -> list[Finding]:
+    """Spell out `tree`, then set each override in it and tell `places`; returns what is wrong with them."""
     findings = []
-    spell_out_files(tree, places)
+    schema.spell_out_(tree, places)
     for text in overrides:
-        path, value, problem = _read(text)
+        path, value, problem = _read(text, schema)
         places.override(path, text)
-        problem = problem or _set(tree, path, value)
+        problem = problem or _set_(tree, path, value, schema)
         if problem is not None:
             findings.append(problem)
-        spell_out_files(tree, places)
+        schema.spell_out_(tree, places)
     return findings
 
 
-def spell_out_files(tree: dict[str, Any], places: Places) -> None:
-    """Replace the shorthands of file lists in `tree` by lists of sections, so that paths lead to their fields."""
-    section = tree.get("data")
-    if not isinstance(section, dict):
-        return
-    for path in FILE_LISTS:
-        files = section.get(path[1])
-        if isinstance(files, dict):
-            places.wrap(path)
-        if isinstance(files, str | dict | list):
-            section[path[1]] = list(as_files(files))
-
-
-def _read(text: str) -> tuple[FieldPath, Any, Finding | None]:
-    """Path and YAML-typed value of one override; the path has one odd part when it cannot be read."""
+def _read(text: str, schema: Schema[Any]) -> tuple[FieldPath, Any, Finding | None]:
+    """Path and YAML-typed value of one override; the path leads nowhere when it cannot be read."""
     key, equals, value_text = text.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
-        hint = "write section.field=value, such as train.steps=50 (no spaces around =)"
-        return (printable(text),), None, Finding((printable(text),), "is not an override", hint)
+        hint = f"write section.field=value, such as {schema.example_override} (no spaces around =)"
+        nowhere = (f"{printable(text)}=",)  # the place of no field, also where the text is the name of one
+        return nowhere, None, Finding(nowhere, "is not an override", hint)
     path: FieldPath = tuple(
         int(name) if name.isdecimal() and name.isascii() and len(name) < 6 else name for name in names
     )
@@ -61,14 +49,14 @@ def _read(text: str) -> tuple[FieldPath, Any, Finding | None]:
     return path, document.value, None
 
 
-def _set(tree: dict[str, Any], path: FieldPath, value: Any) -> Finding | None:
+def _set_(tree: dict[str, Any], path: FieldPath, value: Any, schema: Schema[Any]) -> Finding | None:
     """Put `value` at `path`; sections on the way are made, lists and their items must exist."""
     here: Any = tree
     for depth, key in enumerate(path):
         above, last = dotted(path[:depth]), depth + 1 == len(path)
         if isinstance(here, dict):
             key = str(key)
-            if not last and here.get(key) is None and _is_section(path[: depth + 1]):
+            if not last and here.get(key) is None and _is_section(path[: depth + 1], schema):
                 here[key] = {}
         elif not isinstance(here, list):
             what = f"goes below {above}, which is {'not given' if here is None else 'no section'}"
@@ -84,7 +72,7 @@ def _set(tree: dict[str, Any], path: FieldPath, value: Any) -> Finding | None:
     return None
 
 
-def _is_section(path: FieldPath) -> bool:
-    """Whether the schema has a section at `path`, or does not know it at all."""
-    kind = kind_at(path)
-    return kind is None or kind.section is not None
+def _is_section(path: FieldPath, schema: Schema[Any]) -> bool:
+    """Whether the schema has a section or a dict at `path`, or does not know it at all."""
+    kind = schema.kind_at(path)
+    return kind is None or kind.section is not None or kind.entry is not None

@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from finetune.config.findings import FieldPath, Finding
+from finetune.diagnostics.findings import FieldPath, Finding
 
 MAX_BYTES = 128 * 1024
 MAX_DEPTH = 24
 MAX_VALUES = 2_000
 
-TOO_LARGE = Finding((), f"is larger than {MAX_BYTES // 1024} KiB", "a recipe is a page of YAML; is this another file?")
+TOO_LARGE = Finding((), f"is larger than {MAX_BYTES // 1024} KiB", "it should be a page of YAML; is this another file?")
 
 _TAG = "tag:yaml.org,2002:"
 NULL = re.compile(r"~|null|Null|NULL|")
@@ -87,7 +87,7 @@ class _Composer(yaml.SafeLoader):
         self._depth += 1
         try:
             if self._depth > MAX_DEPTH:
-                raise _refuse(self.peek_event().start_mark, "is nested too deeply", "a recipe has at most four levels")
+                raise _refuse(self.peek_event().start_mark, "is nested too deeply", "write it with fewer levels")
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
@@ -97,7 +97,7 @@ add_scalars(_Composer)
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """Well-formed YAML that a recipe may not use and that reading cannot go on after."""
+    """Well-formed YAML that may not be used here and that reading cannot go on after."""
 
     hint = ""
 
@@ -126,7 +126,7 @@ class _Reader:
         if any(node is other for other in self._open):
             raise _refuse(node.start_mark, "contains itself through an anchor", "remove the alias, the `*name`")
         if len(self._open) > MAX_DEPTH:
-            raise _refuse(node.start_mark, "is nested too deeply", "a recipe has at most four levels")
+            raise _refuse(node.start_mark, "is nested too deeply", "write it with fewer levels")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path)
         self._open.append(node)
@@ -142,12 +142,12 @@ class _Reader:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
                 self.findings.append(
-                    Finding(path, "has a key that is not text", "keys are names, such as train: or data:", line=line)
+                    Finding(path, "has a key that is not text", "keys are names, as in name: value", line=line)
                 )
                 continue
             key = key_node.value
             if key == "<<":
-                hint = "write the values out; recipes have no merge keys"
+                hint = "write the values out"
                 self.findings.append(Finding((*path, key), "merge keys are not read", hint, line=line))
                 continue
             if key in values:
@@ -183,7 +183,7 @@ class _Reader:
             return None
 
     def _no_tag(self, node: yaml.Node, path: FieldPath) -> None:
-        hint = "remove the tag; recipes hold text, numbers, true, false, null, lists and sections"
+        hint = "remove the tag; values are text, numbers, true, false, null, lists and sections"
         self.findings.append(Finding(path, "has a YAML tag", hint, node.tag, line=node.start_mark.line + 1))
 
 
@@ -223,7 +223,7 @@ _SYNTAX = {
     ),
     "expected ',' or": ("has a list or section that is not closed", "close every [ with ] and every { with }"),
     "found unexpected end of stream": ("has a quote that is not closed", "close the quote"),
-    "expected a single document": ("starts a second document", "keep one recipe per file; remove the line ---"),
+    "expected a single document": ("starts a second document", "keep one document per file; remove the line ---"),
     "undefined alias": (
         "uses an alias without an anchor",
         "write the value itself, or quote a text that starts with *",
@@ -241,7 +241,9 @@ def _syntax(error: yaml.YAMLError, text: str) -> Finding:
     """A parser's complaint in plain words."""
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return Finding((), "holds a control character", "remove it; a recipe is plain text", chr(error.character), line)
+        return Finding(
+            (), "holds a control character", "remove it; the file must be plain text", chr(error.character), line
+        )
     assert isinstance(error, yaml.MarkedYAMLError)
     complaint = " ".join(filter(None, (error.context, error.problem)))
     unfinished = any(sign in complaint for sign in _UNFINISHED)
@@ -252,6 +254,4 @@ def _syntax(error: yaml.YAMLError, text: str) -> Finding:
     for sign, (what, hint) in _SYNTAX.items():
         if sign in complaint:
             return Finding((), what, hint, line=line)
-    return Finding(
-        (), f"is not valid YAML ({complaint})", "see the line above it too; recipes/quickstart.yaml is valid", line=line
-    )
+    return Finding((), f"is not valid YAML ({complaint})", "see the line above it too", line=line)

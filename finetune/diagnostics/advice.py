@@ -2,68 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from finetune.config.document import plain_value
-from finetune.config.fields import Kind, all_fields, kind_at
-from finetune.config.findings import dotted, printable
-
-OTHER_NAMES = {
-    "base_model": "model.path",
-    "model_name": "model.path",
-    "model_name_or_path": "model.path",
-    "torch_dtype": "model.dtype",
-    "attn_implementation": "model.attention_implementation",
-    "load_in_4bit": "quantize.scheme",
-    "load_in_8bit": "quantize.scheme",
-    "target_modules": "adapter.attention",
-    "target_parameters": "adapter.experts",
-    "r": "adapter.rank",
-    "lora_r": "adapter.rank",
-    "lora_rank": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "use_rslora": "adapter.rslora",
-    "router_aux_loss_coef": "router.aux_loss",
-    "dataset": "data.train",
-    "datasets": "data.train",
-    "val_set_size": "data.eval_fraction",
-    "sequence_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "chat_template": "data.template",
-    "lr": "train.learning_rate",
-    "max_steps": "train.steps",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "micro_batch_size": "train.batch_size",
-    "per_device_train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation",
-    "lr_scheduler": "train.schedule",
-    "lr_scheduler_type": "train.schedule",
-    "warmup_ratio": "train.warmup",
-    "optim": "train.optimizer",
-    "bf16": "train.precision",
-    "max_norm": "train.max_grad_norm",
-    "logging_steps": "train.log_every",
-    "eval_steps": "train.eval_every",
-    "save_steps": "train.save_every",
-    "save_total_limit": "train.keep",
-    "output_dir": "output.dir",
-}
-"""Fields by the names other tools give them."""
+from finetune.diagnostics.document import plain_value
+from finetune.diagnostics.fields import Kind
+from finetune.diagnostics.findings import dotted, printable
+from finetune.diagnostics.schema import Schema
 
 _SWITCHES = {"yes": True, "on": True, "y": True, "1": True, "no": False, "off": False, "n": False, "0": False}
 _MULTIPLES = {"k": 1_000, "m": 1_000_000, "%": 0.01}
 
 
-def close_to(name: Any, known: Any) -> str | None:
-    """The one of `known` that `name` most likely meant."""
+def did_you_mean(name: object, known: Iterable[object], within: Path | None = None) -> str | None:
+    """`did you mean X?` with the one of `known` that `name` most likely meant, as a path when it lies `within` one."""
     by_lower = {str(item).lower(): str(item) for item in known}
     matches = get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
-    return by_lower[matches[0]] if matches else None
+    if not matches:
+        return None
+    meant = by_lower[matches[0]]
+    return f"did you mean {meant if within is None else within / meant}?"
 
 
 def sentence(*parts: str | None) -> str:
@@ -71,24 +33,23 @@ def sentence(*parts: str | None) -> str:
     return "; ".join(filter(None, parts)).replace("?; ", "? ")
 
 
-def name_advice(name: str, section: type[BaseModel]) -> str | None:
+def name_advice(name: str, section: type[BaseModel], schema: Schema[Any]) -> str | None:
     """What to write instead of `name`, a key that `section` does not have."""
-    if name in OTHER_NAMES:
-        return f"did you mean {OTHER_NAMES[name]}?"
-    homes = [dotted(field) for field in all_fields() if field[-1] == name]
+    if name in schema.other_names:
+        return f"did you mean {schema.other_names[name]}?"
+    homes = [dotted(field) for field, _ in schema.all_fields() if field[-1] == name]
     if homes:
         return f"did you mean {' or '.join(homes)}?"
-    if "." in name and kind_at(tuple(name.split("."))):
+    if "." in name and schema.kind_at(tuple(name.split("."))):
         first, _, rest = name.partition(".")
         return f"in a file, nest it: write {rest} below {first}"
-    similar = close_to(name, section.model_fields)
-    return f"did you mean {similar}?" if similar else None
+    return did_you_mean(name, section.model_fields)
 
 
 def advice(value: Any, kind: Kind) -> str | None:
     """What to write instead of `value`, where one can tell."""
     if kind.choices:
-        return _choice_advice(value, kind)
+        return did_you_mean("none" if value is None else value, kind.choices)
     if isinstance(value, str):
         return _text_advice(value, kind)
     if value is None:
@@ -133,8 +94,3 @@ def _null_advice(kind: Kind) -> str | None:
     if kind.field is not None and kind.field.is_required():
         return None
     return "indent its fields below it, or remove the line" if kind.section else "remove the line to get the default"
-
-
-def _choice_advice(value: Any, kind: Kind) -> str | None:
-    similar = close_to("none" if value is None else value, kind.choices)
-    return f"did you mean {similar}?" if similar else None

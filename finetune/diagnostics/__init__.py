@@ -1,0 +1,1 @@
+"""Documents that people write: YAML with places, checked against a pydantic model, mistakes told in plain words."""
