@@ -9,10 +9,11 @@ from typing import Any, Literal
 from finetune.data.bad_rows import BadRow
 from finetune.data.control_tokens import ControlTokens, check_tokenizer
 from finetune.data.conversation import Conversation, Passage
+from finetune.data.markers import Markers
 from finetune.data.mask import find_answers, tokens_of
 from finetune.data.messages import interpret
 from finetune.data.rows import Row
-from finetune.data.templates import DataTemplate
+from finetune.data.templates import DataTemplate, MessagesTemplate, TurnsTemplate
 from finetune.data.tool_calls import with_parsed_arguments
 from finetune.errors import DataError
 
@@ -27,6 +28,7 @@ class Encoding:
     over_long: Literal["error", "skip", "truncate"] = "error"
     loss_on: Literal["assistant", "all"] = "assistant"
     train_empty_think: bool = False
+    answers: Markers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,10 @@ class Encoder:
     """Encodes rows of one template for one tokenizer."""
 
     def __init__(self, tokenizer: Any, template: DataTemplate, encoding: Encoding) -> None:
-        check_tokenizer(tokenizer)
+        chats = isinstance(template, MessagesTemplate | TurnsTemplate)
+        self._markers = check_tokenizer(tokenizer, chats=chats, answers=encoding.answers)
         self.tokenizer, self.template, self.encoding = tokenizer, template, encoding
-        self._control = ControlTokens(tokenizer)
+        self._control = ControlTokens(tokenizer, self._markers)
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
         """One answer per row, in their order: its tokens, or what is wrong with it."""
@@ -114,7 +117,8 @@ class Encoder:
 
     def _finish_chat(self, chat: Conversation, text: str, tokens: Any) -> Encoded:
         ids = list(tokens.ids)
-        answers = find_answers(text, chat)
+        assert self._markers is not None
+        answers = find_answers(text, chat, self._markers)
         train_all = self.encoding.loss_on == "all"
         labels = list(ids) if train_all else [IGNORED] * len(ids)
         for answer in answers:
