@@ -131,11 +131,11 @@ MODELS: dict[str, Callable[[], Any]] = {
 WITH_TOWERS = ("qwen3_vl_moe", "qwen3_omni_moe_thinker")
 
 
-def save(model_type: str, folder: Path) -> Path:
+def save(model_type: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The family's model as a checkpoint folder with a tokenizer, and a head for several tokens that nothing reads."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        MODELS[model_type]().save_pretrained(folder)
+        MODELS[model_type]().to(dtype).save_pretrained(folder)
         for name in SIDE_FILES:
             shutil.copy(ROOT / "examples/tiny-qwen3-moe" / name, folder)
         if model_type.startswith(("qwen3_next", "qwen3_5")):
