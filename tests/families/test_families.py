@@ -253,6 +253,20 @@ def tensors_of_adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if not family.linear_attention])
+def test_packed_rows_do_not_see_one_another(model_type, attention, bases):
+    model = load_model(bases(model_type), dtype=torch.float32, attention_implementation=attention)
+    embedded = model.get_input_embeddings()(ids(9)[:1]).detach().requires_grad_()
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    logits = model(inputs_embeds=embedded, position_ids=positions, use_cache=False).logits[0, 5:]
+    logits.cos().sum().backward()
+    assert embedded.grad[0, :5].abs().max() == 0
+    assert embedded.grad[0, 5:].abs().max() > 0
+    alone = model(inputs_embeds=embedded[:, 5:].detach(), use_cache=False).logits[0]
+    assert (logits - alone).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.linear_attention])
 def test_packing_would_leak_through_linear_attention_and_is_refused(model_type, bases, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -277,3 +291,11 @@ def test_every_other_type_of_transformers_is_refused_with_the_known_ones():
         with pytest.raises(ModelError, match="is of a model type that is not supported") as caught:
             family_of({"model_type": model_type}, "config.json")
         assert all(name in caught.value.problems[0].hint for name in FAMILIES)
+
+
+def test_the_page_of_models_is_up_to_date():
+    from tests.families.page import BEGIN, PAGE, page
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert BEGIN in text
+    assert page(text) == text, "run python -m tests.families.page"
