@@ -26,7 +26,7 @@ from finetune.models.loading import load_model
 from finetune.quant.load import load_frozen, quantize_model
 from finetune.quant.seen import SeenCheckpoint
 from finetune.routing.plan import ExpertPlan
-from tests.families.models import MODELS, ROOT, other_layout_, plain, save, tensors_of
+from tests.families.models import MODELS, ROOT, config_of, other_layout_, plain, save, tensors_of
 
 SECTION = {"attention": "all", "linear_attention": "all", "shared_expert": "all", "rank": 3, "alpha": 6.0}
 TOWERS = ("model.visual.", "model.audio_tower.")
@@ -192,6 +192,26 @@ def test_a_stack_whose_shape_does_not_tell_its_layout_is_refused(bases, tmp_path
     save_file(tensors, square / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="down_proj: is square"):
         Checkpoint.open(square)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe"])
+def test_scaled_positions_reach_the_text_model_of_the_merged_one(model_type, bases, tmp_path):
+    base = bases(model_type)
+    model = attach(load_model(base, dtype=torch.float32, rope_scaling=YARN), section_of(model_type), seed=0)
+    adapted = randomized(model).eval()
+    save_adapter(adapted, tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", base=base)
+    merged = plain(tmp_path / "merged")
+    assert (merged(ids(24)).logits - adapted(ids(24)).logits).abs().max() <= 1e-4
+    family = FAMILIES[model_type]
+    before, after = (family.text_config(config_of(folder)) for folder in (base, tmp_path / "merged"))
+    rope = after["rope_parameters"]
+    assert YARN.items() <= rope.items()
+    assert rope.get("mrope_section") == before["rope_parameters"].get("mrope_section")
+    verify(tmp_path / "adapter", tmp_path / "merged", base=base)
 
 
 UNTOUCHED = ("visual", "mtp", "audio_tower", "talker", "code2wav")
