@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -265,6 +266,20 @@ def test_the_walk(model_type, bases, tmp_path, monkeypatch, capsys):
     if FAMILIES[model_type].exports is not None:
         assert main(["export", str(adapter), "--to", "vllm", "--output", str(tmp_path / "vllm")]) == 2
         assert FAMILIES[model_type].title in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_omni_moe"])
+def test_a_step_is_the_mean_over_the_tokens_of_all_its_micro_steps(model_type, bases, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    losses = []
+    for batch, accumulation in ((1, 2), (2, 1)):
+        output = tmp_path / f"of {batch}"
+        recipe = recipe_of(model_type, bases(model_type), output, tmp_path)
+        sizes = [f"train.batch_size={batch}", f"train.gradient_accumulation={accumulation}", "train.steps=1"]
+        assert main(["train", recipe, *sizes]) == 0, capsys.readouterr()
+        (row,) = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+        losses.append(row["loss"])
+    assert abs(losses[0] - losses[1]) <= 1e-4 * losses[1]
 
 
 def tensors_of_adapter(folder):
