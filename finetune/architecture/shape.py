@@ -196,6 +196,9 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
     where: names the file. Raises ModelError with every size that is of no use, or for a model that is not known.
     """
     family = family_of(config, where)
+    if family.around is not None and family.text_config(config) is config:
+        hint = "give the checkpoint of the whole model: transformers builds none from its text model alone"
+        raise ModelError(Problem(where, "has the settings of a text model alone", hint, config["model_type"]))
     tied = family.live_config(config).get(_TIED, False)
     return _Reader({**family.text_config(config), _TIED: tied}, where, family).shape()
 

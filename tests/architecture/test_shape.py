@@ -105,6 +105,12 @@ def test_the_two_spellings_of_the_number_of_experts(tmp_path):
         shape_of(spelled | {"num_experts": None}, "c")  # transformers refuses it as well
 
 
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.around is not None])
+def test_a_text_model_that_transformers_cannot_build_alone_is_refused(model_type):
+    with pytest.raises(ModelError, match="has the settings of a text model alone"):
+        shape_of(sizes_of(model_type), "config.json")
+
+
 def test_all_problems_at_once():
     with pytest.raises(ModelError) as caught:
         shape_of(sizes_of("qwen3_moe") | {"hidden_size": "64", "num_hidden_layers": 10**6, "attention_bias": 1}, "c")
