@@ -162,6 +162,7 @@ def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: boo
     from finetune.adapters.trainable import render_groups, trainable_groups
     from finetune.models.attention import explain_attention
     from finetune.models.live import refuse_packed_rows
+    from finetune.models.text_model import text_config
     from finetune.report.routing_table import render_choice
     from finetune.training.experts import choose_experts
     from finetune.training.memory import hold_little_memory
@@ -198,7 +199,7 @@ def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: boo
         console.print(render_groups(trainable_groups(adapted)))
         precision = _torch_dtype(recipe.train.precision)
         attention = explain_attention(
-            recipe.model.attention_implementation, model.config, model.device, precision or model.dtype
+            recipe.model.attention_implementation, text_config(model), model.device, precision or model.dtype
         )
         console.print(f"attention: {attention}", highlight=False)
     rows = Rows(prepared.train, prepared.eval)

@@ -28,6 +28,7 @@ from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkp
 from finetune.models.files import finished_folder, write_atomic
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.models.loading import load_tokenizer
+from finetune.models.text_model import text_config
 from finetune.quant.linear import known_to_peft
 from finetune.quant.load import load_frozen
 from finetune.routing.plan import ExpertPlan
@@ -179,8 +180,8 @@ def _check_positions(model: Any, files: AdapterFiles) -> None:
     """The model scales its positions as the adapter was trained with, as far as both say so."""
     wanted, chosen = files.rope_scaling, getattr(model, "rope_scaled", None)
     where = f"{files.path}: rope_scaling"
-    if wanted is not None and not has_scaling(model.config.rope_parameters, wanted):
-        what = f"is not how the model scales its positions ({model.config.rope_parameters})"
+    if wanted is not None and not has_scaling(text_config(model).rope_parameters, wanted):
+        what = f"is not how the model scales its positions ({text_config(model).rope_parameters})"
         hint = "load the model with rope_scaling=AdapterFiles.open(path).rope_scaling, or both with finetune.load(path)"
         raise AdapterError(Problem(where, what, hint, wanted))
     if wanted is None and files.sidecar is not None and chosen is not None:
@@ -219,5 +220,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*keys did not match any targeted module")
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*but no modules were excluded")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
         yield

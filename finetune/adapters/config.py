@@ -28,7 +28,15 @@ from peft.utils.other import get_pattern_key
 
 from finetune.adapters.files import FORMAT_VERSION, SIDECAR, ends_of, read_sidecar
 from finetune.adapters.stock_config import ADAPTER_CONFIG, WHOLE_EXPERTS, read_json_object
-from finetune.architecture.names import EXPERT_PROJECTIONS, EXPERTS, MLP, SHARED_EXPERT, bank_name, is_bank, layer_index
+from finetune.architecture.names import (
+    EXPERT_PROJECTIONS,
+    EXPERTS,
+    MLP,
+    SHARED_EXPERT,
+    bank_target,
+    is_bank,
+    layer_index,
+)
 from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
 from finetune.routing.plan import ExpertPlan
@@ -193,7 +201,7 @@ class ExpertLoraConfig(LoraConfig):
         if sidecar.get("experts") is not None:
             options["expert_plan"] = plan = ExpertPlan.from_dict(sidecar["experts"])
             if sidecar.get("expert_mode") == "full":
-                banks = [bank_name(layer) for layer in plan.experts_by_layer]
+                banks = [bank_target(layer) for layer in plan.experts_by_layer]
                 options["target_modules"] = [*(options.get("target_modules") or []), *banks]
                 options["expert_mode"], experts = "full", tuple(sidecar["expert_targets"])
         if "dropout" in sidecar:

@@ -393,6 +393,13 @@ class DataFile(Section):
 DataFiles = Annotated[tuple[DataFile, ...], OneOrMany("path", "a file name, or a list of files")]
 
 
+class AnswerMarkers(Section):
+    """What answers stand between in a chat, where the model's chat template does not tell."""
+
+    begin: str = Field(min_length=1, description="what stands right before every answer")
+    end: str = Field(min_length=1, description="the token that closes every answer; it carries loss")
+
+
 class DataSection(Section):
     """Rows, how to read them, and how they become token blocks."""
 
@@ -423,6 +430,9 @@ class DataSection(Section):
         default=False, description="also train the empty think block of answers without reasoning"
     )
     shuffle: bool = Field(default=True, description="train on the rows in random order; false: in that of the files")
+    answers: AnswerMarkers | None = Field(
+        default=None, description="what answers stand between, for chat templates that do not tell; null finds out"
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="stop at a bad row, or leave it out and count it"
     )

@@ -8,34 +8,41 @@ from typing import Any
 
 from finetune.data.bad_rows import BadRow
 from finetune.data.conversation import Conversation, Passage
-from finetune.data.mask import END, START
+from finetune.data.markers import Markers, markers_of
 from finetune.errors import DataError, Problem
 
 HINT = "such a token would steer the model: remove it, or write it differently"
 RAW_HINT = HINT + "; a data template of your own may say control_tokens: allow"
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """DataError when the tokenizer cannot encode a chat and say where its turns are."""
+def check_tokenizer(tokenizer: Any, *, chats: bool, answers: Markers | None = None) -> Markers | None:
+    """What answers begin and end with in chats, None where that is not known and `chats` does not ask for it.
+
+    answers: as the recipe names it. DataError when the tokenizer cannot encode text, or tell where answers are.
+    """
     problems = []
     if not tokenizer.is_fast:
         problems.append(Problem("tokenizer", "is not a fast one", "the model folder needs a tokenizer.json"))
-    if missing := [token for token in (START, END) if token not in tokenizer.get_added_vocab()]:
-        problems.append(
-            Problem("tokenizer", f"does not know {' and '.join(missing)}", "use the tokenizer of a Qwen3 model")
-        )
+    markers = markers_of(tokenizer, answers)
+    if isinstance(markers, Problem) and chats:
+        problems.append(markers)
     if tokenizer.eos_token_id is None:
         problems.append(Problem("tokenizer", "has no end-of-text token", "set eos_token in tokenizer_config.json"))
     if problems:
         raise DataError(*problems)
+    return None if isinstance(markers, Problem) else markers
 
 
 class ControlTokens:
-    """The tokenizer's special tokens, such as <|im_start|>. Markers like <think> and <tool_call> are ordinary text."""
+    """The tokenizer's special tokens, such as <|im_start|>, and what answers stand between.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Tags like <think> and <tool_call> are ordinary text.
+    """
+
+    def __init__(self, tokenizer: Any, markers: Markers | None = None) -> None:
         added = tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        texts |= set(markers.texts) if markers is not None else set()
         self._pattern = re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
 
     def refuse_in_chat(self, chat: Conversation) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from finetune.config.schema import DataFile, DataSection
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.encode import Encoder, Encoding, OverLong
+from finetune.data.markers import Markers
 from finetune.data.mix import choose, draw_counts, hold_out
 from finetune.data.packing import pack
 from finetune.data.prepare_report import FileReport, PrepareReport, SplitReport
@@ -115,7 +116,14 @@ class _EncodedFile:
         try:
             template = template_of(self.file, section)
             self.report.template = template.name
-            encoding = Encoding(section.max_length, section.over_long, section.loss_on, section.train_empty_think)
+            named = section.answers
+            encoding = Encoding(
+                section.max_length,
+                section.over_long,
+                section.loss_on,
+                section.train_empty_think,
+                Markers(named.begin, named.end) if named else None,
+            )
             encoder = Encoder(tokenizer, template, encoding)
             for rows in _batches(read_rows(self.file, bad, self.report.remarks.append), ROWS_AT_ONCE):
                 for row, answer in zip(rows, encoder.encode(rows), strict=True):

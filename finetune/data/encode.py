@@ -10,11 +10,12 @@ from finetune.data.bad_rows import BadRow
 from finetune.data.control_tokens import ControlTokens, check_tokenizer
 from finetune.data.conversation import Conversation, Passage
 from finetune.data.fit import advice
+from finetune.data.markers import CHATML, Markers
 from finetune.data.mask import Answer, find_answers, tokens_of
 from finetune.data.messages import interpret
 from finetune.data.prompts import Lead, Prompts
 from finetune.data.rows import Row
-from finetune.data.templates import DataTemplate
+from finetune.data.templates import DataTemplate, MessagesTemplate, TurnsTemplate
 from finetune.data.tool_calls import argument_texts, with_parsed_arguments
 from finetune.data.unread import unread_columns
 from finetune.errors import DataError
@@ -32,6 +33,7 @@ class Encoding:
     over_long: Literal["error", "skip", "truncate", "split"] = "error"
     loss_on: Literal["assistant", "all_turns", "last", "all"] = "assistant"
     train_empty_think: bool = False
+    answers: Markers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,11 @@ class Encoder:
     """Encodes rows of one template for one tokenizer."""
 
     def __init__(self, tokenizer: Any, template: DataTemplate, encoding: Encoding) -> None:
-        check_tokenizer(tokenizer)
+        chats = isinstance(template, MessagesTemplate | TurnsTemplate)
+        self._markers = check_tokenizer(tokenizer, chats=chats, answers=encoding.answers)
         self.tokenizer, self.template, self.encoding = tokenizer, template, encoding
-        self._control = ControlTokens(tokenizer)
-        self._prompts = Prompts(self._apply, lambda text: list(self._tokenize([text])[0].ids))
+        self._control = ControlTokens(tokenizer, self._markers)
+        self._prompts = Prompts(self._apply, lambda text: list(self._tokenize([text])[0].ids), self._markers or CHATML)
         self._advised = 0
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
@@ -119,6 +122,8 @@ class Encoder:
                 error.hint = advice(row.fields, self.template, error) or error.hint
             raise
         if isinstance(found, Conversation):
+            if self._markers is None:  # a template for plain text, and a row that is a chat all the same
+                check_tokenizer(self.tokenizer, chats=True, answers=self.encoding.answers)
             self._control.refuse_in_chat(found)
             return self.rendered(found)
         if self.template.control_tokens == "refuse":
@@ -148,7 +153,8 @@ class Encoder:
 
     def _finish_chat(self, chat: Conversation, text: str, tokens: Any) -> Encoded:
         ids = list(tokens.ids)
-        answers = self._with_loss(find_answers(text, chat))
+        assert self._markers is not None
+        answers = self._with_loss(find_answers(text, chat, self._markers))
         labels = list(ids) if self.encoding.loss_on == "all" else [IGNORED] * len(ids)
         end = None
         for answer in answers:

@@ -59,7 +59,8 @@ class Checkpoint:
             _check_index(path, index["weight_map"], files)
         family = find_family(config)
         if family is not None and PackedSettings.of(config, str(path / CONFIG)) is None:
-            files = {shard: as_live(file, family.hub) for shard, file in files.items()}
+            hidden = family.text_config(config).get("hidden_size", family.sizes["hidden_size"])
+            files = {shard: as_live(file, family, hidden) for shard, file in files.items()}
         tensors = {name: info for shard in names for name, info in files[shard].tensors.items()}
         block = None
         if any(info.dtype == fp8.DTYPE for info in tensors.values()):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from finetune.architecture.names import EXPERTS
-from finetune.architecture.registry import find_family, is_moe, unknown_family
+from finetune.architecture.names import EXPERTS, in_layer
+from finetune.architecture.registry import family_of, find_family, is_moe, unknown_family
 from finetune.architecture.shape import shape_of
 from finetune.config.model_files import embedding_problem
 from finetune.config.rope import RopeScaling, rescaled
@@ -19,6 +19,8 @@ from finetune.errors import ModelError, Problem, first_of
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
+from finetune.models.hub_names import live_name
+from finetune.models.text_model import leave_out_towers_, live_class, live_config, text_config
 
 
 def load_model(
@@ -39,16 +41,14 @@ def load_model(
 
     Raises ModelError when it is not there, of no known family, stored quantized, truncated, or lacks a weight.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_config(path, read_config(path, revision), trust_remote_code)
     where = {} if device is None else {"device_map": {"": device}}
     attention = transformers_name(attention_implementation)
     with _quiet(), as_model_error(path):
-        config = AutoConfig.from_pretrained(path, **options)
-        scale_positions_(config, rope_scaling)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = live_config(path, **options)
+        scale_positions_(config.get_text_config(), rope_scaling)
+        model, info = live_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -58,10 +58,11 @@ def load_model(
             **options,
             **where,
         )
-    _check_complete(path, info)
+    _check_complete(path, info, config)
+    leave_out_towers_(model)
     model.base_revision, model.rope_scaled = revision, rope_scaling
     if is_moe(model.config):
-        model.config.output_router_logits = False
+        text_config(model).output_router_logits = False
         _leave_files_(model)
     return prepare_packed_rows(model).eval()
 
@@ -175,7 +176,7 @@ def check_config(path: str | Path, config: dict[str, Any], trust_remote_code: bo
         raise ModelError(*problems)
 
 
-def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
+def _check_complete(path: str | Path, info: dict[str, Any], config: Any) -> None:
     """No weight may be left at its random start, and none of a layer may be left out."""
     hint = "config.json and weights do not belong together; download the checkpoint again"
     kinds = {
@@ -183,10 +184,10 @@ def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
         "mismatched_keys": "has another shape than config.json says",
         "unexpected_keys": "has no place in the model that config.json describes",
     }
-    problems = []
+    problems, family = [], family_of(config, str(path))
     for kind, what in kinds.items():
         names = sorted(key if isinstance(key, str) else key[0] for key in info.get(kind) or ())
-        names = [name for name in names if kind != "unexpected_keys" or ".layers." in name]
+        names = [name for name in names if kind != "unexpected_keys" or in_layer(live_name(name, family))]
         problems += first_of([Problem(f"{path}: {name}", what, hint) for name in names], _MOST_NAMES, str(path))
     if problems:
         raise ModelError(*problems)

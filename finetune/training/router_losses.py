@@ -27,6 +27,7 @@ from finetune.data.encode import IGNORED
 from finetune.errors import Problem, RoutingError
 from finetune.models.attention import LAYOUT
 from finetune.models.live import router_layers
+from finetune.models.text_model import text_config
 from finetune.routing.losses import balance_loss, by_tiles, kl_to_base, tokens_of_experts, z_loss
 
 Batch = dict[str, Any]
@@ -55,7 +56,7 @@ class RouterLosses:
         if not self._routers:
             hint = "remove the router section: a dense model has no experts"
             raise RoutingError(Problem("router", "the model has no router", hint))
-        self._top_k = int(base.config.num_experts_per_tok)
+        self._top_k = int(text_config(base).num_experts_per_tok)
 
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:

@@ -21,6 +21,7 @@ from finetune.data.packing import packed
 from finetune.kernels.prepare import prepare_experts, tune_experts
 from finetune.kernels.tiles import Load
 from finetune.models.live import expert_layers
+from finetune.models.text_model import text_config
 from finetune.training.arguments import sft_arguments, warmup_steps
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpointing import checkpoint_layers_
@@ -137,7 +138,7 @@ def _prepare_experts(model: PeftModel, recipe: Recipe, progress: Progress) -> No
     with waiting("compiling and checking the expert kernels for this card, once"):
         prepare_experts(model, recipe.train.expert_backend)
     if expert_layers(model):
-        tokens, config = recipe.data.max_length * recipe.train.batch_size, model.get_base_model().config
+        tokens, config = recipe.data.max_length * recipe.train.batch_size, text_config(model.get_base_model())
         with waiting("choosing tiles of the expert kernels for this card, once"):
             tune_experts(model, Load(tokens, config.num_experts_per_tok))
 

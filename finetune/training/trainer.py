@@ -26,6 +26,7 @@ class StepTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is ours, whatever the forward of a model says about its own
         self.router_log = RouterLossLog()
         self._new_tokens: Tensor | None = None
 
