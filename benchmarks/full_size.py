@@ -81,7 +81,7 @@ def write_model(folder: Path, layers: int) -> float:
     from finetune.quant.build import weight_shapes
     from finetune.quant.experts import packed_shapes
     from finetune.quant.folder import Origin, write_packed
-    from finetune.quant.parts import WHOLE, Fields, Part, plan_parts
+    from finetune.quant.weight_plan import WHOLE, Fields, WeightPlan, plan_weights
 
     start = time.perf_counter()
     section = QuantizeSection(scheme="nf4")
@@ -89,14 +89,14 @@ def write_model(folder: Path, layers: int) -> float:
     bare = folder.with_name(f"{folder.name}-config")
     bare.mkdir(parents=True, exist_ok=True)
     (bare / "config.json").write_text(json.dumps(config))
-    parts = plan_parts(weight_shapes(skeleton(bare, torch.bfloat16)), section, tied=False)
+    plans = plan_weights(weight_shapes(skeleton(bare, torch.bfloat16)), section, tied=False)
     generator = torch.Generator().manual_seed(0)
 
-    def fields(part: Part) -> Fields:
-        if not part.packed:
-            weight = torch.ones(part.shape, dtype=torch.bfloat16)
-            return {WHOLE: weight if "norm" in part.name else weight.normal_(std=0.02, generator=generator)}
-        shape, number = (part.shape[1:], part.shape[:1]) if part.is_stack else (part.shape, ())
+    def fields(plan: WeightPlan) -> Fields:
+        if not plan.packed:
+            weight = torch.ones(plan.shape, dtype=torch.bfloat16)
+            return {WHOLE: weight if "norm" in plan.name else weight.normal_(std=0.02, generator=generator)}
+        shape, number = (plan.shape[1:], plan.shape[:1]) if plan.is_stack else (plan.shape, ())
         made = {
             name: torch.empty((*number, *size), dtype=dtype)
             for name, (dtype, size) in packed_shapes("nf4", shape, 64, True).items()
@@ -107,10 +107,10 @@ def write_model(folder: Path, layers: int) -> float:
         made["offset"].fill_(0.035)  # weights of about 0.02, as a random start has them
         return made
 
-    def drawn() -> Iterator[tuple[Part, Fields]]:
-        for part in parts:
-            yield part, fields(part)
-            print(f"\r{part.name:60}", end="", file=sys.stderr)
+    def drawn() -> Iterator[tuple[WeightPlan, Fields]]:
+        for plan in plans:
+            yield plan, fields(plan)
+            print(f"\r{plan.name:60}", end="", file=sys.stderr)
 
     side_files = (*TINY.glob("tokenizer*.json"), TINY / "chat_template.jinja")
     write_packed(folder, Origin(config, str(folder), "0" * 64, side_files), drawn(), section)

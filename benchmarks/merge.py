@@ -53,7 +53,7 @@ CONFIG = {
 MERGE = """
 import re, sys, time
 from pathlib import Path
-from finetune.export.merge import merge
+from finetune.merging.merge import merge
 start = time.perf_counter()
 merge(sys.argv[1], sys.argv[2])
 elapsed = time.perf_counter() - start

@@ -139,10 +139,11 @@ def load(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def write_shards(whole: Path, output: Path) -> None:
     """A 2-layer model in shards that cut through its layers, as the hub's do."""
-    from finetune.export.model_export import ModelOptions, export_model
+    from finetune.formats.export import export
+    from finetune.formats.hf import Hf
 
     train_step.write_model(whole, 2)
-    export_model(whole, output, "hf", ModelOptions(max_shard_bytes=320_000_000))
+    export(whole, output, Hf(shard_gb=0.32))
 
 
 def load_once(model: str, scheme: str) -> dict[str, float]:

@@ -41,8 +41,8 @@ _HOMES = {
     "train": "pipeline",
     "merge": "pipeline",
     "verify": "pipeline",
-    "export_adapter": "export.adapter_export",
-    "export_model": "export.model_export",
+    "export": "pipeline",
+    "make_format": "formats.registry",
     "import_adapter": "pipeline",
     "evaluate": "pipeline",
     "FinetuneError": "errors",
@@ -62,12 +62,12 @@ __all__ = [
     "__version__",
     "attach",
     "evaluate",
-    "export_adapter",
-    "export_model",
+    "export",
     "import_adapter",
     "load",
     "load_adapter",
     "load_recipe",
+    "make_format",
     "merge",
     "plot_profile",
     "prepare",
@@ -87,9 +87,19 @@ if TYPE_CHECKING:
     from finetune.config.load import load_recipe
     from finetune.config.schema import AdapterSection, Recipe
     from finetune.errors import FinetuneError, RunError, UserError
-    from finetune.export.adapter_export import export_adapter
-    from finetune.export.model_export import export_model
-    from finetune.pipeline import Run, evaluate, import_adapter, merge, prepare, profile, quantize, train, verify
+    from finetune.formats.registry import make_format
+    from finetune.pipeline import (
+        Run,
+        evaluate,
+        export,
+        import_adapter,
+        merge,
+        prepare,
+        profile,
+        quantize,
+        train,
+        verify,
+    )
     from finetune.report.routing_plots import plot_profile
     from finetune.routing.plan import ExpertPlan
     from finetune.routing.plan_file import read_plan, write_plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,20 +19,21 @@ from finetune.training.run_folder import RunFolder
 if TYPE_CHECKING:
     import torch
 
-    from finetune.adapters.frozen import BaseWeights as LoadedWeights
+    from finetune.adapters.frozen import LoadedWeights
     from finetune.data.dataset import Prepared
-    from finetune.export.adapter_export import ExportReport
-    from finetune.export.base_weights import BaseWeights
-    from finetune.export.import_adapter import ImportReport, Packing
-    from finetune.export.merge import MergeReport
-    from finetune.export.model_export import ModelOptions
-    from finetune.export.verify import VerifyReport
+    from finetune.formats.export import ExportReport
+    from finetune.formats.format import Format
+    from finetune.formats.import_adapter import ImportReport
+    from finetune.formats.packing import Packing
     from finetune.inference.evaluate import EvalReport
+    from finetune.io.dtypes import StorageDtype
+    from finetune.merging.merge import MergeReport
+    from finetune.merging.packed_base import MergeOnto
     from finetune.models.generation import Generation
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
+    from finetune.routing.expert_files import ExpertFiles
     from finetune.routing.profile import RoutingProfile
-
-DtypeName = Literal["bf16", "fp16", "fp32"]
+    from finetune.verification.verify import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ class Run:
 def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared, PreTrainedTokenizerBase]:
     """Rows of the recipe as tokens and loss masks, and the tokenizer they were made with."""
     from finetune.data.dataset import prepare as prepare_data
-    from finetune.models.loading import load_tokenizer
+    from finetune.models.loading import check_embeddings, load_tokenizer
 
     section = recipe.model
     tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    check_embeddings(tokenizer, section.path, revision=section.revision)
     with rows_read(console or Console(stderr=True)) as progress:
         return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress), tokenizer
 
@@ -114,14 +116,14 @@ def quantize(
 
 def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
-    from finetune.config.packed_folder import settled
+    from finetune.config.packed_folder import resolve_packed
     from finetune.models.files import check_target_file
     from finetune.report.routing_table import render_profile
     from finetune.routing.measure import profile_for
     from finetune.routing.profile_file import write_profile
     from finetune.routing.select import split_half_stability
 
-    console, recipe = console or Console(stderr=True), settled(recipe)
+    console, recipe = console or Console(stderr=True), resolve_packed(recipe)
     if output is not None:
         check_target_file(output)  # before anything is measured
     prepared, _ = prepare(recipe, console=console)
@@ -140,27 +142,42 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     resume: continue the run in `output.dir` from its newest complete checkpoint.
     overwrite: replace a run that is in `output.dir`.
     """
-    from finetune.adapters.attach import attach, save_adapter
-    from finetune.adapters.table import render_table, target_table
-    from finetune.config.packed_folder import settled
-    from finetune.models.attention import check_attention, explain_attention
-    from finetune.models.live import refuse_packed_rows
-    from finetune.models.text_model import text_config
+    from finetune.config.packed_folder import resolve_packed
+    from finetune.models.attention import check_attention
     from finetune.quant.load import check_source
-    from finetune.report.routing_table import render_choice
     from finetune.routing.expert_files import ExpertFiles
-    from finetune.training.experts import choose_experts
-    from finetune.training.memory import hold_little_memory
-    from finetune.training.processes import is_main_process, load_device
-    from finetune.training.run import open_run, summarize
-    from finetune.training.sft import Rows, train_sft
+    from finetune.training.run import open_run
 
-    console, recipe = console or Console(stderr=True), settled(recipe)
+    console, recipe = console or Console(stderr=True), resolve_packed(recipe)
     files = ExpertFiles.read(recipe)
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
-    folder = open_run(recipe, resume=resume, overwrite=overwrite)
-    prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
+    with open_run(recipe, resume=resume, overwrite=overwrite) as folder:
+        return _train(recipe, folder, files, resume=resume, console=console)
+
+
+def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: bool, console: Console) -> Run:
+    """The run in its folder."""
+    from finetune.adapters.attach import attach, save_adapter
+    from finetune.adapters.trainable import render_groups, trainable_groups
+    from finetune.models.attention import explain_attention
+    from finetune.models.live import refuse_packed_rows
+    from finetune.models.text_model import text_config
+    from finetune.report.routing_table import render_choice
+    from finetune.training.experts import choose_experts
+    from finetune.training.memory import hold_little_memory
+    from finetune.training.processes import is_main_process, load_device
+    from finetune.training.provenance import Provenance, check_processes_agree, check_same, record
+    from finetune.training.run import summarize
+    from finetune.training.sft import Rows, train_sft
+
+    prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is reported in seconds
+    provenance = Provenance.of(recipe, prepared.train, prepared.eval, tokenizer)
+    check_processes_agree(recipe, provenance)
+    if resume:
+        check_same(folder.provenance, provenance)
+    else:
+        record(folder.provenance, provenance)
     if recipe.quantize.scheme != "none":
         hold_little_memory(recipe.data.max_length * recipe.train.batch_size)
     model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
@@ -179,7 +196,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     if is_main_process():
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
-        console.print(render_table(target_table(adapted)))
+        console.print(render_groups(trainable_groups(adapted)))
         precision = _torch_dtype(recipe.train.precision)
         attention = explain_attention(
             recipe.model.attention_implementation, text_config(model), model.device, precision or model.dtype
@@ -189,7 +206,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     progress_line = TrainingProgress(console)
     train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
-        save_adapter(adapted, folder.adapter, thinking=prepared.report.trains_reasoning)
+        told = save_adapter(adapted, folder.adapter, thinking=prepared.report.thinking, ends=prepared.report.ends)
+        for note in told:
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     return Run(folder.path, summarize(folder, adapted))
 
 
@@ -199,19 +218,19 @@ def merge(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
-    dtype: DtypeName | None = None,
-    base_weights: BaseWeights = "original",
+    dtype: StorageDtype | None = None,
+    onto: MergeOnto = "original",
     resume: bool = False,
     console: Console | None = None,
 ) -> MergeReport:
     """Write base + adapter to `output`, a checkpoint like the base's; dtype bf16, fp16, fp32, or None to keep it.
 
     adapter: one, or several whose deltas are added, each times its number in `weights`.
-    base_weights: for an adapter of a packed model: add it to the weights as they are stored (`original`), or as the
+    onto: for an adapter of a packed model: add it to the weights as they are stored (`original`), or as the
         run saw them (`dequantized`).
     resume: go on where a killed merge stopped.
     """
-    from finetune.export.merge import merge as merge_weights
+    from finetune.merging.merge import merge as merge_weights
 
     with bytes_done(console or Console(stderr=True), "merging") as progress:
         return merge_weights(
@@ -220,7 +239,7 @@ def merge(
             base=base,
             weights=weights,
             dtype=dtype,
-            base_weights=base_weights,
+            onto=onto,
             resume=resume,
             progress=progress,
         )
@@ -232,70 +251,43 @@ def verify(
     *,
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
-    base_weights: BaseWeights = "original",
+    onto: MergeOnto = "original",
     prompts: Sequence[str] | None = None,
 ) -> VerifyReport:
     """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not.
 
-    base, weights, base_weights: as for `merge`.  prompts: to compare the logits on, a varied handful when None.
+    base, weights, onto: as for `merge`.  prompts: to compare the logits on, a varied handful when None.
     """
-    from finetune.export.verify import verify as verify_weights
+    from finetune.verification.verify import verify as verify_weights
 
-    return verify_weights(adapter, merged, base=base, weights=weights, prompts=prompts, base_weights=base_weights)
+    return verify_weights(adapter, merged, base=base, weights=weights, prompts=prompts, onto=onto)
 
 
 def export(
     source: str | Path,
     output: str | Path,
-    to: str,
+    to: Format | str,
     *,
     base: str | Path | None = None,
-    options: ModelOptions | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> ExportReport:
     """Write an adapter, or a model such as `merge` made, as another program reads it, with a note on how to start that.
 
-    source: an adapter folder for peft, peft-per-expert, vllm, sglang and gguf-lora; a model for gguf, fp8, fp8-ct,
-    int4, gptq, awq and hf.  base: of an adapter, where the adapter says it is when None.
+    to: a format by name, or with its options, as `make_format` makes it.
+    base: of an adapter, where the adapter says it is when None.
     """
-    from finetune.adapters.stock_config import ADAPTER_CONFIG
-    from finetune.errors import Problem, UserError
-    from finetune.export.adapter_export import ADAPTER_FORMATS, export_adapter
-    from finetune.export.model_export import MODEL_FORMATS, ModelOptions, export_model
+    from finetune.formats.export import export as write_exported
 
-    options = options or ModelOptions()
-    if to not in (*ADAPTER_FORMATS, *MODEL_FORMATS):
-        known = f"is none of {', '.join(ADAPTER_FORMATS)} for adapters, {', '.join(MODEL_FORMATS)} for models"
-        raise UserError(Problem("--to", known, "name one of them", to))
-    problems = options.unused(to)
-    if base is not None and to in MODEL_FORMATS:
-        problems.append(Problem("--base", f"has no meaning for {to}", "leave it out: only an adapter has a base"))
-    if problems:
-        raise UserError(*problems)
     with bytes_done(console or Console(stderr=True), "exporting") as progress:
-        if to in ADAPTER_FORMATS:
-            return export_adapter(
-                source,
-                output,
-                to,
-                base=base,
-                dtype=options.dtype,
-                thinking=options.thinking,
-                resume=resume,
-                progress=progress,
-            )
-        if (Path(source) / ADAPTER_CONFIG).is_file():
-            hint = f"merge it first: finetune merge {source} --output MERGED, then export MERGED"
-            raise UserError(Problem(str(source), f"is an adapter, and --to {to} writes whole models", hint))
-        return export_model(source, output, to, options, resume=resume, progress=progress)  # type: ignore[arg-type]
+        return write_exported(source, output, to, base=base, resume=resume, progress=progress)
 
 
 def import_adapter(
     adapter: str | Path, output: str | Path, *, packing: Packing | None = None, base: str | Path | None = None
 ) -> ImportReport:
     """Write an adapter made elsewhere as PEFT 0.19 and later have it; `packing` where its file does not tell."""
-    from finetune.export.import_adapter import import_adapter as write_imported
+    from finetune.formats.import_adapter import import_adapter as write_imported
 
     return write_imported(adapter, output, packing=packing, base=base)
 
@@ -334,7 +326,7 @@ def evaluate(
     template: str = "chat",
     by: str | None = None,
     limit: int | None = None,
-    dtype: DtypeName | None = None,
+    dtype: StorageDtype | None = None,
     base: str | Path | None = None,
     base_weights: LoadedWeights = "packed",
 ) -> EvalReport:
@@ -362,7 +354,7 @@ def chat(
     prompt: str | None = None,
     *,
     system: str | None = None,
-    dtype: DtypeName | None = None,
+    dtype: StorageDtype | None = None,
     base: str | Path | None = None,
     base_weights: LoadedWeights = "packed",
     console: Console,
@@ -401,7 +393,7 @@ def _load_frozen(recipe: Recipe, console: Console, device: torch.device | None =
     return model
 
 
-def _torch_dtype(name: DtypeName | None) -> torch.dtype | None:
+def _torch_dtype(name: StorageDtype | None) -> torch.dtype | None:
     import torch
 
     return None if name is None else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]

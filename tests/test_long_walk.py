@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 import finetune as ft
 from finetune.__main__ import main
 from finetune.adapters.files import AdapterFiles
-from finetune.export.model_export import ModelOptions, export_model
+from finetune.formats.export import export
+from finetune.formats.registry import make_format
 from tests.tiny import token_ids
 from tests.training.runs import recipe_of, save_moe
 
@@ -72,7 +73,7 @@ def test_eval_reads_adapter_and_merged_model_alike(walked):
 
 def test_gguf_says_it(walked, tmp_path):
     gguf = pytest.importorskip("gguf", reason="needs the gguf package")
-    export_model(walked / "merged", tmp_path / "out", "gguf", ModelOptions(type="F32"))
+    export(walked / "merged", tmp_path / "out", make_format("gguf", {"type": "F32"}))
     fields = gguf.GGUFReader(tmp_path / "out/model.gguf").fields
     found = {name: fields[f"qwen3moe.rope.scaling.{name}"].contents() for name in ("type", "factor")}
     assert found == {"type": "yarn", "factor": 4.0}

@@ -11,7 +11,7 @@ import pytest
 mypy = pytest.importorskip("mypy.api")
 
 RENAMED = {  # (function, keyword that is renamed in its signature) -> the caller mypy has to complain about
-    ("merge", "base_weights", "pipeline.py"): "cli",
+    ("merge", "onto", "pipeline.py"): "cli",
     ("evaluate", "limit", "pipeline.py"): "cli",
     ("train", "overwrite", "pipeline.py"): "cli",
     ("attach", "expert_mode", "adapters"): "pipeline.py",

@@ -14,7 +14,7 @@ from finetune.adapters.delta import Delta
 from finetune.adapters.expert_lora import LoraExperts
 from finetune.adapters.factor import Factor
 from finetune.adapters.files import AdapterFiles
-from finetune.errors import AdapterError, Problem
+from finetune.errors import AdapterError, Problem, first_of
 
 MOST_PROBLEMS = 8
 
@@ -45,7 +45,7 @@ def check_same_plan(model: PeftModel, folder: str | Path) -> None:
                 what = f"trained {kind} {list(then_now[0] or ())} before and {list(then_now[1] or ())} now"
                 problems.append(Problem(f"{folder}: {layer_name}", what, hint))
     if problems:
-        raise AdapterError(*problems[:MOST_PROBLEMS])
+        raise AdapterError(*first_of(problems, MOST_PROBLEMS, str(folder)))
 
 
 def check_consumed(model: PeftModel, adapter_name: str, files: AdapterFiles) -> None:
@@ -57,7 +57,7 @@ def check_consumed(model: PeftModel, adapter_name: str, files: AdapterFiles) -> 
         for key in sorted(expected.keys() ^ found.keys())
     ]
     if problems:
-        raise AdapterError(*problems[:MOST_PROBLEMS])
+        raise AdapterError(*first_of(problems, MOST_PROBLEMS, str(files.path)))
 
 
 def stock_shapes(model: PeftModel, adapter_name: str) -> Mapping[str, tuple[int, ...]]:

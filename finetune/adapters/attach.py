@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from peft import PeftModel, get_peft_model
 from finetune.adapters.agreement import check_consumed, check_same_plan
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles
-from finetune.adapters.frozen import BaseWeights, choose_base, frozen_text, refuse_to_merge_packed
+from finetune.adapters.frozen import LoadedWeights, choose_base, frozen_text, refuse_to_merge_packed
 from finetune.adapters.hosting import with_our_layers
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_adapter
+from finetune.config.model_files import GENERATION_CONFIG, stop_ids, with_stops
 from finetune.config.rope import has_scaling
 from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.kernels.prepare import prepare_experts
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
-from finetune.models.files import finished_folder
+from finetune.models.files import finished_folder, write_atomic
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.models.loading import load_tokenizer
 from finetune.models.text_model import text_config
@@ -62,22 +64,46 @@ def attach(
         return refuse_to_merge_packed(get_peft_model(model, with_our_layers(config)))
 
 
-def save_adapter(model: PeftModel, path: str | Path, *, thinking: bool | None = None) -> None:
+def save_adapter(
+    model: PeftModel, path: str | Path, *, thinking: bool | None = None, ends: Sequence[int] = ()
+) -> list[str]:
     """Write the adapters of `model` to folder `path` in the standard PEFT layout plus our sidecar, all or nothing.
 
-    thinking: whether it was trained to reason before it answers, for the notes beside exports; None to leave it open.
+    thinking: the `enable_thinking` that leads to what it was trained on, for the notes beside exports; None to leave
+    it open.  ends: tokens it was trained to end with; a generation_config.json beside the adapter names those at which
+    the base does not stop. Returns what is to be told about that.
     An adapter that is there already is replaced. Raises AdapterError when anything else is there.
     """
     if not isinstance(model, PeftModel):
         hint = "give what attach or load_adapter returned"
         raise AdapterError(Problem("model", "has no adapters", hint, type(model).__name__))
     path = Path(path)
-    if thinking is not None:
-        for config in model.peft_config.values():
-            config.thinking = thinking
+    for config in model.peft_config.values():
+        config.thinking = config.thinking if thinking is None else thinking
+        config.ends = tuple(ends) or config.ends
+    missing = [end for end in ends if end not in _stops_of(model)]
     overwrite = (path / ADAPTER_CONFIG).is_file()
     with finished_folder(path, overwrite=overwrite) as building:
         model.save_pretrained(str(building), save_embedding_layers=False)
+        if missing:
+            named = json.dumps({"eos_token_id": list(_stops_of(model))}).encode()
+            write_atomic(building / GENERATION_CONFIG, with_stops(named, missing))
+    if not missing:
+        return []
+    tokens = ", ".join(map(str, missing))
+    return [f"{path / GENERATION_CONFIG} names {tokens}, which training taught as the end and where the base goes on"]
+
+
+def _stops_of(model: PeftModel) -> tuple[int, ...]:
+    """Tokens at which the base stops, by its files: trainers change what is in memory."""
+    config = next(iter(model.peft_config.values()))
+    try:
+        if stops := stop_ids(find_checkpoint(str(config.base_model_name_or_path), config.revision)):
+            return stops
+    except ModelError:
+        pass  # a base that is nowhere on disk
+    found = getattr(model.get_base_model().generation_config, "eos_token_id", None)
+    return tuple(found) if isinstance(found, (list, tuple)) else () if found is None else (found,)
 
 
 def load_adapter(
@@ -112,7 +138,7 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     base: str | Path | None = None,
-    base_weights: BaseWeights = "packed",
+    base_weights: LoadedWeights = "packed",
     device: torch.device | str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model and tokenizer of a model folder, packed or not, or of an adapter folder together with its base.

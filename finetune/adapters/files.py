@@ -4,7 +4,7 @@
     adapter_model.safetensors    the factors, in the packing of `layouts`; the changes of whole experts (X, out, in)
     finetune_adapter.json        format version, expert plan, fingerprint of the base (optional)
 
-`AdapterFiles` says which factors change which tensor of a hub checkpoint, and reads them one pair at a time.
+`AdapterFiles` says which factors change which tensor of a hub checkpoint, and reads them one weight at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.change import Change, LowRank, WholeDelta
 from finetune.adapters.layouts import ExpertBanks, pack_a, pack_b, unpack_a, unpack_b
-from finetune.adapters.pairs import Pair, Slot, WholeExperts, read_pairs
 from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
+from finetune.adapters.tensor_map import DeltaSlot, LoraTensors, WholeExperts, read_tensor_map
+from finetune.adapters.weight_delta import DenseDelta, LowRankDelta, WeightDelta
 from finetune.architecture.names import HEAD, expert_matrix, in_layer, is_matrix, is_router
 from finetune.config.packed_folder import read_packed_settings
 from finetune.errors import AdapterError, Problem
@@ -31,10 +31,11 @@ __all__ = [
     "SIDECAR",
     "WEIGHTS",
     "AdapterFiles",
-    "Change",
-    "LowRank",
-    "Pair",
-    "WholeDelta",
+    "DenseDelta",
+    "LoraTensors",
+    "LowRankDelta",
+    "WeightDelta",
+    "ends_of",
     "pack_a",
     "pack_b",
     "read_sidecar",
@@ -51,15 +52,15 @@ WEIGHTS = "adapter_model.safetensors"
 class AdapterFiles:
     """A saved adapter, checked, with its tensors still on disk.
 
-    pairs: hub weight name -> the factors or the slot that change it.  num_experts: per fused bank the number of experts
-    it was made for.  sidecar: content of finetune_adapter.json, None for adapters made elsewhere.
+    tensor_map: hub weight name -> the factors or the slot that change it.  num_experts: per fused bank the number of
+    experts it was made for.  sidecar: content of finetune_adapter.json, None for adapters made elsewhere.
     """
 
     path: Path
     config: StockConfig
     sidecar: dict[str, Any] | None
     file: TensorFile
-    pairs: dict[str, Pair | Slot]
+    tensor_map: dict[str, LoraTensors | DeltaSlot]
     num_experts: dict[str, int]
     _banks: ExpertBanks = field(repr=False, compare=False)
 
@@ -74,9 +75,9 @@ class AdapterFiles:
         config = StockConfig.open(path)
         sidecar = read_sidecar(path)
         file = _open_weights(path)
-        pairs = read_pairs(config, file, ours=sidecar is not None, whole=_whole_experts(sidecar))
+        tensors = read_tensor_map(config, file, ours=sidecar is not None, whole=_whole_experts(sidecar))
         _check_values(file)
-        return cls(path, config, sidecar, file, pairs.by_weight, pairs.num_experts, ExpertBanks(file))
+        return cls(path, config, sidecar, file, tensors.by_weight, tensors.num_experts, ExpertBanks(file))
 
     @property
     def base_model(self) -> str | None:
@@ -106,28 +107,30 @@ class AdapterFiles:
     @property
     def has_single_experts(self) -> bool:
         """Whether experts have factors of their own, as older versions of transformers and servers name them."""
-        plain = (name.removesuffix(".weight") for name, pair in self.pairs.items() if pair.expert is None)
+        plain = (name.removesuffix(".weight") for name, found in self.tensor_map.items() if found.expert is None)
         return any(expert_matrix(module) is not None for module in plain)
 
     @property
     def has_whole_experts(self) -> bool:
         """Whether some experts train whole, which only our own adapters can say."""
-        return any(isinstance(pair, Slot) for pair in self.pairs.values())
+        return any(isinstance(tensors, DeltaSlot) for tensors in self.tensor_map.values())
 
-    def read(self, name: str) -> Change:
-        """The change of one hub weight, in float32."""
-        pair = self.pairs[name]
-        if isinstance(pair, Slot):
-            (whole_OI,) = self.file.read(pair.a_name, slice(pair.slot, pair.slot + 1)).float()
-            return WholeDelta(whole_OI.chunk(pair.part[1])[pair.part[0]])
-        if pair.expert is None:
-            return LowRank(self.file.read(pair.a_name).float(), self.file.read(pair.b_name).float(), pair.scale)
-        rows = slice(pair.expert * pair.rank, (pair.expert + 1) * pair.rank)
-        a_RI = self.file.read(pair.a_name, rows).float()
-        b_EOR = self._banks.read_b(pair.b_name, pair.rank)
-        index, parts = pair.part
-        height = b_EOR.shape[1] // parts
-        return LowRank(a_RI, b_EOR[pair.expert, index * height : (index + 1) * height].float(), pair.scale)
+    def read(self, name: str) -> WeightDelta:
+        """The delta of one hub weight, in float32."""
+        tensors = self.tensor_map[name]
+        if isinstance(tensors, DeltaSlot):
+            (whole_OI,) = self.file.read(tensors.name, slice(tensors.slot, tensors.slot + 1)).float()
+            return DenseDelta(whole_OI.chunk(tensors.chunk[1])[tensors.chunk[0]])
+        if tensors.expert is None:
+            return LowRankDelta(
+                self.file.read(tensors.a_name).float(), self.file.read(tensors.b_name).float(), tensors.scale
+            )
+        rows = slice(tensors.expert * tensors.rank, (tensors.expert + 1) * tensors.rank)
+        a_RI = self.file.read(tensors.a_name, rows).float()
+        b_EOR = self._banks.read_b(tensors.b_name, tensors.rank)
+        index, chunks = tensors.chunk
+        height = b_EOR.shape[1] // chunks
+        return LowRankDelta(a_RI, b_EOR[tensors.expert, index * height : (index + 1) * height].float(), tensors.scale)
 
     def missing(self, base_weights: Iterable[str]) -> list[str]:
         """Weights of a base that the settings target but the file has no factors for."""
@@ -140,7 +143,7 @@ class AdapterFiles:
             else:
                 wanted = self.config.targets_module(module) or self.config.targets_parameter(name)
             hosted = (in_layer(name) and (is_matrix(module) or is_router(module))) or module == HEAD
-            if wanted and hosted and name not in self.pairs:
+            if wanted and hosted and name not in self.tensor_map:
                 lost.append(name)
         return lost
 
@@ -152,6 +155,12 @@ def _refuse_others(path: Path) -> None:
     if (path / "config.json").exists():
         what = "is a packed model, not an adapter" if read_packed_settings(path) else "is a model, not an adapter"
         raise AdapterError(Problem(str(path), what, "give the adapter that was trained on it, such as RUN/adapter"))
+
+
+def ends_of(sidecar: dict[str, Any]) -> tuple[int, ...]:
+    """Tokens that a sidecar names as the ends that training taught."""
+    found = sidecar.get("ends")
+    return tuple(end for end in found if type(end) is int and end >= 0) if isinstance(found, list) else ()
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from finetune.errors import AdapterError, Problem
 from finetune.models.live import PackedBank
 from finetune.quant.linear import is_linear_4bit
 
-BaseWeights = Literal["packed", "original"]
+LoadedWeights = Literal["packed", "original"]
 """Of an adapter that was trained on packed weights: those, or the ones that the base stores."""
 
 
@@ -43,7 +43,7 @@ def trained_packing(files: AdapterFiles) -> QuantizeSection | None:
 
 
 def choose_base(
-    files: AdapterFiles, base: str | Path | None, base_weights: BaseWeights, dtype: torch.dtype | None
+    files: AdapterFiles, base: str | Path | None, base_weights: LoadedWeights, dtype: torch.dtype | None
 ) -> Base:
     """Where the weights below an adapter come from.
 
@@ -51,7 +51,7 @@ def choose_base(
     decoded to is the run's when None.
     Raises AdapterError when there is none, or when it is packed and `base_weights` are to be the original ones.
     """
-    if base_weights not in get_args(BaseWeights):
+    if base_weights not in get_args(LoadedWeights):
         raise AdapterError(Problem("base_weights", "is neither packed nor original", "name one of them", base_weights))
     section = trained_packing(files) if base_weights == "packed" else None
     if section is not None and dtype is not None:

@@ -14,6 +14,7 @@ from finetune.cli.answers import chat, evaluate
 from finetune.cli.machine import doctor
 from finetune.cli.routing import experts, profile
 from finetune.cli.runs import check, prepare, report, schema, train
+from finetune.cli.templates import templates
 from finetune.cli.weights import export, import_adapter, merge, quantize, verify
 
 app = typer.Typer(
@@ -50,3 +51,4 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 for _command in _COMMANDS:
     app.command()(_command)
 app.command("eval")(evaluate)
+app.add_typer(templates, name="template")

@@ -48,11 +48,10 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(_caches(facts["caches"]))
     if "recipe" in facts:
         print_facts("\nrecipe", facts["recipe"])
-    for part in facts["runs"]:
-        if part["fault"] is not None:
-            console.print(
-                f"\nerror: {part['name']}: {part['fault']}\nhint: {part['remedy']}", style="red", markup=False
-            )
+    for component in facts["runs"]:
+        if component["fault"] is not None:
+            what, hint = f"{component['name']}: {component['fault']}", component["remedy"]
+            console.print(f"\nerror: {what}\nhint: {hint}", style="red", markup=False)
     for lack in facts.get("lacks", ()):
         console.print(f"\nerror: {lack['where']}: {lack['what']}\nhint: {lack['hint']}", style="red", markup=False)
     for library in facts["libraries"]:
@@ -99,13 +98,13 @@ def _libraries(libraries: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _runs(parts: list[dict[str, Any]]) -> Table:
+def _runs(components: list[dict[str, Any]]) -> Table:
     from rich.markup import escape
 
     table = _table("what runs here", "", "runs", "check", "why nothing better")
-    for part in parts:
-        state = "wrong" if part["fault"] is not None else "ok" if part["checked"] else "-"
-        table.add_row(part["name"], part["runs"], state, escape(part["why_not_better"]))
+    for component in components:
+        state = "wrong" if component["fault"] is not None else "ok" if component["checked"] else "-"
+        table.add_row(component["name"], component["runs"], state, escape(component["why_not_better"]))
     return table
 
 

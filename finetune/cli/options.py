@@ -20,10 +20,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, las
 WeightType = Annotated[
     Literal["bf16", "fp16", "fp32"] | None, typer.Option("--dtype", help="of the weights; as stored by default")
 ]
-BaseWeights = Annotated[
+Onto = Annotated[
     Literal["original", "dequantized"],
     typer.Option(
-        "--base-weights",
+        "--onto",
         help="after QLoRA: add to the base's original weights, or to the dequantized ones that the run saw",
     ),
 ]

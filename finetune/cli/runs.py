@@ -21,11 +21,16 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
         from finetune.routing.expert_files import ExpertFiles
 
         ExpertFiles.read(checked)
+    from finetune.data.look import look
+
+    notes = look(checked)
     summary = summarize(checked)
     if as_json:
-        print_json(summary)
-    else:
-        print_facts(f"{recipe} is valid", summary)
+        print_json(summary | {"notes": notes})
+        return
+    print_facts(f"{recipe} is valid", summary)
+    for note in notes:
+        open_console().print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
 
 
 def schema() -> None:

@@ -7,17 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
+from finetune.cli.format_options import FORMAT_NAMES, format_list, takes_format_options
 from finetune.cli.options import (
     AdapterPath,
     AdapterPaths,
     AsJson,
     BasePath,
-    BaseWeights,
+    Onto,
     Shares,
     WeightType,
     parse_shares,
 )
 from finetune.cli.printing import open_console, print_json
+from finetune.formats.registry import make_format
 
 
 def quantize(
@@ -36,7 +38,7 @@ def quantize(
     """Pack a model once; QLoRA runs load it in seconds."""
     from finetune import pipeline
     from finetune.config.schema import QuantizeSection
-    from finetune.export.show import size_text
+    from finetune.io.sizes import size_text
 
     settings = QuantizeSection(scheme=scheme, attention=attention, experts=experts, block=block, double=double)
     console = open_console(stderr=as_json)
@@ -54,7 +56,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
     weights: Shares = None,
-    base_weights: BaseWeights = "original",
+    onto: Onto = "original",
     dtype: WeightType = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a merge that was killed")] = False,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="prove the result afterwards")] = True,
@@ -70,7 +72,7 @@ def merge(
         base=base,
         weights=shares,
         dtype=dtype,
-        base_weights=base_weights,
+        onto=onto,
         resume=resume,
         console=open_console(stderr=True),
     )
@@ -78,7 +80,7 @@ def merge(
         open_console().print(report)
     proof = None
     if check:
-        proof = pipeline.verify(adapters, output, base=base, weights=shares, base_weights=base_weights)
+        proof = pipeline.verify(adapters, output, base=base, weights=shares, onto=onto)
     if as_json:
         print_json({**report.to_dict(), "verify": proof and proof.to_dict()})
     elif proof:
@@ -93,14 +95,14 @@ def verify(
     base: BasePath = None,
     weights: Shares = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="text to compare on; may be repeated")] = None,
-    base_weights: BaseWeights = "original",
+    onto: Onto = "original",
     as_json: AsJson = False,
 ) -> None:
     """Prove that merged = base + adapter."""
     from finetune import pipeline
 
     report = pipeline.verify(
-        adapters, merged, base=base, weights=parse_shares(weights), base_weights=base_weights, prompts=prompts or None
+        adapters, merged, base=base, weights=parse_shares(weights), onto=onto, prompts=prompts or None
     )
     if as_json:
         print_json(report.to_dict())
@@ -108,54 +110,32 @@ def verify(
         open_console().print(report)
 
 
+def _list_formats(asked: bool) -> None:
+    if asked:
+        typer.echo(format_list())
+        raise typer.Exit
+
+
+@takes_format_options
 def export(
     source: Annotated[
         str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="an adapter, or a model such as merge made")
     ],
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            help="adapters: peft, peft-per-expert, vllm, sglang, gguf-lora; models: gguf, fp8, fp8-ct, int4, gptq, "
-            "awq, hf",
-        ),
-    ],
+    to: Annotated[str, typer.Option("--to", help=FORMAT_NAMES)],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to make")],
     base: BasePath = None,
-    dtype: WeightType = None,
-    gguf_type: Annotated[
-        str, typer.Option("--type", help="gguf: F32, F16, BF16, Q8_0, Q4_0, Q6_K, Q5_K_M ...")
-    ] = "F16",
-    shard_gb: Annotated[float, typer.Option("--shard-gb", help="size of a file at most, in 10^9 bytes")] = 4.0,
-    group: Annotated[int, typer.Option("--group", min=8, help="int4, gptq, awq: weights per scale")] = 128,
-    data: Annotated[list[str] | None, typer.Option("--data", help="gptq, awq: file with rows to fit to")] = None,
-    template: Annotated[str, typer.Option("--template", help="gptq, awq: data template of the files")] = "chat",
-    blocks: Annotated[int, typer.Option("--calibration-blocks", min=1, help="gptq, awq: blocks of tokens")] = 128,
-    length: Annotated[int, typer.Option("--calibration-length", min=8, help="gptq, awq: tokens of a block")] = 512,
-    steps: Annotated[int, typer.Option("--calibration-steps", min=0, help="gptq, awq: search steps per layer")] = 200,
-    thinking: Annotated[
-        bool | None,
-        typer.Option("--thinking/--no-thinking", help="what it was trained for, where no run wrote it down"),
-    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an export that was killed")] = False,
     as_json: AsJson = False,
+    formats: Annotated[
+        bool, typer.Option("--list", callback=_list_formats, is_eager=True, help="print the formats and exit")
+    ] = False,
+    **options: object,
 ) -> None:
     """Write an adapter or a model as another program reads it."""
     from finetune import pipeline
-    from finetune.export.calibrated import Calibration
-    from finetune.export.model_export import ModelOptions
 
-    calibration = Calibration(data=tuple(data or ()), template=template, blocks=blocks, length=length, steps=steps)
-    options = ModelOptions(
-        type=gguf_type,
-        dtype=dtype,
-        max_shard_bytes=int(shard_gb * 1e9),
-        group=group,
-        thinking=thinking,
-        calibration=calibration,
-    )
-    console = open_console(stderr=True)
-    report = pipeline.export(source, output, to, base=base, options=options, resume=resume, console=console)
+    made = make_format(to, {name: value for name, value in options.items() if value is not None})
+    report = pipeline.export(source, output, made, base=base, resume=resume, console=open_console(stderr=True))
     if as_json:
         print_json(report.to_dict())
     else:

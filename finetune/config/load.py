@@ -9,7 +9,7 @@ import yaml
 
 from finetune.config.checks import quantize_findings, text_findings
 from finetune.config.files import find_in_files
-from finetune.config.packed_folder import settled
+from finetune.config.packed_folder import resolve_packed
 from finetune.config.recipe_document import RECIPE
 from finetune.config.schema import QuantizeSection, Recipe
 from finetune.diagnostics.advice import did_you_mean
@@ -73,7 +73,7 @@ def _load(text: str, source: str, overrides: tuple[str, ...], check_files: bool)
         return [*text_findings(recipe), *(find_in_files(recipe) if check_files else ())]
 
     recipe = parse(text, source, RECIPE, overrides, check=check, error=RecipeError)
-    return settled(recipe) if check_files else recipe
+    return resolve_packed(recipe) if check_files else recipe
 
 
 def _read_text(path: Path) -> str:

@@ -79,14 +79,14 @@ class PackedSettings:
         revision = {"base_revision": self.revision} if self.revision else {}
         return {**told, "base_model": self.base, **revision, "base_fingerprint": self.fingerprint}
 
-    def settle(self, wanted: QuantizeSection) -> QuantizeSection:
+    def resolve(self, wanted: QuantizeSection) -> QuantizeSection:
         """`wanted`, and where it is silent what the folder was made with."""
         told = {name: value for name in wanted.model_fields_set if (value := getattr(wanted, name)) is not None}
         return QuantizeSection(**{**self.section.model_dump(exclude_unset=True), **told})
 
     def contradictions(self, wanted: QuantizeSection) -> Iterator[tuple[str, str]]:
         """Fields of a recipe's section that ask for what the folder does not hold, and what to say of them."""
-        held, asked = settings_of(self.section), settings_of(self.settle(wanted))
+        held, asked = settings_of(self.section), settings_of(self.resolve(wanted))
         for name in ("scheme",) if asked["scheme"] != held["scheme"] else held:
             if asked[name] != held[name]:
                 yield name, f"is {asked[name]}, but the packed model was made with {held[name]}"
@@ -115,7 +115,7 @@ def read_packed_settings(folder: str | Path) -> PackedSettings | None:
     return PackedSettings.of(config, str(path)) if isinstance(config, dict) else None
 
 
-def settled(recipe: Recipe) -> Recipe:
+def resolve_packed(recipe: Recipe) -> Recipe:
     """`recipe` with what a packed model.path says of itself; unchanged for any other model.
 
     Raises ModelError when the two contradict each other.
@@ -124,7 +124,7 @@ def settled(recipe: Recipe) -> Recipe:
     if packed is None:
         return recipe
     check_settings(packed, recipe.quantize, recipe.model.path)
-    return recipe.model_copy(update={"quantize": packed.settle(recipe.quantize)})
+    return recipe.model_copy(update={"quantize": packed.resolve(recipe.quantize)})
 
 
 def check_settings(packed: PackedSettings, wanted: QuantizeSection, path: str | Path) -> None:

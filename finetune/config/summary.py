@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.architecture.shape import ModelShape, find_model_shape
 from finetune.config.files import kind_of
-from finetune.config.packed_folder import frozen_bytes, read_packed_settings, settled
+from finetune.config.packed_folder import frozen_bytes, read_packed_settings, resolve_packed
 from finetune.config.schema import DataFile, Recipe
 
 _GIB = 2**30
@@ -21,7 +21,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     device; activations come on top.
     warnings are things that are allowed but seldom meant.
     """
-    recipe = settled(recipe)
+    recipe = resolve_packed(recipe)
     train, data = recipe.train, recipe.data
     shape = find_model_shape(recipe.model.path)
     facts: dict[str, Any] = {"model": recipe.model.path, **_quantize(recipe)}
@@ -128,6 +128,7 @@ def _experts(recipe: Recipe) -> dict[str, Any]:
 
 def _files(files: tuple[DataFile, ...]) -> list[dict[str, Any]]:
     """Each file with its share of the mix; null where that follows from the number of its rows."""
+    files = tuple(file for file in files if not file.skip)
     total = sum(file.weight or 0.0 for file in files)
     return [{"path": file.path, "share": file.weight / total if file.weight else None} for file in files]
 

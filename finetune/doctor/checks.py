@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from finetune.doctor.parts import Job, plain
+from finetune.doctor.component import Job, plain
 from finetune.kernels.log_probs import log_probs
 from finetune.kernels.ops import Factors, expert_mlp
 from finetune.kernels.self_check import NAMES, TOLERANCE
@@ -28,7 +28,7 @@ DOCUMENTS = (1, 37, 64, 5)
 RATE = 1e-2
 
 
-def _told(check: Callable[P, str | None]) -> Callable[P, str | None]:
+def _reported(check: Callable[P, str | None]) -> Callable[P, str | None]:
     """A check whose errors are faults: compilers, drivers and libraries have errors of their own."""
 
     @functools.wraps(check)
@@ -41,7 +41,7 @@ def _told(check: Callable[P, str | None]) -> Callable[P, str | None]:
     return checked
 
 
-@_told
+@_reported
 def experts_fault(job: Job, dtype: torch.dtype) -> str | None:
     """The expert MLP with LoRA, its gradients too, with the readable loop in float64."""
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +81,7 @@ def experts_fault(job: Job, dtype: torch.dtype) -> str | None:
     return _worst(NAMES, got, want, dtype)
 
 
-@_told
+@_reported
 def attention_fault(job: Job, dtype: torch.dtype) -> str | None:
     """Packed documents, with attention under a mask in float64; gradients too."""
     generator, heads, tokens = torch.Generator().manual_seed(0), (4, 2, 2), sum(DOCUMENTS)
@@ -101,7 +101,7 @@ def attention_fault(job: Job, dtype: torch.dtype) -> str | None:
     return _worst(("output", *(f"gradient of {name}" for name in ("queries", "keys", "values"))), got, want, dtype)
 
 
-@_told
+@_reported
 def loss_fault(job: Job, dtype: torch.dtype) -> str | None:
     """Log-probabilities in tiles, and their gradient, with log_softmax in float64."""
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +117,7 @@ def loss_fault(job: Job, dtype: torch.dtype) -> str | None:
     return _worst(("log-probability", "gradient of hidden states"), got, want, dtype)
 
 
-@_told
+@_reported
 def nf4_fault(job: Job, dtype: torch.dtype) -> str | None:
     """Decoded weights, bit for bit with level times scale."""
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
@@ -132,7 +132,7 @@ def nf4_fault(job: Job, dtype: torch.dtype) -> str | None:
     return f"{wrong} of {want.numel()} decoded weights differ from the level times the scale" if wrong else None
 
 
-@_told
+@_reported
 def optimizer_fault(device: torch.device) -> str | None:
     """A first step of the 8-bit Adam, which is the rate against the sign of the gradient."""
     library = bitsandbytes()
@@ -144,7 +144,7 @@ def optimizer_fault(device: torch.device) -> str | None:
     return None if error < 0.1 else f"the first step is wrong by {error:.2g} of the learning rate"
 
 
-@_told
+@_reported
 def compile_fault(device: torch.device) -> str | None:
     """A small function and its gradient, compiled, with itself uncompiled."""
 

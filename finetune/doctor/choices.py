@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 
 from finetune.doctor import checks
-from finetune.doctor.parts import Job, Part, plain
+from finetune.doctor.component import Component, Job, plain
 from finetune.errors import AdapterError, UserError
+from finetune.formats.ggml import load_ggml
+from finetune.formats.registry import FORMATS
 from finetune.kernels import self_check
 from finetune.kernels.log_probs import runs_triton
 from finetune.kernels.ops import GO_ON, ExpertLayer, Factors, prepare
@@ -32,12 +34,12 @@ COMPILER = "install a C++ compiler, such as g++, or set train.compile: off"
 BITSANDBYTES = "pip install bitsandbytes, or train.optimizer: adamw"
 
 
-def parts(job: Job) -> list[Part]:
-    """Every part, checked."""
+def components(job: Job) -> list[Component]:
+    """Every one, checked."""
     return [experts(job), attention(job), loss(job), nf4(job), optimizer(job), layers(job), *exports()]
 
 
-def experts(job: Job) -> Part:
+def experts(job: Job) -> Component:
     """Products of the expert MLP."""
     name, chosen = "experts", set()
     try:
@@ -45,10 +47,10 @@ def experts(job: Job) -> Part:
             chosen.add(prepare(_small_layer(job, dtype), job.backend))
     except AdapterError as error:
         problem = error.problems[0]
-        return Part(name, "nothing", "", True, problem.what, problem.hint)
+        return Component(name, "nothing", "", True, problem.what, problem.hint)
     runs = " / ".join(PRODUCTS[way] for way in sorted(chosen))
     remedy = GO_ON if job.device.type == "cuda" else REINSTALL
-    return _checked(job, Part(name, runs, _why_not_triton(job, chosen)), checks.experts_fault, remedy)
+    return _checked(job, Component(name, runs, _why_not_triton(job, chosen)), checks.experts_fault, remedy)
 
 
 def _why_not_triton(job: Job, chosen: set[str]) -> str:
@@ -72,103 +74,99 @@ def _small_layer(job: Job, dtype: torch.dtype) -> ExpertLayer:
     return ExpertLayer(gate_up, down, Factors(a, b, 1.0, slots), Factors(c, d, 1.0, slots))
 
 
-def attention(job: Job) -> Part:
+def attention(job: Job) -> Component:
     """Attention of packed rows."""
     name = "attention"
     try:
         check_attention(job.attention)
     except UserError as error:
         problem = error.problems[0]
-        return Part(name, job.attention, "", True, problem.what, problem.hint)
+        return Component(name, job.attention, "", True, problem.what, problem.hint)
     config = SimpleNamespace(attention_dropout=0.0, head_dim=job.head_dim)
     runs, _, reason = explain_attention(job.attention, config, job.device, job.dtypes[0]).partition(": ")
     if job.attention != "auto":
-        return Part(name, runs, "" if job.attention.startswith("flash") else "auto needs no mask for packed rows")
+        return Component(name, runs, "" if job.attention.startswith("flash") else "auto needs no mask for packed rows")
     masked = why_masked(config, job.device, job.dtypes[0], training=True)
     if masked is not None:
-        return Part(name, runs, reason)
+        return Component(name, runs, reason)
     types = [d for d in job.dtypes if why_masked(config, job.device, d, training=True) is None]
-    remedy = "set model.attention_implementation: sdpa, and tell which torch and device this is"
-    return _checked(job, Part(name, f"{runs}: {reason}"), checks.attention_fault, remedy, types)
+    remedy = "set model.attention_implementation: sdpa, and report it with the versions of torch and the device"
+    return _checked(job, Component(name, f"{runs}: {reason}"), checks.attention_fault, remedy, types)
 
 
-def loss(job: Job) -> Part:
+def loss(job: Job) -> Component:
     """Head and loss."""
     triton = runs_triton(job.device, job.dtypes[0])
     fault = "Triton's kernel needs a CUDA device" if job.device.type != "cuda" else triton_fault(job.device)
-    part = Part("loss", f"log-probabilities in tiles, {'a Triton kernel' if triton else 'torch'}", fault or "")
-    return _checked(job, part, checks.loss_fault, REINSTALL)
+    runs = f"log-probabilities in tiles, {'a Triton kernel' if triton else 'torch'}"
+    return _checked(job, Component("loss", runs, fault or ""), checks.loss_fault, REINSTALL)
 
 
-def nf4(job: Job) -> Part:
+def nf4(job: Job) -> Component:
     """Decoding of 4-bit weights."""
     on_card = job.device.type == "cuda" and triton_fault(job.device) is None
     native = bitsandbytes() is not None
     runs = "a Triton kernel" if on_card else "bitsandbytes' kernel" if native else "torch"
     why = "" if on_card or native else "bitsandbytes, which is faster, is not installed or does not load"
-    return _checked(job, Part("NF4 weights", runs, why), checks.nf4_fault, "reinstall bitsandbytes and triton")
+    return _checked(job, Component("NF4 weights", runs, why), checks.nf4_fault, "reinstall bitsandbytes and triton")
 
 
-def optimizer(job: Job) -> Part:
+def optimizer(job: Job) -> Component:
     """AdamW, and whether its states can be 8 bits."""
     needs = job.optimizer != "adamw"
     usual = "AdamW of torch, fused; adamw_8bit runs too"
     if bitsandbytes() is None:
         what = "needs bitsandbytes, which is not installed or does not load"
         if needs:
-            return Part("optimizer", job.optimizer, "", True, what, BITSANDBYTES)
-        return Part("optimizer", "AdamW of torch, fused", f"adamw_8bit, which takes less memory, {what}")
+            return Component("optimizer", job.optimizer, "", True, what, BITSANDBYTES)
+        return Component("optimizer", "AdamW of torch, fused", f"adamw_8bit, which takes less memory, {what}")
     fault = checks.optimizer_fault(job.device)
     if fault is None:
-        return Part("optimizer", job.optimizer if needs else usual, "", True)
+        return Component("optimizer", job.optimizer if needs else usual, "", True)
     if needs:
-        return Part("optimizer", job.optimizer, "", True, fault, BITSANDBYTES)
-    return Part("optimizer", "AdamW of torch, fused", f"adamw_8bit, which takes less memory: {fault}", True)
+        return Component("optimizer", job.optimizer, "", True, fault, BITSANDBYTES)
+    return Component("optimizer", "AdamW of torch, fused", f"adamw_8bit, which takes less memory: {fault}", True)
 
 
-def layers(job: Job) -> Part:
+def layers(job: Job) -> Component:
     """Compiled decoder layers."""
     name = "decoder layers"
     if not job.compiles:
         why = "train.compile is off" if job.compile == "off" else "auto compiles on a CUDA device; on asks for it here"
-        return Part(name, "uncompiled", why)
+        return Component(name, "uncompiled", why)
     compilers = [os.environ.get("CXX"), "g++", "clang++", "gcc"]
     if not any(shutil.which(compiler) for compiler in compilers if compiler):
-        return Part(name, "uncompiled", "", True, "no C++ compiler is on the path", COMPILER)
+        return Component(name, "uncompiled", "", True, "no C++ compiler is on the path", COMPILER)
     fault = checks.compile_fault(job.device)
-    return Part(name, "compiled one by one", "", True, fault, COMPILER if fault else None)
+    return Component(name, "compiled one by one", "", True, fault, COMPILER if fault else None)
 
 
-def exports() -> list[Part]:
+def exports() -> list[Component]:
     """What `finetune export` writes beside what needs nothing."""
-    gguf, quant = (importlib.util.find_spec(module) is not None for module in ("gguf", "auto_round"))
-    from finetune.export.ggml import load_ggml
-
+    have = [name for name, made in FORMATS.items() if made.package is None or made.package.is_installed]
+    needed: dict[str, list[str]] = {}
+    for name in FORMATS.keys() - set(have):
+        package = FORMATS[name].package
+        assert package is not None
+        needed.setdefault(package.remedy, []).append(name)
+    missing = [f"{' and '.join(sorted(names))}: {remedy}" for remedy, names in sorted(needed.items())]
     try:
         load_ggml()
-        ggml = True
     except UserError:
-        ggml = False
-    missing = {
-        "gguf and gguf-lora: pip install 'finetune-moe[gguf]'": gguf,
-        "K-quants of gguf: pip install xllamacpp": ggml,
-        "gptq and awq: pip install 'finetune-moe[quant]'": quant,
-    }
-    have = ["peft", "vllm", "sglang", "hf", "fp8", "int4"]
-    have += ["gguf" + (" with K-quants" if ggml else "")] * gguf + ["gptq", "awq"] * quant
-    return [Part("exports", ", ".join(have), "; ".join(what for what, there in missing.items() if not there))]
+        missing.append("K-quants of gguf: pip install xllamacpp")
+    return [Component("exports", ", ".join(have), "; ".join(missing))]
 
 
 def _checked(
     job: Job,
-    part: Part,
+    component: Component,
     check: Callable[[Job, torch.dtype], str | None],
     remedy: str,
     dtypes: list[torch.dtype] | None = None,
-) -> Part:
+) -> Component:
     for dtype in dtypes or job.dtypes:
         fault = check(job, dtype)
         if fault is not None:
             text = fault if plain(dtype) in fault else f"{fault} ({plain(dtype)})"
-            return Part(part.name, part.runs, part.why_not_better, True, text, remedy)
-    return Part(part.name, part.runs, part.why_not_better, True)
+            return replace(component, checked=True, fault=text, remedy=remedy)
+    return replace(component, checked=True)

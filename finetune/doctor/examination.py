@@ -1,4 +1,4 @@
-"""The whole of `finetune doctor`: the machine, the libraries, the parts that run, and what a recipe lacks."""
+"""The whole of `finetune doctor`: the machine, the libraries, what runs, and what a recipe lacks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from finetune.architecture.shape import find_model_shape
-from finetune.config.packed_folder import settled
+from finetune.config.packed_folder import resolve_packed
 from finetune.config.schema import Recipe
 from finetune.config.summary import summarize
 from finetune.doctor import libraries, machine
-from finetune.doctor.choices import parts
-from finetune.doctor.parts import Job
+from finetune.doctor.choices import components
+from finetune.doctor.component import Job
 from finetune.errors import Problem
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -28,17 +28,17 @@ def examine(recipe: Recipe | None = None) -> dict[str, Any]:
     """Facts that `json.dumps` takes.
 
     ok: whether everything that would run is right and, with a recipe, whether the machine has what it needs.
-    runs: a `Part` each. lacks: what the machine has not got for the recipe, each with a hint.
+    runs: a `Component` each. lacks: what the machine has not got for the recipe, each with a hint.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with _quiet():
-        found = parts(Job(device) if recipe is None else job_of(settled(recipe), device))
+        found = components(Job(device) if recipe is None else job_of(resolve_packed(recipe), device))
     here = machine.describe()
     facts: dict[str, Any] = {
-        "ok": all(part.fault is None for part in found),
+        "ok": all(component.fault is None for component in found),
         "machine": here,
         "libraries": libraries.describe(),
-        "runs": [part.to_dict() for part in found],
+        "runs": [component.to_dict() for component in found],
         "caches": machine.caches(),
     }
     if recipe is not None:

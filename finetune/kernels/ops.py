@@ -147,12 +147,12 @@ def _choose_products(backend: Backend, case: self_check.Case, packed: bool = Fal
         faults[way] = fault
         if backend == "auto":
             logger.warning("expert MLP: %s products are not used on %s: %s", way, case.device, fault)
-    told = "; ".join(f"{way} products: {fault}" for way, fault in faults.items())
+    reasons = "; ".join(f"{way} products: {fault}" for way, fault in faults.items())
     if backend == "torch":
-        logger.warning("expert MLP: one product per expert, slow and with host waits, on %s: %s", case.device, told)
+        logger.warning("expert MLP: one product per expert, slow and with host waits, on %s: %s", case.device, reasons)
         return _log_once("slices")
     hint = GO_ON if backend == "auto" else f"use one of {', '.join(BACKENDS[:2])}, or auto"
-    raise AdapterError(Problem("backend", f"cannot run here: {told}", hint, backend))
+    raise AdapterError(Problem("backend", f"cannot run here: {reasons}", hint, backend))
 
 
 def _checked(case: self_check.Case) -> str | None:

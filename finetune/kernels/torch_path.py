@@ -156,11 +156,11 @@ class _Backward:
         self._needs_gate_up = any(gradient is not None for gradient in trained)
 
     def _grads(self, lora: Factors) -> FactorGrads:
-        """Room for the gradients of a projection's factors."""
+        """Memory for the gradients of a projection's factors."""
         return FactorGrads(*self._room(lora.slot_of_expert, lora.a_XRI, lora.b_XOR))
 
     def _room(self, slot_of_expert: Tensor, *weights: Tensor) -> list[Tensor]:
-        """Room for the gradients of weights in slots, zero in the slots that no row reaches."""
+        """Memory for the gradients of weights in slots, zero in the slots that no row reaches."""
         grads = [torch.empty_like(weight) for weight in weights]
         reached = {expert for block in self._arrangement.rows.blocks for expert in block.experts}
         unreached = [slot for e, slot in enumerate(slot_of_expert.tolist()) if slot >= 0 and e not in reached]

@@ -21,7 +21,7 @@ from finetune.models.text_model import text_model
 
 PACKED = "packed"
 LAYOUT = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""What tells the documents of a packed row, by the names that transformers' models and TRL's collator have for it."""
+"""Where the documents of a packed row begin, by the names that transformers' models and TRL's collator have for it."""
 
 _PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -90,7 +90,7 @@ def why_masked(config: Any, device: torch.device, dtype: torch.dtype, *, trainin
 
 
 def prepare_packed_rows(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, which from here on tells its layers what of a packed row they have to know, once a forward.
+    """`model`, whose layers get from here on what they need of a packed row, made once a forward.
 
     Without it `packed` is as right, but transformers builds the mask that nobody looks at.
     """

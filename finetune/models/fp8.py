@@ -29,10 +29,10 @@ def block_of(config: dict[str, Any], where: str) -> tuple[int, int] | None:
     settings = config.get("quantization_config")
     if not settings:
         return None
-    told = settings if isinstance(settings, dict) else {}
-    block: Any = told.get("weight_block_size")
+    given = settings if isinstance(settings, dict) else {}
+    block: Any = given.get("weight_block_size")
     fits = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
-    if not fits or told.get("quant_method") != "fp8" or told.get("fmt", "e4m3") != "e4m3":
+    if not fits or given.get("quant_method") != "fp8" or given.get("fmt", "e4m3") != "e4m3":
         hint = "give the original 16-bit checkpoint, or one in FP8 blocks; quantize the result afterwards"
         raise ModelError(Problem(f"{where}: quantization_config", "the model is quantized", hint, settings))
     return block[0], block[1]

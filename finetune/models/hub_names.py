@@ -1,6 +1,6 @@
 """A checkpoint's files under the names and in the matrices that its live text model has, wherever the hub differs.
 
-Prefixes and names are replaced, and a fused stack of experts (E, out, in) is told as the matrices of each expert,
+Prefixes and names are replaced, and a fused stack of experts (E, out, in) is listed as the matrices of each expert,
 which lie in it one behind the other. What is not of the text model keeps its name.
 """
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from finetune.architecture.family import Family
 from finetune.architecture.names import EXPERT_MATRICES, expert_module, is_bank
+from finetune.config.tensor_header import TensorInfo
 from finetune.errors import ModelError, Problem
-from finetune.models.tensor_file import WEIGHT_DTYPES, Stored, TensorFile, TensorInfo
+from finetune.models.tensor_file import WEIGHT_DTYPES, Stored, TensorFile
 
 
 def as_live(file: TensorFile, family: Family, hidden: Any) -> TensorFile:

@@ -12,6 +12,8 @@ import torch
 
 from finetune.architecture.names import EXPERTS, in_layer
 from finetune.architecture.registry import family_of, find_family, is_moe, unknown_family
+from finetune.architecture.shape import shape_of
+from finetune.config.model_files import embedding_problem
 from finetune.config.rope import RopeScaling, rescaled
 from finetune.errors import ModelError, Problem, first_of
 from finetune.models.attention import prepare_packed_rows, transformers_name
@@ -107,6 +109,15 @@ def load_tokenizer(
     return tokenizer
 
 
+def check_embeddings(tokenizer: PreTrainedTokenizerBase, path: str | Path, *, revision: str | None = None) -> None:
+    """Raises ModelError when the tokenizer has tokens that the model at `path` has no embedding for."""
+    rows = shape_of(read_config(path, revision), str(path)).vocabulary
+    problem = embedding_problem(tokenizer.get_vocab(), rows)
+    if problem is not None:
+        what, hint, token = problem
+        raise ModelError(Problem(str(path), f"the tokenizer {what}", hint, token))
+
+
 _TOKENIZER_HINT = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja of the instruct model beside it"
 
 
@@ -115,7 +126,7 @@ def stored_dtype(path: str | Path, *, revision: str | None = None) -> torch.dtyp
     config = read_config(path, revision)
     family = find_family(config)
     inner = config if family is None else family.text_config(config)
-    name = next((told for each in (config, inner) for key in ("dtype", "torch_dtype") if (told := each.get(key))), None)
+    name = next((name for each in (config, inner) for key in ("dtype", "torch_dtype") if (name := each.get(key))), None)
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 

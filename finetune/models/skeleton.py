@@ -1,4 +1,4 @@
-"""A live model without its weights, for those who bring them part by part."""
+"""A live model without its weights, for those who bring them one by one."""
 
 from __future__ import annotations
 

@@ -20,10 +20,10 @@ _BANKS = {f"{EXPERTS}.{projection}": matrices for projection, matrices in EXPERT
 
 
 class StreamedModel:
-    """A model of transformers in which only the parts in use are real; everything is float32 on the CPU.
+    """A model of transformers in which only the layer in use is real; everything is float32 on the CPU.
 
-    A model of `part(index)` has the names of the whole one, but decoder layer `index` alone computes; that of
-    `part(None)` has no layer, but the final norm and the head. `run` calls either.
+    A model of `model_of(index)` has the names of the whole one, but decoder layer `index` alone computes; that of
+    `model_of(None)` has no layer, but the final norm and the head. `run` calls either.
     """
 
     def __init__(self, checkpoint: Checkpoint, rope_scaling: RopeScaling | None = None) -> None:
@@ -45,7 +45,7 @@ class StreamedModel:
         }
         return torch.cat([rows[index] for index in tokens.tolist()])
 
-    def part(self, index: int | None) -> nn.Module:
+    def model_of(self, index: int | None) -> nn.Module:
         """The model with layer `index`, or norm and head, read from the checkpoint and all the rest absent."""
         skipped = [_Skipped() for _ in self._layers]
         self._text.layers = nn.ModuleList(skipped)
@@ -63,15 +63,15 @@ class StreamedModel:
         return self._model
 
     def clear(self) -> None:
-        """Lets go of the part in memory."""
+        """Lets go of what is in memory."""
         self._text.layers, self._text.norm = nn.ModuleList(), _Skipped()
         self._model.lm_head = nn.Identity()
 
     @staticmethod
     @torch.no_grad()
-    def run(part: Any, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """What a part makes of each sequence (S, H): the next (S, H), or logits (S, V)."""
-        return [part(inputs_embeds=x_SH[None], use_cache=False).logits[0] for x_SH in hidden]
+    def run(model: Any, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """What a model of one layer makes of each sequence (S, H): the next (S, H), or logits (S, V)."""
+        return [model(inputs_embeds=x_SH[None], use_cache=False).logits[0] for x_SH in hidden]
 
     def _load(self, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         loaded = copy.deepcopy(module)  # on the meta device: costs nothing

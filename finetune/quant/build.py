@@ -1,4 +1,4 @@
-"""A live model whose weights arrive part by part, packed or not."""
+"""A live model whose weights arrive one by one, packed or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.models.live import PackedBank
 from finetune.quant.experts import CodesOnDisk, Fp8Projection, Nf4Projection, PackedExperts, PackedProjection
 from finetune.quant.linear import is_linear_4bit, linear_4bit
 from finetune.quant.nf4 import Packed
-from finetune.quant.parts import WHOLE, Fields, Part
+from finetune.quant.weight_plan import WHOLE, Fields, WeightPlan
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -25,28 +25,28 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def fill(
     model: PreTrainedModel,
-    parts: Iterable[tuple[Part, Fields]],
+    plans: Iterable[tuple[WeightPlan, Fields]],
     section: QuantizeSection,
     on_disk: dict[str, CodesOnDisk] | None = None,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """Put the parts into a skeleton, each on `device` before the next is asked for; the CPU when None.
+    """Put the weights into a skeleton, each on `device` before the next is asked for; the CPU when None.
 
     on_disk: the codes of packed stacks that have none in their fields, by name.
     """
     expected: set[str] = set()
     device = device or "cpu"
-    for part, fields in parts:
-        if not part.packed:
-            _put_weight(model, part.name, nn.Parameter(fields[WHOLE].to(device), requires_grad=False))
+    for plan, fields in plans:
+        if not plan.packed:
+            _put_weight(model, plan.name, nn.Parameter(fields[WHOLE].to(device), requires_grad=False))
             continue
-        expected.add(part.name)
-        if part.is_stack:
-            projection = _projection(part, fields, section, decoded_dtype(model, section))
-            projection.on_disk = (on_disk or {}).get(part.name)
-            _put_projection(model, part.name, projection.to(device))
+        expected.add(plan.name)
+        if plan.is_stack:
+            projection = _projection(plan, fields, section, decoded_dtype(model, section))
+            projection.on_disk = (on_disk or {}).get(plan.name)
+            _put_projection(model, plan.name, projection.to(device))
         else:
-            _put_linear(model, part, fields, section, device)
+            _put_linear(model, plan, fields, section, device)
     model.tie_weights()
     _check_all(model, expected)
     live: Any = model
@@ -68,10 +68,10 @@ def _cannot_be_saved(*_: Any, **__: Any) -> None:
     raise UserError(Problem("save_pretrained", "does not know packed weights", hint))
 
 
-def _projection(part: Part, fields: Fields, section: QuantizeSection, dtype: torch.dtype) -> PackedProjection:
+def _projection(plan: WeightPlan, fields: Fields, section: QuantizeSection, dtype: torch.dtype) -> PackedProjection:
     if section.scheme == "fp8":
-        return Fp8Projection(fields, part.shape, section.block_size, dtype, part.matrices)
-    return Nf4Projection(fields, part.shape, section.block_size, dtype)
+        return Fp8Projection(fields, plan.shape, section.block_size, dtype, plan.matrices)
+    return Nf4Projection(fields, plan.shape, section.block_size, dtype)
 
 
 def _put_weight(model: nn.Module, name: str, weight: nn.Parameter) -> None:
@@ -88,9 +88,9 @@ def _put_projection(model: nn.Module, name: str, projection: PackedProjection) -
 
 
 def _put_linear(
-    model: PreTrainedModel, part: Part, fields: Fields, section: QuantizeSection, device: torch.device | str
+    model: PreTrainedModel, plan: WeightPlan, fields: Fields, section: QuantizeSection, device: torch.device | str
 ) -> None:
-    layer_name = part.name.removesuffix(".weight")
+    layer_name = plan.name.removesuffix(".weight")
     owner, _, attribute = layer_name.rpartition(".")
     old: Any = model.get_submodule(layer_name)
     packed = Packed(
@@ -98,11 +98,11 @@ def _put_linear(
         fields["scales"],
         fields.get("scale_scales"),
         fields.get("offset"),
-        part.shape,
+        plan.shape,
         section.block_size,
     )
     layer: Any = linear_4bit(packed, decoded_dtype(model, section)).to(device)
-    layer.bias = old.bias  # a part of its own
+    layer.bias = old.bias  # a weight of its own
     setattr(model.get_submodule(owner), attribute, layer)
 
 

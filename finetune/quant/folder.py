@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import weakref
@@ -14,15 +13,19 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from finetune.architecture.names import layer_index
+from finetune.architecture.names import in_layer, layer_index
 from finetune.config.packed_folder import AGAIN, CODES, PackedSettings
 from finetune.config.schema import QuantizeSection
-from finetune.errors import ModelError, Problem, RunError, UserError
+from finetune.config.tensor_header import TensorInfo
+from finetune.errors import ModelError, Problem, RunError, UserError, first_of
+from finetune.io.safetensors_file import header_of
 from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint, base_fingerprint
 from finetune.models.files import finished_folder, write_atomic, write_json_atomic
-from finetune.models.tensor_file import METADATA, TORCH_DTYPES, TensorFile, TensorInfo
+from finetune.models.tensor_file import TORCH_DTYPES, TensorFile
 from finetune.quant.experts import CodesOnDisk, packed_shapes
-from finetune.quant.parts import WHOLE, Fields, Part, Progress
+from finetune.quant.weight_plan import WHOLE, Fields, Progress, WeightPlan
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -32,39 +35,39 @@ class PackedFolder:
     checkpoint: Checkpoint
     settings: PackedSettings
 
-    def read_parts(
-        self, parts: list[Part], progress: Progress | None = None, *, leave_codes: bool = False
-    ) -> Iterator[tuple[Part, Fields]]:
-        """Each part as it is stored; with `leave_codes` the codes of packed experts stay where they are."""
+    def read_weights(
+        self, plans: list[WeightPlan], progress: Progress | None = None, *, leave_codes: bool = False
+    ) -> Iterator[tuple[WeightPlan, Fields]]:
+        """Each weight as it is stored; with `leave_codes` the codes of packed experts stay where they are."""
         total, done = self.checkpoint.num_bytes, 0
-        for part in parts:
+        for plan in plans:
             fields: Fields = {}
-            for field, name in self._names(part).items():
+            for field, name in self._names(plan).items():
                 done += self.checkpoint.tensors[name].num_bytes
-                if not (leave_codes and field == CODES and part.is_stack):
+                if not (leave_codes and field == CODES and plan.is_stack):
                     fields[field] = self.checkpoint.read(name)
             if progress is not None:
-                progress(part.name, done, total)
-            yield part, fields
+                progress(plan.name, done, total)
+            yield plan, fields
 
-    def codes_on_disk(self, parts: list[Part]) -> dict[str, CodesOnDisk]:
-        """Readers of the codes of packed experts, by the name of their part."""
+    def codes_on_disk(self, plans: list[WeightPlan]) -> dict[str, CodesOnDisk]:
+        """Readers of the codes of packed experts, by the name of their weight."""
         files: dict[str, _OpenFile] = {}
         readers: dict[str, CodesOnDisk] = {}
-        for part in parts:
-            if part.packed and part.is_stack:
-                info = self.checkpoint.tensors[f"{part.name}.{CODES}"]
+        for plan in plans:
+            if plan.packed and plan.is_stack:
+                info = self.checkpoint.tensors[f"{plan.name}.{CODES}"]
                 if info.shard not in files:
                     files[info.shard] = _OpenFile(self.checkpoint.files[info.shard])
-                readers[part.name] = _CodesInFile(files[info.shard], info)
+                readers[plan.name] = _CodesInFile(files[info.shard], info)
         return readers
 
-    def check_parts(self, parts: list[Part]) -> None:
+    def check_plans(self, plans: list[WeightPlan]) -> None:
         """Raises ModelError for tensors that are missing, misshapen, of a wrong type, or too many."""
         problems, known = [], set()
-        for part in parts:
-            for field, expected in self._expected(part).items():
-                name = f"{part.name}.{field}" if field else part.name
+        for plan in plans:
+            for field, expected in self._expected(plan).items():
+                name = f"{plan.name}.{field}" if field else plan.name
                 known.add(name)
                 info = self.checkpoint.tensors.get(name)
                 if info is None:
@@ -75,19 +78,19 @@ class PackedFolder:
         strange = sorted(set(self.checkpoint.tensors) - known)
         problems += [Problem(f"{self.checkpoint.path}: {n}", "has no place in the model", AGAIN) for n in strange]
         if problems:
-            raise ModelError(*problems[:8])
+            raise ModelError(*first_of(problems, _SHOWN, str(self.checkpoint.path)))
 
-    def _expected(self, part: Part) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        if not part.packed:
-            return {WHOLE: (torch.bfloat16, part.shape)}
+    def _expected(self, plan: WeightPlan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        if not plan.packed:
+            return {WHOLE: (torch.bfloat16, plan.shape)}
         section = self.settings.section
         assert section.scheme != "none"
-        shape, number = (part.shape[1:], part.shape[:1]) if part.is_stack else (part.shape, ())
-        shapes = packed_shapes(section.scheme, shape, section.block_size, section.double, part.matrices)
+        shape, number = (plan.shape[1:], plan.shape[:1]) if plan.is_stack else (plan.shape, ())
+        shapes = packed_shapes(section.scheme, shape, section.block_size, section.double, plan.matrices)
         return {field: (dtype, (*number, *size)) for field, (dtype, size) in shapes.items()}
 
-    def _names(self, part: Part) -> dict[str, str]:
-        return {field: f"{part.name}.{field}" if field else part.name for field in self._expected(part)}
+    def _names(self, plan: WeightPlan) -> dict[str, str]:
+        return {field: f"{plan.name}.{field}" if field else plan.name for field in self._expected(plan)}
 
 
 _STORED = {torch.uint8: ("U8",), torch.float32: ("F32",), torch.bfloat16: ("BF16", "F16", "F32")}
@@ -156,14 +159,14 @@ class Origin:
 
 
 def write_packed(
-    target: str | Path, origin: Origin, parts: Iterable[tuple[Part, Fields]], section: QuantizeSection
+    target: str | Path, origin: Origin, plans: Iterable[tuple[WeightPlan, Fields]], section: QuantizeSection
 ) -> None:
     """Write a packed model folder, all or nothing."""
     settings = PackedSettings(section, origin.base, origin.revision, origin.fingerprint).to_config()
     with finished_folder(target) as building:
         weight_map: dict[str, str] = {}
         total = 0
-        for shard, tensors in _shards(parts):
+        for shard, tensors in _shards(plans):
             _write_shard(building / shard, tensors)
             weight_map |= dict.fromkeys(tensors, shard)
             total += sum(t.numel() * t.element_size() for t in tensors.values())
@@ -173,18 +176,18 @@ def write_packed(
         write_json_atomic(building / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(parts: Iterable[tuple[Part, Fields]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """File names and their tensors: consecutive parts of one layer, or of none, share a file."""
+def _shards(plans: Iterable[tuple[WeightPlan, Fields]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """File names and their tensors: consecutive weights of one layer, or of none, share a file."""
     tensors: dict[str, Tensor] = {}
     place, number = "", 0
-    for part, fields in parts:
-        here = f"layer-{layer_index(part.name):03d}" if ".layers." in part.name else "rest"
+    for plan, fields in plans:
+        here = f"layer-{layer_index(plan.name):03d}" if in_layer(plan.name) else "rest"
         if tensors and here != place:
             number += 1
             yield f"packed-{number:03d}-{place}.safetensors", tensors
             tensors = {}
         place = here
-        tensors |= {f"{part.name}.{field}" if field else part.name: tensor for field, tensor in fields.items()}
+        tensors |= {f"{plan.name}.{field}" if field else plan.name: tensor for field, tensor in fields.items()}
     if tensors:
         yield f"packed-{number + 1:03d}-{place}.safetensors", tensors
 
@@ -192,17 +195,10 @@ def _shards(parts: Iterable[tuple[Part, Fields]]) -> Iterator[tuple[str, dict[st
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file, tensor by tensor: nothing is copied. Wide types first, so that all are aligned."""
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    header: dict[str, Any] = {METADATA: {"format": "pt"}}
-    end = 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    layout = [(name, _NAMES[tensors[name].dtype], tensors[name].shape) for name in order]
 
     def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_of(layout, {"format": "pt"}))
         for name in order:
             file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
 

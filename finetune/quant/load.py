@@ -25,7 +25,7 @@ from finetune.models.loading import check_config, load_model, read_config, run_d
 from finetune.models.skeleton import skeleton
 from finetune.quant.build import decoded_dtype, fill, weight_shapes
 from finetune.quant.folder import Origin, PackedFolder, write_packed
-from finetune.quant.parts import Part, Progress, check_parts, plan_parts, read_parts
+from finetune.quant.weight_plan import Progress, WeightPlan, check_plans, plan_weights, read_weights
 
 
 def load_frozen(
@@ -98,7 +98,7 @@ def load_quantized(
     folder = find_checkpoint(path, revision, download=True)
     packed = _open_packed(folder)
     if packed is not None:
-        section = packed.settings.settle(section)
+        section = packed.settings.resolve(section)
         check_settings(packed.settings, section, path)
         return _load_packed(
             packed, section, skeleton(folder, dtype, attention_implementation, rope_scaling), device, progress
@@ -106,9 +106,9 @@ def load_quantized(
     _check_resident(path, section)
     checkpoint = _open(folder, trust_remote_code)
     model = skeleton(folder, dtype, attention_implementation, rope_scaling)
-    parts = _plan(model, section)
-    check_parts(checkpoint, parts)
-    fill(model, read_parts(checkpoint, parts, section, dtype, progress), section, device=device)
+    plans = _plan(model, section)
+    check_plans(checkpoint, plans)
+    fill(model, read_weights(checkpoint, plans, section, dtype, progress), section, device=device)
     return _named(model, str(path), revision, section)
 
 
@@ -151,12 +151,12 @@ def quantize_model(
         raise UserError(Problem(str(output), "lies in the folder of the model", hint))
     checkpoint = _open(folder, False)
     read_model_shape(folder)  # sizes that contradict each other
-    parts = _plan(skeleton(folder, torch.bfloat16), section)
-    check_parts(checkpoint, parts)
-    stream = read_parts(checkpoint, parts, section, None, progress)
+    plans = _plan(skeleton(folder, torch.bfloat16), section)
+    check_plans(checkpoint, plans)
+    stream = read_weights(checkpoint, plans, section, None, progress)
     base = str(Path(path).resolve() if Path(path).is_dir() else path)  # adapters are used from other folders too
     write_packed(output, Origin.of(checkpoint, base, revision), stream, section)
-    return sum(part.packed for part in parts)
+    return sum(plan.packed for plan in plans)
 
 
 def _open_packed(folder: Path) -> PackedFolder | None:
@@ -174,10 +174,10 @@ def _load_packed(
     """`model`, a skeleton, with its weights."""
     path, config = folder.checkpoint.path, folder.checkpoint.config
     check_config(path, {key: value for key, value in config.items() if key != "quantization_config"}, False)
-    dtype, parts, on_disk = model.dtype, _plan(model, section), section.resident == "mmap"
-    folder.check_parts(parts)
-    codes = folder.codes_on_disk(parts) if on_disk else None
-    stored = folder.read_parts(parts, progress, leave_codes=on_disk)
+    dtype, plans, on_disk = model.dtype, _plan(model, section), section.resident == "mmap"
+    folder.check_plans(plans)
+    codes = folder.codes_on_disk(plans) if on_disk else None
+    stored = folder.read_weights(plans, progress, leave_codes=on_disk)
     whole = ((p, f if p.packed else {name: t.to(dtype) for name, t in f.items()}) for p, f in stored)
     fill(model, whole, section, codes, device)
     settings = folder.settings
@@ -197,12 +197,12 @@ def _open(folder: Path, trust_remote_code: bool) -> Checkpoint:
     return checkpoint
 
 
-def _plan(model: Any, section: QuantizeSection) -> list[Part]:
-    parts = plan_parts(weight_shapes(model), section, tied=bool(model.config.tie_word_embeddings))
-    if section.scheme != "none" and not any(part.packed for part in parts):
+def _plan(model: Any, section: QuantizeSection) -> list[WeightPlan]:
+    plans = plan_weights(weight_shapes(model), section, tied=bool(model.config.tie_word_embeddings))
+    if section.scheme != "none" and not any(plan.packed for plan in plans):
         hint = "quantize.experts is for mixture-of-experts models; nf4 with quantize.attention packs dense ones"
         raise ModelError(Problem("quantize", "packs nothing of this model", hint, settings_of(section)))
-    return parts
+    return plans
 
 
 def _named(model: PreTrainedModel, name: str, revision: str | None, section: QuantizeSection) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """Progress of runs, reads and writes: a live line in a terminal, HTML in a notebook, silence in a pipe.
 
-A wait that nothing counts is told in a pipe too, once it takes long.
+A wait without a count is shown in a pipe too, once it takes long.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.progress import (
 
 TEXT = TextColumn("{task.fields[text]}")
 PATIENCE_S = 2.0
-"""A wait that takes longer is told where no live line shows it."""
+"""A wait that takes longer is printed where no live line shows it."""
 
 
 class Bar(Protocol):

@@ -80,9 +80,9 @@ def _drift(axes: Any, looks: list[dict[str, Any]]) -> None:
     steps, layers, shades = [look["step"] for look in looks], looks[0]["routing"]["layers"], colormaps["viridis"]
     for row, layer in enumerate(layers):
         values = [look["routing"]["overlap"][row] for look in looks]
-        told = len(layers) <= 8 or row in (0, len(layers) - 1)
+        labelled = len(layers) <= 8 or row in (0, len(layers) - 1)
         color = shades(0.9 * row / max(len(layers) - 1, 1))
-        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.8, label=f"layer {layer}" if told else None)
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.8, label=f"layer {layer}" if labelled else None)
     axes.plot(steps, [look["router_overlap"] for look in looks], color="black", linewidth=2, label="mean")
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("optimizer step")

@@ -69,8 +69,8 @@ def _summary(facts: dict[str, Any] | None) -> str:
 
 
 def _warnings(rows: list[dict[str, Any]]) -> str:
-    told = [f"step {row['step']}: {text}" for row in rows for text in row.get("warnings", ())]
-    return "".join(f'<p class="warning">{escape(text)}</p>' for text in told)
+    warnings = [f"step {row['step']}: {text}" for row in rows for text in row.get("warnings", ())]
+    return "".join(f'<p class="warning">{escape(text)}</p>' for text in warnings)
 
 
 def _swaps(rows: list[dict[str, Any]]) -> str:

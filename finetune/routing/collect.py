@@ -105,7 +105,7 @@ class Block:
     lengths: tuple[int, ...]
 
     def layout(self, device: torch.device) -> dict[str, Any]:
-        """Arguments of a model that tell where rows begin and end; none for one row, which any model takes."""
+        """Arguments of a model for where rows begin and end; none for one row, which any model takes."""
         layout = layout_of(self.lengths) if len(self.lengths) > 1 else {}
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in layout.items()}
 

@@ -69,7 +69,7 @@ def _misfits(files: ExpertFiles, recipe: Recipe, shape: ModelShape) -> Iterator[
         there = profile.num_layers, profile.num_experts, profile.experts_per_token
         if there != here:
             names = "layers of experts", "experts in each", "experts per token"
-            told = ", ".join(
+            unlike = ", ".join(
                 f"{a} {name} instead of {b}" for a, b, name in zip(there, here, names, strict=True) if a != b
             )
-            yield Problem(str(recipe.experts.against), f"is a profile of another model than {model}: {told}", _REMAKE)
+            yield Problem(str(recipe.experts.against), f"is a profile of another model than {model}: {unlike}", _REMAKE)

@@ -1,4 +1,4 @@
-"""JSON that people read and edit: one line per layer, and every mistake in it told."""
+"""JSON that people read and edit: one line per layer, and every mistake in it is reported."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def _contrast(profile: RoutingProfile, against: RoutingProfile | None) -> Sums:
 
 
 def _of_model(profile: RoutingProfile) -> dict[str, object]:
-    """What tells the model apart; None where nobody said."""
+    """What identifies the model; None where it is not known."""
     return {
         "layers": list(profile.layer_indices),
         "experts": profile.num_experts,

@@ -64,6 +64,8 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     # transformers 5.23 renamed the option; under either name TRL would turn it on by itself; ours is another
     known = {field.name for field in fields(SFTConfig)}
     options["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = False
+    if not data.shuffle:
+        options["train_sampling_strategy"] = "sequential"
     return SFTConfig(**options)
 
 

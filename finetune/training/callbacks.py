@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from finetune.adapters.table import check_gradients
+from finetune.adapters.trainable import check_gradients
 from finetune.errors import Problem, TrainingError
 from finetune.models.scoring import Score, score_rows
 from finetune.training.checkpoints import mark_complete, remove_older
@@ -44,7 +44,7 @@ class FreeMemory(TrainerCallback):
 
 
 class Metrics(TrainerCallback):
-    """Writes metrics.jsonl and tells `listener` about every row.
+    """Writes metrics.jsonl and hands every row to `listener`.
 
     A row holds step, loss, learning_rate, grad_norm, tokens (input tokens so far), tokens_per_second and
     elapsed_s (of this process), peak_memory_gib, eval_loss and eval_exact_match where they were measured, and

@@ -61,7 +61,7 @@ class RouterLosses:
     def listening(self) -> Iterator[list[Tensor]]:
         """Collects the logits (T, E) of every layer of the forward pass inside."""
         found: list[Tensor] = []
-        with self._telling(found.append):
+        with self._listening(found.append):
             yield found
 
     def whole(self, batches: Sequence[Batch]) -> Whole:
@@ -110,7 +110,7 @@ class RouterLosses:
         training = self._decoder.training
         self._decoder.eval()
         try:
-            listening = self._telling(lambda logits_TE: kept.append(keep(logits_TE)))
+            listening = self._listening(lambda logits_TE: kept.append(keep(logits_TE)))
             with self._accelerator.autocast(), listening, torch.compiler.set_stance("force_eager"):
                 self._decoder(**inputs, use_cache=False)
         finally:
@@ -118,13 +118,13 @@ class RouterLosses:
         return kept
 
     @contextmanager
-    def _telling(self, told: Callable[[Tensor], object]) -> Iterator[None]:
-        """Every router tells its logits (T, E), layer after layer."""
+    def _listening(self, listener: Callable[[Tensor], object]) -> Iterator[None]:
+        """`listener` gets the logits (T, E) of every router, layer after layer."""
 
-        def tell(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            told(output[0])
+        def hand_over(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            listener(output[0])
 
-        handles = [router.register_forward_hook(tell) for router in self._routers.values()]
+        handles = [router.register_forward_hook(hand_over) for router in self._routers.values()]
         try:
             yield
         finally:

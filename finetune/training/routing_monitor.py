@@ -34,7 +34,7 @@ class RoutingMonitor(TrainerCallback):
     rows: training rows; the first ones are what drift is measured on.
     trained_tokens: of the whole run on one device. Where they are few, looks are fewer and the probe is smaller.
 
-    Each kind of trouble is told once, in the `warnings` of a row.
+    Each kind of trouble is reported once, in the `warnings` of a row.
     """
 
     def __init__(self, model: PeftModel, rows: Sequence[Row], metrics: Metrics, *, trained_tokens: int) -> None:
@@ -45,7 +45,7 @@ class RoutingMonitor(TrainerCallback):
         self._looks, probe_tokens = plan_looks(trained_tokens, starting)
         self._probe = Probe(base.model, take_sample(rows, probe_tokens), text_config(base).num_experts)
         self._hooks = ExitStack()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     @property
     def _plan(self) -> ExpertPlan | None:
@@ -72,10 +72,10 @@ class RoutingMonitor(TrainerCallback):
         load_LE = reduce(self._counter.take(), "sum").cpu().numpy()  # over all processes
         look = Look(self._base.layers, load_LE, self._probe.load(choices), overlap(choices, self._base_choices))
         row = {"step": state.global_step, **look.to_row(self._plan)}
-        news = {kind: text for kind, text in look.warnings(self._base).items() if kind not in self._told}
+        news = {kind: text for kind, text in look.warnings(self._base).items() if kind not in self._reported}
         if news:
             row["warnings"] = list(news.values())
-            self._told.update(news)
+            self._reported.update(news)
         self._metrics.write(row)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -39,7 +39,7 @@ MEASURED_ROWS = 256
 
 
 class Progress(Protocol):
-    """What is told how the run goes."""
+    """Shows how the run goes."""
 
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """While `what` is done, before the run begins."""
@@ -75,7 +75,7 @@ def train_sft(
     """Train the adapters of `model` in place; metrics.jsonl and checkpoints/ of `folder` grow on the way.
 
     resume: continue from the newest complete checkpoint, bit for bit as if never interrupted.
-    progress: told about the run as it goes.
+    progress: shows the run as it goes.
     Raises AdapterError when that checkpoint was taken with another expert plan or rank, TrainingError when a group
     of adapters gets no gradient or the loss is not finite.
     """

@@ -58,7 +58,7 @@ def test_pairs_by_hub_name(tmp_path):
     experts = [
         f"model.layers.0.mlp.experts.{e}.{part}_proj.weight" for e in range(E) for part in ("gate", "up", "down")
     ]
-    assert set(files.pairs) == {"model.layers.0.self_attn.q_proj.weight", *experts}
+    assert set(files.tensor_map) == {"model.layers.0.self_attn.q_proj.weight", *experts}
     assert files.num_experts == {"model.layers.0.mlp.experts": E}
     assert files.base_model == "somewhere"
     tensors = factors()
@@ -74,7 +74,7 @@ def test_pairs_by_hub_name(tmp_path):
             assert torch.equal(low.a, a.view(E, R, -1)[e])
             assert torch.equal(low.b, b.view(-1, R, E)[rows, :, e])
             assert low.scale == 4
-            assert (low.b.shape[0], low.a.shape[1]) == files.pairs[name].shape
+            assert (low.b.shape[0], low.a.shape[1]) == files.tensor_map[name].shape
 
 
 def test_bf16_factors_are_read_exactly(tmp_path):
@@ -90,7 +90,7 @@ def test_one_target_lies_at_the_outer_level(tmp_path, target):
     inner = f"{BANK}.base_layer" if target == "gate_up_proj" else BANK
     tensors = {f"{BANK}.lora_{side}.weight": full[f"{inner}.lora_{side}.weight"] for side in "AB"}
     files = AdapterFiles.open(write(tmp_path / "a", tensors, target_parameters=[f"experts.{target}"]))
-    parts = {name.split(".")[-2] for name in files.pairs}
+    parts = {name.split(".")[-2] for name in files.tensor_map}
     assert parts == ({"gate_proj", "up_proj"} if target == "gate_up_proj" else {"down_proj"})
 
 
@@ -101,7 +101,7 @@ def test_rank_alpha_patterns_and_rslora(tmp_path):
 
     patterns = {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {r"experts\.gate_up_proj": 3}}
     files = AdapterFiles.open(write(tmp_path / "a", edited(narrow), use_rslora=True, **patterns))
-    scales = {name.split(".")[-2]: pair.scale for name, pair in files.pairs.items()}
+    scales = {name.split(".")[-2]: pair.scale for name, pair in files.tensor_map.items()}
     assert scales == pytest.approx(
         {"q_proj": 8, "gate_proj": 3 / 2**0.5, "up_proj": 3 / 2**0.5, "down_proj": 8 / 2**0.5}
     )
@@ -175,15 +175,15 @@ def test_per_expert_keys(tmp_path):
     tensors = {f"{module}.lora_A.weight": torch.ones(R, H), f"{module}.lora_B.weight": torch.ones(WIDTH, R)}
     changes = {"target_modules": ["up_proj"], "target_parameters": None, "peft_version": "absent"}
     files = AdapterFiles.open(write(tmp_path / "a", tensors, **changes))
-    assert list(files.pairs) == ["model.layers.0.mlp.experts.2.up_proj.weight"]
+    assert list(files.tensor_map) == ["model.layers.0.mlp.experts.2.up_proj.weight"]
     base = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(3)]
     assert files.missing(base) == base[:2]
 
 
 def test_missing_weights(tmp_path):
     files = AdapterFiles.open(write(tmp_path / "a"))
-    base = [*files.pairs, "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.experts.0.up_proj.weight"]
-    assert files.missing(files.pairs) == []
+    base = [*files.tensor_map, "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.experts.0.up_proj.weight"]
+    assert files.missing(files.tensor_map) == []
     assert files.missing([*base, "model.norm.weight", "model.layers.1.mlp.gate.weight"]) == base[-2:]
 
 
@@ -325,7 +325,7 @@ def test_reading_one_expert_reads_the_bank_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         type(files.file), "read", lambda self, name, rows=None: seen.append(name) or read(self, name, rows)
     )
-    for name in sorted(files.pairs):
+    for name in sorted(files.tensor_map):
         files.read(name)
     assert seen.count(f"{BANK}.base_layer.lora_B.weight") == seen.count(f"{BANK}.lora_B.weight") == 1
 
@@ -337,5 +337,5 @@ def test_stock_peft_saves_what_we_read(tmp_path):
     LoraConfig(r=R, target_modules=["q_proj"]).save_pretrained(tmp_path / "a")
     content = json.loads((tmp_path / "a/adapter_config.json").read_text())
     path = write(tmp_path / "b", {k: v for k, v in factors().items() if "q_proj" in k}, **{**content, "r": R})
-    assert len(AdapterFiles.open(path).pairs) == 1
+    assert len(AdapterFiles.open(path).tensor_map) == 1
     assert load_file(path / WEIGHTS)

@@ -6,12 +6,12 @@ import torch
 from finetune.adapters.attach import attach, check_same_plan, load_adapter, save_adapter
 from finetune.adapters.factor import Factor
 from finetune.errors import AdapterError
-from finetune.export.merge import merge
-from finetune.export.verify import verify
+from finetune.merging.merge import merge
 from finetune.models.loading import load_model
 from finetune.routing.plan import ExpertPlan
+from finetune.verification.verify import verify
 from tests.adapters.models import BOTH, logits, randomize, tensors_of
-from tests.export.checkpoints import MOE, plain_logits, stock_logits, write_base
+from tests.checkpoints import MOE, plain_logits, stock_logits, write_base
 from tests.tiny import tiny_moe, token_ids
 
 SECTION = {"attention": ("q_proj",), "experts": BOTH, "rank": 3, "alpha": 6.0}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finetune.adapters.attach import attach, check_same_plan, load_adapter, save_adapter
-from finetune.adapters.table import check_gradients, target_table
+from finetune.adapters.trainable import check_gradients, trainable_groups
 from finetune.errors import AdapterError, TrainingError
 from finetune.models.live import route, router_layers
 from tests.adapters.models import BOTH, SOME, logits, randomize, tensors_of
@@ -52,7 +52,7 @@ def test_full_trains_every_weight_of_the_router_and_no_identity():
     assert [tuple(tensor.shape) for tensor in trained.values()] == [(6, 32)] * 2
     model.set_adapter("default")
     model.train()
-    (row,) = [group for group in target_table(model) if group.name == "router"]
+    (row,) = [group for group in trainable_groups(model) if group.name == "router"]
     assert (row.matched, row.parameters) == (2, 2 * 6 * 32)
     model(token_ids(), labels=token_ids()).loss.backward()
     check_gradients(model)

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from finetune.adapters.attach import attach, check_same_plan, load_adapter, save_adapter
 from finetune.adapters.files import AdapterFiles
-from finetune.adapters.table import check_gradients, target_table
+from finetune.adapters.trainable import check_gradients, trainable_groups
 from finetune.errors import AdapterError, TrainingError
 from finetune.models.live import expert_modules
 from finetune.routing.plan import ExpertPlan
@@ -42,7 +42,7 @@ def test_only_the_chosen_experts_have_parameters():
     assert {name: p.requires_grad for name, p in model.named_parameters() if p.requires_grad}.keys() == set(
         tensors_of(model)
     )
-    rows = {group.name: (group.matched, group.parameters) for group in target_table(model)}
+    rows = {group.name: (group.matched, group.parameters) for group in trainable_groups(model)}
     assert rows["experts.gate_up_proj"] == (5, 5 * 48 * 32)
     assert rows["experts.down_proj"] == (5, 5 * 32 * 24)
 
@@ -101,7 +101,7 @@ def test_files_read_what_was_saved(tmp_path, experts):
     files = AdapterFiles.open(tmp_path / "adapter")
     assert files.num_experts == {"model.layers.0.mlp.experts": 6, "model.layers.1.mlp.experts": 6}
     host = model.get_base_model().model.layers[1].mlp.experts
-    down = files.pairs.get("model.layers.1.mlp.experts.3.down_proj.weight")
+    down = files.tensor_map.get("model.layers.1.mlp.experts.3.down_proj.weight")
     assert (down is not None) == ("down_proj" in experts)
     if down is not None:
         change = files.read("model.layers.1.mlp.experts.3.down_proj.weight")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from finetune.__main__ import main
 from finetune.architecture.shape import read_model_shape
 from finetune.config.load import load_recipe, parse_recipe, recipe_to_yaml
-from finetune.config.packed_folder import folder_problems, frozen_bytes, read_packed_settings, settled
+from finetune.config.packed_folder import folder_problems, frozen_bytes, read_packed_settings, resolve_packed
 from finetune.config.schema import QuantizeSection
 from finetune.config.summary import summarize
 from finetune.errors import ModelError, RecipeError
@@ -112,10 +112,10 @@ def test_a_packed_model_says_how_it_was_made(packed, recipe):
         assert (loaded.quantize.scheme, loaded.quantize.block, loaded.quantize.double) == ("nf4", 128, True)
         assert loaded.quantize.resident == ("mmap" if "mmap" in written else "all")
         again = parse_recipe(recipe_to_yaml(loaded), "again")
-        assert settled(again) == loaded
+        assert resolve_packed(again) == loaded
     plain = parse_recipe(Path(recipe(packed)).read_text(), "r")
     assert plain.quantize.scheme == "none"
-    assert settled(plain).quantize == load_recipe(recipe(packed)).quantize
+    assert resolve_packed(plain).quantize == load_recipe(recipe(packed)).quantize
     hub = packed.parent / "hub"
     assert load_recipe(recipe(hub, "quantize: {scheme: fp8}")).quantize.block is None
 
@@ -138,7 +138,7 @@ def test_contradictions_are_told_at_their_line(packed, recipe, written, field, m
     assert f"{path}:3: quantize.{field}: {message}" in told
     assert told.count("error:") == 1
     with pytest.raises(ModelError, match=message):
-        settled(parse_recipe(Path(path).read_text(), "r"))
+        resolve_packed(parse_recipe(Path(path).read_text(), "r"))
 
 
 def test_mmap_needs_a_packed_model(packed, recipe):

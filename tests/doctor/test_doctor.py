@@ -12,8 +12,8 @@ from finetune.__main__ import main
 from finetune.config.load import load_recipe
 from finetune.config.summary import summarize
 from finetune.doctor import checks, choices, libraries, machine
+from finetune.doctor.component import Job
 from finetune.doctor.examination import examine, lacking
-from finetune.doctor.parts import Job
 from finetune.kernels import torch_path
 from finetune.quant import native
 
@@ -73,7 +73,7 @@ def test_wrong_products_are_found_and_told_with_a_remedy(monkeypatch, capsys):
     found = choices.experts(JOB)
     assert found.fault == "output is wrong by 0.5 in bfloat16"
     assert "reinstall" in found.remedy
-    monkeypatch.setattr("finetune.doctor.examination.parts", lambda job: [found])
+    monkeypatch.setattr("finetune.doctor.examination.components", lambda job: [found])
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "error: experts: output is wrong by 0.5 in bfloat16" in out
@@ -146,7 +146,7 @@ def test_missing_libraries_are_told_and_lacking_for_a_recipe(monkeypatch, capsys
     monkeypatch.setattr(libraries, "_version", lambda name: None if name == "trl" else version(name))
     states = {library["name"]: library for library in libraries.describe()}
     assert (states["trl"]["version"], states["trl"]["in_range"]) == (None, None)
-    monkeypatch.setattr("finetune.doctor.examination.parts", lambda job: [])
+    monkeypatch.setattr("finetune.doctor.examination.components", lambda job: [])
     assert main(["doctor", RECIPE]) == 1
     out = capsys.readouterr().out
     assert "error: trl: is not installed, which train needs" in out
@@ -155,7 +155,7 @@ def test_missing_libraries_are_told_and_lacking_for_a_recipe(monkeypatch, capsys
 
 def test_a_recipe_runs_with_its_own_widths(monkeypatch, capsys):
     jobs = []
-    monkeypatch.setattr("finetune.doctor.examination.parts", lambda job: jobs.append(job) or [])
+    monkeypatch.setattr("finetune.doctor.examination.components", lambda job: jobs.append(job) or [])
     assert main(["doctor", RECIPE, "train.compile=on", "train.precision=fp32", "--json"]) == 0
     (job,) = jobs
     config = json.loads(Path("examples/tiny-qwen3-moe/config.json").read_text())

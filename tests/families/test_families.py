@@ -13,20 +13,20 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from finetune.__main__ import main
 from finetune.adapters.attach import attach, load_adapter, save_adapter
-from finetune.adapters.table import target_table
+from finetune.adapters.trainable import trainable_groups
 from finetune.architecture.names import EXPERT_MATRICES, expert_module, is_bank
 from finetune.architecture.registry import FAMILIES, family_of
 from finetune.architecture.shape import read_model_shape
 from finetune.config.schema import QuantizeSection
 from finetune.errors import ModelError
-from finetune.export.merge import merge
-from finetune.export.verify import verify
+from finetune.merging.merge import merge
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.live import has_linear_attention
 from finetune.models.loading import load_model
+from finetune.quant.dequantized import DequantizedCheckpoint
 from finetune.quant.load import load_frozen, quantize_model
-from finetune.quant.seen import SeenCheckpoint
 from finetune.routing.plan import ExpertPlan
+from finetune.verification.verify import verify
 from tests.families.models import MODELS, ROOT, config_of, other_layout_, plain, save, tensors_of
 
 SECTION = {"attention": "all", "linear_attention": "all", "shared_expert": "all", "rank": 3, "alpha": 6.0}
@@ -89,7 +89,7 @@ def run(model):
 def test_stock_peft_computes_the_same(model_type, bases, tmp_path):
     base = bases(model_type)
     ours = randomized(attach(load_model(base, dtype=torch.float32), section_of(model_type), seed=0)).eval()
-    kinds = {group.name.partition(".")[0] for group in target_table(ours)}
+    kinds = {group.name.partition(".")[0] for group in trainable_groups(ours)}
     family = FAMILIES[model_type]
     assert kinds == {"attention", "experts" if family.is_moe else "mlp"} | (
         {"linear_attention"} if family.linear_attention else set()
@@ -114,7 +114,7 @@ def test_stock_peft_computes_the_same(model_type, bases, tmp_path):
 
 def decoded(base, section):
     """Transformers' own model with the weights that packing leaves."""
-    seen = SeenCheckpoint.of(Checkpoint.open(base), section.model_copy(update={"compute_dtype": "float32"}))
+    seen = DequantizedCheckpoint.of(Checkpoint.open(base), section.model_copy(update={"compute_dtype": "float32"}))
     model = plain(base)
     for name, weight in model.named_parameters():
         module, _, projection = name.rpartition(".")

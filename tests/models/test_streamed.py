@@ -22,7 +22,7 @@ def test_streamed_equals_whole(kind, tmp_path):
     ids = token_ids(2, 9)
     hidden = [streamed.embed(row) for row in ids]
     for index in (*range(streamed.num_layers), None):
-        hidden = streamed.run(streamed.part(index), hidden)
+        hidden = streamed.run(streamed.model_of(index), hidden)
         streamed.clear()
     whole = load_model(path, dtype=torch.float32)(input_ids=ids).logits
     assert (torch.stack(hidden) - whole).abs().max() <= 1e-5
@@ -30,13 +30,13 @@ def test_streamed_equals_whole(kind, tmp_path):
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path):
     streamed = StreamedModel(Checkpoint.open(save_as_hub(tiny_moe(num_hidden_layers=3), tmp_path / "model")))
-    part = streamed.part(1)
+    part = streamed.model_of(1)
     real = {
         name.split(".")[2] for name, parameter in part.named_parameters() if not parameter.is_meta and "layers" in name
     }
     assert real == {"1"}
     streamed.clear()
-    assert all(parameter.is_meta for parameter in streamed.part(None).model.layers.parameters())
+    assert all(parameter.is_meta for parameter in streamed.model_of(None).model.layers.parameters())
 
 
 UP = "model.layers.0.mlp.experts.3.up_proj.weight"
@@ -60,4 +60,4 @@ def test_weights_that_do_not_belong_to_the_config(tmp_path, name, value, message
         tensors[name] = value
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(ModelError, match=message):
-        StreamedModel(Checkpoint.open(path)).part(0)
+        StreamedModel(Checkpoint.open(path)).model_of(0)

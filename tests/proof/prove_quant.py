@@ -16,9 +16,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 import finetune as ft
-from finetune.export.calibrated import Calibration
-from finetune.export.model_export import ModelOptions, export_model
-from finetune.export.packed4 import unpack
+from finetune.formats.export import export
+from finetune.formats.packed4 import unpack
+from finetune.formats.registry import make_format
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINED, HELD_OUT = ROOT / "examples/data/secret-code.jsonl", ROOT / "examples/data/secret-code-heldout.jsonl"
@@ -59,9 +59,9 @@ def main(adapter: str | None = None) -> int:
         ft.merge(adapter, work / "merged")
         found = {"merged": exact_match(work / "merged")}
         for to in ("gptq", "awq"):
-            calibration = Calibration((str(TRAINED),), blocks=32, length=128, steps=20)
-            options = ModelOptions(group=GROUP, calibration=calibration)
-            report = export_model(work / "merged", work / to, to, options)  # type: ignore[arg-type]
+            calibration = {"calibration_blocks": 32, "calibration_length": 128, "calibration_steps": 20}
+            made = make_format(to, {"group": GROUP, "data": [str(TRAINED)], **calibration})
+            report = export(work / "merged", work / to, made)
             found[to] = exact_match(multiplied_out(to, work / to, work / "merged", work / f"{to}-16-bit"))
             size = sum(report.files.values()) / 2**20
             print(f"{to}: {report.facts}, {size:.2f} MiB, {report.elapsed_s:.0f} s", flush=True)

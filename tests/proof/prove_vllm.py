@@ -35,7 +35,7 @@ def prepare(work: Path) -> list[list[int]]:
     save_adapter(model, work / "broken")  # right for PEFT, and a packing that vLLM must not take
     (work / "base").symlink_to(BASE)
     ft.merge(work / "broken", work / "merged", base=BASE, dtype="fp32")
-    ft.export_adapter(work / "broken", work / "adapter", "vllm", base=BASE)
+    ft.export(work / "broken", work / "adapter", "vllm", base=BASE)
     tokenizer, merged = load_tokenizer(BASE), load_model(work / "merged", dtype=torch.float32)
     prompts, answers = [], []
     for question in QUESTIONS:

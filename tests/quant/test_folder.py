@@ -24,8 +24,8 @@ from finetune.quant import build
 from finetune.quant.experts import PackedExperts
 from finetune.quant.folder import _write_shard
 from finetune.quant.load import load_frozen, load_quantized, quantize_model
-from finetune.quant.parts import plan_parts, read_parts
-from tests.export.test_fp8 import to_fp8
+from finetune.quant.weight_plan import plan_weights, read_weights
+from tests.merging.test_fp8 import to_fp8
 from tests.tiny import save_as_hub, save_tokenizer, tiny_moe, token_ids
 
 NF4 = QuantizeSection(scheme="nf4")
@@ -155,12 +155,12 @@ def test_writing_a_shard_takes_no_second_copy(tmp_path):
 
 
 def test_what_is_not_packed_as_planned_is_an_error(hub, monkeypatch):
-    parts = plan_parts(build.weight_shapes(skeleton(hub, torch.float32)), NF4, tied=False)
-    linear = next(part for part in parts if part.packed and not part.is_stack)
+    plans = plan_weights(build.weight_shapes(skeleton(hub, torch.float32)), NF4, tied=False)
+    linear = next(part for part in plans if part.packed and not part.is_stack)
 
     def load():
         model = skeleton(hub, torch.float32)
-        return build.fill(model, read_parts(Checkpoint.open(hub), parts, NF4, torch.float32), NF4)
+        return build.fill(model, read_weights(Checkpoint.open(hub), plans, NF4, torch.float32), NF4)
 
     monkeypatch.setattr(build, "_put_linear", lambda *_: None)
     with pytest.raises(ModelError, match=f"{linear.name}: was not filled"):

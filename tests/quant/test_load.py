@@ -25,7 +25,7 @@ from finetune.quant import nf4
 from finetune.quant.experts import Fp8Projection, PackedExperts, count_weights
 from finetune.quant.linear import is_linear_4bit
 from finetune.quant.load import check_source, load_quantized, quantize_model
-from tests.export.test_fp8 import to_fp8
+from tests.merging.test_fp8 import to_fp8
 from tests.tiny import hub_tensors, save_as_hub, save_tokenizer, tiny_dense, tiny_moe, token_ids
 
 SCHEMES = {

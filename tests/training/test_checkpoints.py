@@ -67,9 +67,10 @@ def test_no_checkpoint_says_what_to_do(tmp_path):
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(tmp_path):
     recipe = load_recipe("recipes/quickstart.yaml", f"output.dir={tmp_path / 'run'}")
-    open_run(recipe, resume=False, overwrite=False)
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        open_run(recipe, resume=True, overwrite=False)
+    with open_run(recipe, resume=False, overwrite=False):
+        pass
+    with pytest.raises(UserError, match="holds no checkpoint"), open_run(recipe, resume=True, overwrite=False):
+        pass
 
 
 def test_rotation_counts_complete_checkpoints_only(tmp_path):

@@ -1,5 +1,6 @@
 """Compiled decoder layers against plain ones: outputs, gradients, one graph whatever the block, no break in it."""
 
+import shutil
 from typing import ClassVar
 
 import pytest
@@ -121,3 +122,16 @@ def test_what_does_not_compile_says_why_once_and_runs(caplog):
         assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
     assert layers.fault
     assert sum("run uncompiled" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_compiler_that_runs_use_agrees(monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    plain, made = model_of(), model_of()
+    layers = compile_layers_(made.get_base_model(), "selective")
+    for ids, positions in blocks(2):
+        got, expected = step(made, ids, positions, None), step(plain, ids, positions, None)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
+    assert layers.fault is None

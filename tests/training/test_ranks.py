@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from finetune.errors import RecipeError
-from finetune.export.merge import merge
-from finetune.export.verify import verify
+from finetune.merging.merge import merge
 from finetune.routing.plan_file import read_plan
 from finetune.routing.profile_file import read_profile
 from finetune.training.run_folder import RunFolder
+from finetune.verification.verify import verify
 from tests.training.runs import EXPERTS, adapter_of, losses_of, recipe_of, resumed_from, run_of, save_moe
 
 HOT = (EXPERTS, "experts.select={top_fraction: 0.5}", "experts.hot={rank: 6, top_fraction: 0.17}", "train.save_every=2")

@@ -13,13 +13,13 @@ from finetune.adapters.delta import Delta
 from finetune.adapters.expert_factors import ExpertFactors
 from finetune.adapters.factor import Factor
 from finetune.errors import RecipeError
-from finetune.export.merge import merge
-from finetune.export.verify import verify
+from finetune.merging.merge import merge
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.plan_file import read_plan
 from finetune.routing.select import reselect
 from finetune.training.reselection import move_experts_, move_state_
 from finetune.training.run_folder import RunFolder
+from finetune.verification.verify import verify
 from tests.adapters.models import BOTH, SOME
 from tests.tiny import tiny_moe, token_ids
 from tests.training.runs import EXPERTS, adapter_of, losses_of, recipe_of, resumed_from, run_of, save_moe
@@ -146,7 +146,7 @@ def test_resumed_it_is_the_same_run(run, model, step):
 
 
 def test_experts_that_left_have_the_bits_of_the_base(run, model, tmp_path):
-    from tests.export.checkpoints import read_all
+    from tests.checkpoints import read_all
 
     run, _ = run
     merge(run.adapter, tmp_path / "merged")

@@ -5,12 +5,12 @@ import torch
 
 from finetune.config.schema import QuantizeSection
 from finetune.errors import RecipeError
-from finetune.export.merge import merge
-from finetune.export.verify import verify
+from finetune.merging.merge import merge
 from finetune.models.checkpoint import Checkpoint
-from finetune.quant.seen import SeenCheckpoint
+from finetune.quant.dequantized import DequantizedCheckpoint
 from finetune.routing.plan_file import read_plan
 from finetune.training.run_folder import RunFolder
+from finetune.verification.verify import verify
 from tests.training.runs import EXPERTS, adapter_of, losses_of, resumed_from, run_of, save_moe
 
 WHOLE = (EXPERTS, "experts.mode=full", "experts.select={top_fraction: 0.34}", "train.learning_rate=1e-2")
@@ -58,7 +58,7 @@ def test_checkpointing_and_accumulation_change_little(run, model, tmp_path):
 def test_it_merges_and_frozen_experts_keep_their_bits(run, model, tmp_path):
     merge(run.adapter, tmp_path / "merged")
     verify(run.adapter, tmp_path / "merged")
-    from tests.export.checkpoints import read_all
+    from tests.checkpoints import read_all
 
     before, after, plan = read_all(model), read_all(tmp_path / "merged"), read_plan(RunFolder(run.path).plan)
     for name in before:
@@ -84,11 +84,14 @@ def test_over_packed_experts_the_changes_are_for_either_base(run, model, tmp_pat
     before = adapter_of(packed)
     assert all(torch.equal(value, before[name]) for name, value in adapter_of(again).items())
     section = QuantizeSection(scheme="nf4", compute_dtype="float32")
-    frozen = {"original": Checkpoint.open(model), "dequantized": SeenCheckpoint.of(Checkpoint.open(model), section)}
+    frozen = {
+        "original": Checkpoint.open(model),
+        "dequantized": DequantizedCheckpoint.of(Checkpoint.open(model), section),
+    }
     plan = read_plan(RunFolder(packed.path).plan)
     for kind, base in frozen.items():
-        merge(packed.adapter, tmp_path / kind, base_weights=kind)
-        verify(packed.adapter, tmp_path / kind, base_weights=kind)
+        merge(packed.adapter, tmp_path / kind, onto=kind)
+        verify(packed.adapter, tmp_path / kind, onto=kind)
         merged = Checkpoint.open(tmp_path / kind)
         for name in (name for name in merged.tensors if ".mlp.experts." in name):
             layer, expert = int(name.split(".")[2]), int(name.split(".")[5])

@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Shapes]:
 
 
 def write(path: Path, name: str, shapes: Shapes) -> None:
-    """One entry beside those that are there; the file is replaced whole. A folder that cannot be written is told."""
+    """One entry beside those that are there; the file is replaced whole. One that cannot be written is logged."""
     known = read(path) | {name: shapes}
     entries = {key: {product: _numbers(shape) for product, shape in s._asdict().items()} for key, s in known.items()}
     try:

@@ -1,0 +1,1 @@
+"""Adapters and models as other programs read them, and adapters from elsewhere."""

@@ -1,0 +1,1 @@
+"""Files: planned down to every offset, written tensor by tensor, durable and in place when they are whole."""

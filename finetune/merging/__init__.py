@@ -1,0 +1,1 @@
+"""Base and adapters as one checkpoint: the plan, the arithmetic, and what rounding leaves of the change."""
