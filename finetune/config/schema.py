@@ -429,10 +429,10 @@ class DataSection(Section):
     train_empty_think: bool = Field(
         default=False, description="also train the empty think block of answers without reasoning"
     )
-    shuffle: bool = Field(default=True, description="train on the rows in random order; false: in that of the files")
     answers: AnswerMarkers | None = Field(
         default=None, description="what answers stand between, for chat templates that do not tell; null finds out"
     )
+    shuffle: bool = Field(default=True, description="train on the rows in random order; false: in that of the files")
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="stop at a bad row, or leave it out and count it"
     )

@@ -18,7 +18,7 @@ from finetune.data.rows import Row
 from finetune.data.templates import DataTemplate, MessagesTemplate, TurnsTemplate
 from finetune.data.tool_calls import argument_texts, with_parsed_arguments
 from finetune.data.unread import unread_columns
-from finetune.errors import DataError
+from finetune.errors import DataError, Problem
 
 IGNORED = -100
 MOST_ADVICE = 20
@@ -77,7 +77,8 @@ class Encoder:
         self._markers = check_tokenizer(tokenizer, chats=chats, answers=encoding.answers)
         self.tokenizer, self.template, self.encoding = tokenizer, template, encoding
         self._control = ControlTokens(tokenizer, self._markers)
-        self._prompts = Prompts(self._apply, lambda text: list(self._tokenize([text])[0].ids), self._markers or CHATML)
+        begin = (self._markers if isinstance(self._markers, Markers) else CHATML).begin
+        self._prompts = Prompts(self._apply, lambda text: list(self._tokenize([text])[0].ids), begin)
         self._advised = 0
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
@@ -122,8 +123,8 @@ class Encoder:
                 error.hint = advice(row.fields, self.template, error) or error.hint
             raise
         if isinstance(found, Conversation):
-            if self._markers is None:  # a template for plain text, and a row that is a chat all the same
-                check_tokenizer(self.tokenizer, chats=True, answers=self.encoding.answers)
+            if isinstance(self._markers, Problem):
+                raise DataError(self._markers)
             self._control.refuse_in_chat(found)
             return self.rendered(found)
         if self.template.control_tokens == "refuse":
@@ -153,7 +154,7 @@ class Encoder:
 
     def _finish_chat(self, chat: Conversation, text: str, tokens: Any) -> Encoded:
         ids = list(tokens.ids)
-        assert self._markers is not None
+        assert isinstance(self._markers, Markers)
         answers = self._with_loss(find_answers(text, chat, self._markers))
         labels = list(ids) if self.encoding.loss_on == "all" else [IGNORED] * len(ids)
         end = None

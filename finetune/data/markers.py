@@ -106,7 +106,7 @@ def _found(chat: str, render: Callable[..., str], special: list[str]) -> Markers
         begin = begin[len(asked) :]  # what closes the question is no part of it
     behind = chat[places[3] + len(_ANSWERED[1]) :].lstrip()
     end = max((token for token in special if token and behind.startswith(token)), key=len, default=None)
-    markers = None if end is None else Markers(begin.lstrip(), end)
+    markers = None if end is None else Markers(begin.lstrip("\n"), end)
     return markers if markers is not None and _fits(markers, chat) else None
 
 

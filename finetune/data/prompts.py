@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.data.conversation import Conversation
-from finetune.data.markers import CHATML, START, Markers
 from finetune.data.mask import Alignment, Answer
 
 Mode = Literal["on", "off", "only"]
@@ -38,14 +37,11 @@ class Prompts:
     """The generation prompts of a tokenizer's chat template.
 
     render: messages, tools and settings of `apply_chat_template` -> text.  tokenize: text -> ids.
-    markers: what answers stand between.
+    begin: what stands right before every answer.
     """
 
-    def __init__(
-        self, render: Callable[..., str], tokenize: Callable[[str], list[int]], markers: Markers = CHATML
-    ) -> None:
-        self._render, self._tokenize = render, tokenize
-        self._header = START if markers == CHATML else markers.begin
+    def __init__(self, render: Callable[..., str], tokenize: Callable[[str], list[int]], begin: str) -> None:
+        self._render, self._tokenize, self._begin = render, tokenize, begin
         self._ids: dict[str, list[int]] = {}
         self._ends: dict[Any, dict[Mode, str]] = {}
         self._seen: Counter[Any] = Counter()
@@ -55,7 +51,7 @@ class Prompts:
         last = max(index for index, answer in enumerate(answers) if answer.trained)
         at = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"][last]
         kind = _kind(chat, at)
-        header = text.rfind(self._header, 0, answers[last].begin)
+        header = text.rfind(self._begin, 0, answers[last].begin)
         ends = self._ends.get(kind)
         if ends is None or self._seen[kind] < LOOKED_AT:
             self._seen[kind] += 1
@@ -89,7 +85,7 @@ class Prompts:
                 prompt = self._render(chat.messages[:at], chat.tools, options)
             except Exception:
                 continue
-            header = prompt.rfind(self._header)
+            header = prompt.rfind(self._begin)
             if header >= 0 and prompt[:header] == before:
                 ends[mode] = prompt[header:]
         if len(ends) == 2 and ends["on"] == ends["off"]:

@@ -58,7 +58,7 @@ def test_chatml_is_known_by_its_tokens(tokenizer):
     [
         (
             INSTRUCT,
-            Markers("[/INST]", "<|im_end|>"),
+            Markers(" [/INST]", "<|im_end|>"),
             "[INST] 2+2? [/INST]⟦ 4<|im_end|>⟧[INST] and 3+3? [/INST]⟦ 6<|im_end|>⟧",
         ),
         (
