@@ -12,6 +12,11 @@ from finetune.data.tool_calls import read_tools
 
 Fields = dict[str, Any]
 RESERVED = ("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
+PAIRS = (
+    ("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("question", "answer"), ("prompt", "response"),
+    ("query", "response"), ("instruction", "output"),
+)  # fmt: skip
+"""Keys of what was asked and answered, where earlier turns are objects."""
 _SWITCHES = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
@@ -35,6 +40,8 @@ def _read_history(history: Any, column: str, reader: MessageReader) -> None:
         raise BadRow(column, "is not a list of earlier turns", hint, history)
     for index, turn in enumerate(history):
         place, pair = f"{column}[{index}]", structured(turn)
+        if isinstance(pair, dict) and (names := next((each for each in PAIRS if each == tuple(pair)), None)):
+            pair = [pair[name] for name in names]
         if isinstance(pair, dict):
             reader.read([pair], place)
             reader.made.places[-1] = place

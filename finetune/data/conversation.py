@@ -103,10 +103,10 @@ class MessageReader:
     def _calls(self, raw: dict[str, Any], role: str, place: str) -> list[dict[str, Any]]:
         """The calls of an answer; `function_call` is one of them, in the shape that came before tool_calls."""
         key = self.template.tool_calls if self.template.tool_calls in raw else "tool_calls"
-        value = raw.get(key)
+        value = structured(raw.get(key))
         if not value and raw.get("function_call"):
             key = "function_call"
-            value = raw[key]
+            value = structured(raw[key])
         if not value:
             return []
         if role != "assistant":

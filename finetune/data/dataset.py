@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from finetune.config.schema import DataFile, DataSection
 from finetune.data.bad_rows import BadRow, BadRows
+from finetune.data.columns import template_of
 from finetune.data.encode import Encoder, Encoding, OverLong
 from finetune.data.markers import Markers
 from finetune.data.mix import choose, draw_counts, hold_out
 from finetune.data.packing import pack
 from finetune.data.prepare_report import FileReport, PrepareReport, SplitReport
 from finetune.data.rows import Row, place, read_rows
-from finetune.data.templates import template_of
 from finetune.data.token_store import TokenStore, join
 from finetune.data.unread import unread_problem
 from finetune.errors import DataError, Problem

@@ -7,9 +7,10 @@ from typing import Any
 
 from finetune.config.schema import DataColumns
 from finetune.data.bad_rows import BadRow
+from finetune.data.columns import with_columns
 from finetune.data.json_text import structured
 from finetune.data.messages import interpret
-from finetune.data.templates import ROLES, DataTemplate, load_template, named_templates, with_columns
+from finetune.data.templates import ROLES, DataTemplate, load_template, named_templates
 from finetune.data.unread import unread_columns
 
 Fields = dict[str, Any]

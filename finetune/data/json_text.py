@@ -8,14 +8,21 @@ from typing import Any
 
 from finetune.data.strict_json import check_text
 
+NOTHING = ("", "null", "None")
+
 
 def structured(value: Any) -> Any:
     """The list or object that a text writes in JSON, or as Python does where a table was made by it; others as is.
 
-    Only for places that hold a list or an object: what people wrote stays text, whatever it looks like.
+    Blank text and text that says null are None. Only for places that hold a list or an object: what people wrote stays
+    text, whatever it looks like.
     BadRow when a text inside holds half of a surrogate pair.
     """
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+    if not isinstance(value, str):
+        return value
+    if value.strip() in NOTHING:
+        return None
+    if value.lstrip()[:1] not in ("[", "{"):
         return value
     for read in (_from_json, _from_python):
         try:

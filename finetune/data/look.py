@@ -8,10 +8,11 @@ from finetune.config.model_files import CHAT_END, TokenFacts, read_token_facts
 from finetune.config.schema import DataFile, DataSection, Recipe
 from finetune.config.sources import is_pattern, suffix_of
 from finetune.data.bad_rows import BadRow, BadRows
+from finetune.data.columns import template_of
 from finetune.data.conversation import Conversation
 from finetune.data.messages import interpret
 from finetune.data.rows import read_rows
-from finetune.data.templates import CompletionTemplate, TextTemplate, template_of
+from finetune.data.templates import CompletionTemplate, TextTemplate
 from finetune.data.unread import in_words, unread_columns, unread_problem
 from finetune.errors import DataError, Problem
 

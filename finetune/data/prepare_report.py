@@ -151,11 +151,16 @@ class PrepareReport:
 
         True where any row is asked for with thinking: the model itself then decides, row by row.
         """
+        modes = self._modes
+        return bool(modes["on"]) if modes["on"] or modes["off"] else None
+
+    @property
+    def _modes(self) -> Counter[str]:
         modes: Counter[str] = Counter()
         for file in self.files:
             if file.use == "train":
                 modes.update(file.modes)
-        return bool(modes["on"]) if modes["on"] or modes["off"] else None
+        return modes
 
     @property
     def ends(self) -> list[int]:
@@ -205,6 +210,10 @@ class PrepareReport:
         notes = []
         for file in self.files:
             notes += [unprompted_note(why, count, file.unprompted_at[why]) for why, count in file.unprompted.items()]
+        modes = self._modes
+        if modes["on"] and modes["off"]:
+            both = f"{modes['on']:,} with enable_thinking true, {modes['off']:,} with false"
+            notes.append(f"rows are asked for in both ways: {both}")
         earlier = sum(file.earlier for file in self.files if file.use == "train")
         if earlier and self.loss_on == "assistant":
             rows = "1 row has" if earlier == 1 else f"{earlier:,} rows have"

@@ -20,6 +20,10 @@ LOOKED_AT = 4
 """Rows of one kind whose prompts are rendered whole; of the others only what the prompt ends with is compared."""
 
 
+MOST_KINDS = 10_000
+"""Kinds that are remembered at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lead:
     """How one row is asked for.
@@ -52,8 +56,13 @@ class Prompts:
         at = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"][last]
         kind = _kind(chat, at)
         header = text.rfind(self._begin, 0, answers[last].begin)
+        if header < 0:
+            return self._by_tokens(chat, at, tokens.ids, text[answers[last].begin :])
         ends = self._ends.get(kind)
         if ends is None or self._seen[kind] < LOOKED_AT:
+            if len(self._seen) > MOST_KINDS:
+                self._ends.clear()
+                self._seen.clear()
             self._seen[kind] += 1
             ends = self._rendered(chat, at, text[:header])
             self._ends[kind] = ends
@@ -77,20 +86,39 @@ class Prompts:
     def _rendered(self, chat: Conversation, at: int, before: str) -> dict[Mode, str]:
         """What the prompt of each mode ends with, from its last header on; none whose beginning is not `before`."""
         ends: dict[Mode, str] = {}
+        for mode, prompt in self._prompts(chat, at).items():
+            header = prompt.rfind(self._begin)
+            if header >= 0 and prompt[:header] == before:
+                ends[mode] = prompt[header:]
+        return ends
+
+    def _prompts(self, chat: Conversation, at: int) -> dict[Mode, str]:
+        """The prompt of each mode for the message at an index; `only` where both are one."""
+        found: dict[Mode, str] = {}
         told = {name: value for name, value in chat.settings.items() if name != "enable_thinking"}
         modes: tuple[tuple[Mode, bool], ...] = (("on", True), ("off", False))
         for mode, thinking in modes:
             try:
                 options = {**told, "enable_thinking": thinking, "add_generation_prompt": True}
-                prompt = self._render(chat.messages[:at], chat.tools, options)
-            except Exception:
+                found[mode] = self._render(chat.messages[:at], chat.tools, options)
+            except Exception:  # templates fail with whatever Python raises
                 continue
-            header = prompt.rfind(self._begin)
-            if header >= 0 and prompt[:header] == before:
-                ends[mode] = prompt[header:]
-        if len(ends) == 2 and ends["on"] == ends["off"]:
-            return {"only": ends["on"]}
-        return ends
+        if len(found) == 2 and found["on"] == found["off"]:
+            return {"only": found["on"]}
+        return found
+
+    def _by_tokens(self, chat: Conversation, at: int, ids: list[int], said: str) -> Lead:
+        """The same where no known header stands before the answer, by all tokens of every prompt."""
+        prompts = self._prompts(chat, at)
+        for mode in ("off", "on", "only"):
+            if mode in prompts:
+                wanted = self._tokenize(prompts[mode])
+                if ids[: len(wanted)] == wanted:
+                    return Lead(mode)
+        if not prompts:
+            return Lead(None, "the chat template cannot ask for it")
+        shown = next(iter(prompts.values()))[-30:]
+        return Lead(None, f"the prompt ends with {shown!r}, and what is trained begins with {said[:30]!r}")
 
     def _stands(self, end: str, ids: list[int], first: int) -> bool:
         if end not in self._ids:
@@ -105,7 +133,7 @@ def _kind(chat: Conversation, at: int) -> tuple[Any, ...]:
         (message["role"], "tool_calls" in message, "reasoning_content" in message or "</think>" in message["content"])
         for message in chat.messages
     )
-    return turns, at, bool(chat.tools), repr(sorted(chat.settings.items(), key=str))
+    return turns, at, bool(chat.tools), hash(repr(sorted(chat.settings.items(), key=str)))
 
 
 def _shows_thinking(text: str, answer: Answer) -> bool:

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from typing_extensions import Self
 
 from finetune.config.data_templates import template_folder, template_names
-from finetune.config.schema import DataColumns, DataFile, DataSection, RowRole
+from finetune.config.schema import RowRole
 from finetune.diagnostics.advice import did_you_mean
 from finetune.diagnostics.document import read_document
 from finetune.diagnostics.findings import Finding, Places
@@ -56,6 +57,14 @@ class Template(Section):
     )
     _name: str = PrivateAttr("")
     _columns: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def renamed(self, columns: dict[str, str], changed: Strings) -> Self:
+        """The same template with other columns, and other values of its own fields."""
+        made = self.model_copy(update=changed)
+        for cached in ("companions", "columns"):
+            made.__dict__.pop(cached, None)
+        made._columns = dict(columns)
+        return made
 
     @property
     def name(self) -> str:
@@ -256,46 +265,6 @@ def message_shape() -> MessagesTemplate:
     shape = _named_template("chat")
     assert isinstance(shape, MessagesTemplate)
     return shape
-
-
-def with_columns(template: DataTemplate, columns: DataColumns | None) -> DataTemplate:
-    """`template` for rows whose columns have other names. DataError for a column that it does not read."""
-    given = columns.given() if columns is not None else {}
-    if not given:
-        return template
-    changed: Strings = {}
-    if isinstance(template, MessagesTemplate):
-        roles = given.pop("roles", {})
-        changed = {name: given.pop(name) for name in MESSAGE_COLUMNS if name in given}
-        if "reasoning" in given:
-            changed["reasoning"] = (given.pop("reasoning"), *template.reasoning)
-        changed["roles"] = {**template.roles, **roles}
-    known = {*template.needs, *template.knows, *COMPANIONS}
-    if isinstance(template, TextTemplate):
-        known -= set(COMPANIONS)
-    if unread := [name for name in given if name not in known]:
-        hint = f"template {template.name} reads {', '.join(sorted(known | set(changed)))}"
-        raise DataError(
-            *(Problem(f"data.columns.{name}", f"is not read by template {template.name}", hint) for name in unread)
-        )
-    made = template.model_copy(update=changed)
-    for cached in ("companions", "columns"):
-        made.__dict__.pop(cached, None)
-    made._columns = dict(given)
-    return made
-
-
-def template_of(file: DataFile, section: DataSection) -> DataTemplate:
-    """The template of a file's rows, with the names that its columns have."""
-    template = load_template(file.template or section.template)
-    shared = section.columns.given() if section.columns is not None else {}
-    own = file.columns.given() if file.columns is not None else {}
-    if file.template is not None and file.template != section.template:
-        shared = {}  # they are about rows of another shape
-    return with_columns(template, DataColumns(**(shared | own)))
-
-
-MESSAGE_COLUMNS = ("messages", "role", "content", "tool_calls", "weight", "system", "tools")
 
 
 def parse_template(text: str, name: str) -> DataTemplate:

@@ -64,10 +64,10 @@ def _call(value: Any, place: str) -> dict[str, Any]:
 
 def _arguments(value: Any, place: str) -> Any:
     parsed = value
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return {}
     if isinstance(value, str):
-        parsed = structured(value)
+        parsed = structured(value) if value.strip() else None
+    if parsed is None:
+        return {}
     if not isinstance(parsed, dict):
         hint = "arguments are an object, or the JSON text of one"
         raise BadRow(f"{place}.arguments", "is not an object", hint, value)

@@ -48,6 +48,7 @@ PAIRS = [
     "[['a', 'b'], ['c', 'd']]",
     ['["a", "b"]', ["c", "d"]],
     [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}, ["c", "d"]],
+    [{"user": "a", "assistant": "b"}, {"question": "c", "answer": "d"}],
 ]
 EARLIER = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
 
@@ -77,6 +78,27 @@ def test_tools_are_read_as_objects_and_as_text(name, as_text, tiny_tokenizer):
     for fields, template in ((question("hi") | {name: as_text([WEATHER])}, "chat"), (alpaca, "instruct")):
         row = encode_row(Row("a", 1, fields), load_template(template), tiny_tokenizer)
         assert json.dumps(WEATHER) in tiny_tokenizer.decode(row.input_ids)
+
+
+NOTHING = ("system", "tools", "functions", "history", "documents", "chat_template_kwargs", "enable_thinking")
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_is_nothing_however_it_is_written(name, tiny_tokenizer):
+    plain = encode_row(Row("a", 1, question("hi")), load_template("chat"), tiny_tokenizer)
+    for nothing in (None, "", *(("null", "None", "[]", [], " ") if name not in ("system", "enable_thinking") else ())):
+        row = encode_row(Row("a", 1, question("hi") | {name: nothing}), load_template("chat"), tiny_tokenizer)
+        assert row == plain
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", "{}", {}, "null", "absent"])
+def test_calls_without_arguments_are_one_thing(nothing, tiny_tokenizer):
+    function = {"name": "f"} if nothing == "absent" else {"name": "f", "arguments": nothing}
+    for calls in ([{"function": function}], json.dumps([{"function": function}]), [json.dumps(function)]):
+        called = {"role": "assistant", "content": "", "tool_calls": calls}
+        row = {"messages": [{"role": "user", "content": "a"}, called]}
+        text = tiny_tokenizer.decode(encode_row(Row("a", 1, row), load_template("chat"), tiny_tokenizer).input_ids)
+        assert '{"name": "f", "arguments": {}}' in text
 
 
 def test_the_chat_template_is_told_what_the_row_says(tiny_tokenizer, monkeypatch):

@@ -6,12 +6,13 @@ import sys
 import pytest
 
 from finetune.config.schema import DataColumns, DataFile
+from finetune.data.columns import with_columns
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import prepare
 from finetune.data.fit import suggest_columns, suggest_template
 from finetune.data.messages import interpret
 from finetune.data.new_template import STARTS, new_template
-from finetune.data.templates import load_template, parse_template, template_names, with_columns
+from finetune.data.templates import load_template, parse_template, template_names
 from finetune.errors import DataError, UserError
 from tests.data.conftest import question, section
 

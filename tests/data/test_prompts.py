@@ -45,6 +45,7 @@ def test_the_mode_that_fits_is_known(template, rows, modes, thinking, reported):
     assert report.files[0].modes == modes
     assert report.thinking is thinking
     assert not any("never asked" in note for note in report.notes())
+    assert any("in both ways" in note for note in report.notes()) is (len(modes) == 2)
 
 
 def test_rows_without_reasoning_do_not_fit_a_model_that_always_thinks(reported):
