@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.config.load import recipe_to_yaml
 from finetune.config.schema import Recipe
 from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
@@ -84,14 +83,15 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 def check_processes_agree(recipe: Recipe, here: Provenance) -> None:
     """Raises UserError, the same in every process, when one was started with another recipe or read other rows."""
-    facts = {"recipe": recipe_to_yaml(recipe), **asdict(here)}
+    settings = {f"{name}.{key}": x for name, section in recipe.model_dump().items() for key, x in section.items()}
+    facts = {**settings, **asdict(here)}
     found = gathered(facts)
     names = [name for name in facts if any(other[name] != found[0][name] for other in found)]
     if not names:
         return
     hint = "start every process with the same command, data files and environment"
     problems = []
-    for name in names:
+    for name in [name for name in names if name in settings] or names:  # another recipe makes other rows
         ranks = [rank for rank, other in enumerate(found) if other[name] != found[0][name]]
         what = f"is not that of process 0 on process {', '.join(map(str, ranks))}"
         problems.append(Problem(_LABELS.get(name, name), what, hint))

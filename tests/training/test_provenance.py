@@ -9,6 +9,8 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.pipeline import train
+from finetune.training import provenance
+from finetune.training.provenance import Provenance
 from finetune.training.run_folder import RunFolder
 from finetune.training.run_lock import owned
 from tests.training.runs import losses_of, recipe_of, resumed_from, run_of, save_moe
@@ -65,6 +67,23 @@ def test_what_changed_is_named(field, value, message, run, model):
     path.write_text(json.dumps(facts))
     with pytest.raises(UserError, match=message or "is missing or damaged"):
         resumed_from(run, 2, model, "train.save_every=2")
+
+
+def test_processes_that_differ_say_in_what(model, tmp_path, monkeypatch):
+    recipe = recipe_of(model, tmp_path / "run")
+    here = Provenance(2, 8, "a" * 64, None, "b" * 64, {"torch": "2.13.0"})
+
+    def facts_of_two(**changes):
+        monkeypatch.setattr(provenance, "gathered", lambda facts: [facts, {**facts, **changes}])
+        with pytest.raises(UserError) as caught:
+            provenance.check_processes_agree(recipe, here)
+        return [(p.where, p.what) for p in caught.value.problems]
+
+    what = "is not that of process 0 on process 1"
+    assert facts_of_two(**{"train.seed": 3, "train": "c" * 64}) == [("train.seed", what)]
+    assert facts_of_two(train="c" * 64) == [("the training rows", what)]
+    monkeypatch.setattr(provenance, "gathered", lambda facts: [facts, dict(facts)])
+    provenance.check_processes_agree(recipe, here)
 
 
 def _own(folder, ready):
