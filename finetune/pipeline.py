@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from finetune.config.schema import QuantizeSection, Recipe
+from finetune.report.console import open_console
 from finetune.report.progress import TrainingProgress, bytes_done, rows_done, rows_read
 from finetune.training.run_folder import RunFolder
 
@@ -87,7 +88,7 @@ def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared
 
     section = recipe.model
     tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    with rows_read(console or Console(stderr=True)) as progress:
+    with rows_read(console or open_console(stderr=True)) as progress:
         return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress), tokenizer
 
 
@@ -108,7 +109,7 @@ def quantize(
 
     section = parse_quantize(settings)
 
-    with bytes_done(console or Console(stderr=True), "quantizing") as progress:
+    with bytes_done(console or open_console(stderr=True), "quantizing") as progress:
         return quantize_model(model, output, section, revision=revision, progress=progress)
 
 
@@ -121,7 +122,7 @@ def profile(recipe: Recipe, *, output: str | Path | None = None, console: Consol
     from finetune.routing.profile_file import write_profile
     from finetune.routing.select import split_half_stability
 
-    console, recipe = console or Console(stderr=True), resolve_packed(recipe)
+    console, recipe = console or open_console(stderr=True), resolve_packed(recipe)
     if output is not None:
         check_target_file(output)  # before anything is measured
     prepared, _ = prepare(recipe, console=console)
@@ -154,7 +155,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
 
-    console, recipe = console or Console(stderr=True), resolve_packed(recipe)
+    console, recipe = console or open_console(stderr=True), resolve_packed(recipe)
     files = ExpertFiles.read(recipe)
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
@@ -192,6 +193,24 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     return Run(folder.path, summarize(folder, adapted))
 
 
+def resume(run: str | Path, *overrides: str, console: Console | None = None) -> Run:
+    """Continue the run in folder `run` from its newest complete checkpoint, by the recipe that lies in it.
+
+    overrides: of what may change on the way, such as `train.save_every=50`.
+    """
+    import json
+
+    from finetune.config.load import load_recipe
+    from finetune.errors import Problem, UserError
+
+    folder = RunFolder(Path(run))
+    if not folder.recipe.is_file():
+        raise UserError(Problem(str(run), "holds no run", "give the output.dir of a recipe that was trained"))
+    here = json.dumps(str(run), ensure_ascii=False)  # it may have been moved
+    recipe = load_recipe(folder.recipe, f"output.dir={here}", *overrides)
+    return train(recipe, resume=True, console=console)
+
+
 def merge(
     adapter: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -212,7 +231,7 @@ def merge(
     """
     from finetune.merging.merge import merge as merge_weights
 
-    with bytes_done(console or Console(stderr=True), "merging") as progress:
+    with bytes_done(console or open_console(stderr=True), "merging") as progress:
         return merge_weights(
             adapter,
             output,
@@ -259,7 +278,7 @@ def export(
     """
     from finetune.formats.export import export as write_exported
 
-    with bytes_done(console or Console(stderr=True), "exporting") as progress:
+    with bytes_done(console or open_console(stderr=True), "exporting") as progress:
         return write_exported(source, output, to, base=base, resume=resume, progress=progress)
 
 
@@ -345,7 +364,7 @@ def chat(
 
     model, tokenizer = load(path, _torch_dtype(dtype), base=base, base_weights=base_weights)
     if note := frozen_text(model):
-        Console(stderr=True, highlight=False).print(note, style="dim", markup=False, soft_wrap=True)
+        open_console(stderr=True).print(note, style="dim", markup=False, soft_wrap=True)
     converse(model, tokenizer, generation, prompt, system, console)
 
 

@@ -43,8 +43,8 @@ class Progress(Protocol):
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """While `what` is done, before the run begins."""
 
-    def start(self, total_steps: int, first: str = "") -> None:
-        """The run begins. first: what its first step does beside training."""
+    def start(self, total_steps: int, first: str = "", done: int = 0) -> None:
+        """The run begins. first: what its first step does beside training.  done: steps taken before."""
 
     def __call__(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl was written."""
@@ -97,7 +97,7 @@ def train_sft(
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     first = "compiling the decoder layers in the first step, once" if compiles and is_main_process() else ""
-    progress.start(total_steps, first)
+    progress.start(total_steps, first, done=0 if checkpoint is None else step_of(checkpoint))
     try:
         metrics = Metrics(folder, progress, began_s)
         trainer.add_callback(GradientCheck())
