@@ -144,14 +144,16 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.trainable import render_groups, trainable_groups
     from finetune.config.packed_folder import resolve_packed
+    from finetune.config.steps import Steps
     from finetune.models.attention import check_attention, explain_attention
     from finetune.models.live import refuse_packed_rows
     from finetune.quant.load import check_source
     from finetune.report.routing_table import render_choice
+    from finetune.report.tables import warnings
     from finetune.routing.expert_files import ExpertFiles
     from finetune.training.experts import choose_experts
     from finetune.training.memory import hold_little_memory
-    from finetune.training.processes import is_main_process, load_device
+    from finetune.training.processes import is_main_process, load_device, processes
     from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
 
@@ -178,6 +180,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     )
     if is_main_process():
         console.print(prepared.report.render())
+        steps = Steps.of(recipe, prepared.report.train.blocks, processes().num_processes)
+        console.print(steps.text(), *warnings(steps.warnings()), sep="\n", highlight=False)
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_groups(trainable_groups(adapted)))
         precision = _torch_dtype(recipe.train.precision)

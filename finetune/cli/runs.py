@@ -50,17 +50,22 @@ def prepare(
     """Show rows as tokens, and which carry loss."""
     from finetune import pipeline
     from finetune.config.load import load_recipe
+    from finetune.config.steps import Steps
     from finetune.data.show import render_rows
+    from finetune.report.tables import warnings
 
     checked = load_recipe(recipe, *(overrides or ()))
     prepared, tokenizer = pipeline.prepare(checked, console=open_console(stderr=True))
+    steps = Steps.of(checked, prepared.report.train.blocks)
     if as_json:
-        print_json(prepared.report.to_dict())
+        counts = {"steps": steps.total, "warmup_steps": steps.warmup, "warnings": steps.warnings()}
+        print_json(prepared.report.to_dict() | counts)
         return
     console = open_console()
     if show:
         console.print(render_rows(prepared, tokenizer, show, color=console.is_terminal), soft_wrap=True)
     console.print(prepared.report.render())
+    console.print(steps.text(), *warnings(steps.warnings()), sep="\n")
 
 
 def train(

@@ -12,6 +12,7 @@ from finetune.data.json_file import Reject
 from finetune.data.strict_json import Fields, check_text
 from finetune.data.utf8 import decode_utf8, without_bom
 from finetune.errors import DataError, Problem
+from finetune.models.hub import asking_hub
 
 LONGEST_CSV_FIELD = 2**31 - 1
 PARQUET_ROWS = 1024
@@ -115,8 +116,12 @@ def read_hub(name: str, split: str, source: str, reject: Reject) -> Iterator[tup
     import datasets
 
     try:
-        data = datasets.load_dataset(name, split=split)
+        with asking_hub(name) as answers:
+            data = datasets.load_dataset(name, split=split)
     except Exception as error:  # it raises what its dozen back ends raise
+        if not answers:
+            what = "is no file here, nor in the local cache of data sets, and the hub does not answer"
+            raise DataError(Problem(source, what, "check the spelling and the network")) from error
         hint = (
             f"there is no file {name!r} here either; check the spelling, data.train[].split, the network"
             " and, for a private data set, that you are logged in to the hub"

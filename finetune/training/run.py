@@ -31,6 +31,9 @@ MAY_CHANGE = {
     ("train", "eval_every"),
 }
 
+MOVED = 0.01
+"""A loss that changes by a smaller part did not move."""
+
 
 def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """The folder of the run, made anew or, to resume, checked to hold the same recipe.
@@ -102,8 +105,20 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
     }
+    summary["warnings"] = _warnings([row["loss"] for row in steps])
     if folder.plan.is_file():
         summary["trained_experts"] = read_plan(folder.plan).num_trained
     if is_main_process():
         write_json_atomic(folder.summary, summary)
     return summary
+
+
+def _warnings(losses: list[float]) -> list[str]:
+    """A loss that did not move, by the means of the first and the last quarter of what was logged."""
+    quarter = max(len(losses) // 4, 1)
+    first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
+    if len(losses) < 2 or last < (1 - MOVED) * first:
+        return []
+    how = "rose" if last > (1 + MOVED) * first else "did not move"
+    remedy = "lower train.learning_rate" if how == "rose" else "take more steps or a higher train.learning_rate"
+    return [f"the loss {how}, from {first:.4f} to {last:.4f}: {remedy}, or see what is trained with `finetune prepare`"]

@@ -56,7 +56,9 @@ EVALUATED = {"step": 1234, "eval_loss": 0.5, "eval_exact_match": 0.25}
     ],
 )
 def test_step_bar_loss_and_time_left_survive_in_a_terminal(width, end):
-    text = shown([row_of(1), row_of(1234), EVALUATED, {"step": 1234, "router_overlap": 0.97}], terminal=True, width=width)
+    text = shown(
+        [row_of(1), row_of(1234), EVALUATED, {"step": 1234, "router_overlap": 0.97}], terminal=True, width=width
+    )
     last = text.replace("\r", "\n").rstrip("\n").replace("\x1b[2K", "").split("\n")[-2]
     assert end in last
     assert len(last) <= width
