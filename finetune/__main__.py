@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FinetuneError as error:
         if debug:
             raise
-        print(error, file=sys.stderr)
+        print(error.on_command_line(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:

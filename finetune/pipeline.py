@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from finetune.adapters.frozen import LoadedWeights
+    from finetune.config.load import RecipeLike
     from finetune.data.dataset import Prepared
     from finetune.formats.export import ExportReport
     from finetune.formats.format import Format
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from finetune.io.dtypes import StorageDtype
     from finetune.merging.merge import MergeReport
     from finetune.merging.packed_base import MergeOnto
-    from finetune.models.generation import Generation
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
     from finetune.routing.profile import RoutingProfile
     from finetune.verification.verify import VerifyReport
@@ -81,11 +81,20 @@ class Run:
         return plot_loss(RunFolder(self.path).read_metrics(), title=self.path.name)
 
 
-def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared, PreTrainedTokenizerBase]:
+def _read(recipe: RecipeLike) -> Recipe:
+    """The recipe, checked; the files of a `Recipe` were when it was loaded."""
+    from finetune.config.load import load_recipe
+    from finetune.config.packed_folder import resolve_packed
+
+    return resolve_packed(load_recipe(recipe, check_files=not isinstance(recipe, Recipe)))
+
+
+def prepare(recipe: RecipeLike, *, console: Console | None = None) -> tuple[Prepared, PreTrainedTokenizerBase]:
     """Rows of the recipe as tokens and loss masks, and the tokenizer they were made with."""
     from finetune.data.dataset import prepare as prepare_data
     from finetune.models.loading import load_tokenizer
 
+    recipe = _read(recipe)
     section = recipe.model
     tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
     with rows_read(console or open_console(stderr=True)) as progress:
@@ -113,16 +122,15 @@ def quantize(
         return quantize_model(model, output, section, revision=revision, progress=progress)
 
 
-def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
+def profile(recipe: RecipeLike, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
-    from finetune.config.packed_folder import resolve_packed
     from finetune.models.files import check_target_file
     from finetune.report.routing_table import render_profile
     from finetune.routing.measure import profile_for
     from finetune.routing.profile_file import write_profile
     from finetune.routing.select import split_half_stability
 
-    console, recipe = console or open_console(stderr=True), resolve_packed(recipe)
+    console, recipe = console or open_console(stderr=True), _read(recipe)
     if output is not None:
         check_target_file(output)  # before anything is measured
     prepared, _ = prepare(recipe, console=console)
@@ -135,7 +143,7 @@ def profile(recipe: Recipe, *, output: str | Path | None = None, console: Consol
     return measured
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Run:
+def train(recipe: RecipeLike, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Run:
     """Train an adapter as the recipe says.
 
     resume: continue the run in `output.dir` from its newest complete checkpoint.
@@ -143,7 +151,6 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     """
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.trainable import render_groups, trainable_groups
-    from finetune.config.packed_folder import resolve_packed
     from finetune.config.steps import Steps
     from finetune.models.attention import check_attention, explain_attention
     from finetune.models.live import refuse_packed_rows
@@ -157,7 +164,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.training.run import open_run, summarize
     from finetune.training.sft import Rows, train_sft
 
-    console, recipe = console or open_console(stderr=True), resolve_packed(recipe)
+    console, recipe = console or open_console(stderr=True), _read(recipe)
     files = ExpertFiles.read(recipe)
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
@@ -255,7 +262,7 @@ def verify(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     onto: MergeOnto = "original",
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
 ) -> VerifyReport:
     """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not.
 
@@ -263,6 +270,7 @@ def verify(
     """
     from finetune.verification.verify import verify as verify_weights
 
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     return verify_weights(adapter, merged, base=base, weights=weights, prompts=prompts, onto=onto)
 
 
@@ -324,7 +332,7 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
 
 def evaluate(
     path: str | Path,
-    data: Sequence[str],
+    data: str | Path | Sequence[str | Path],
     *,
     template: str = "chat",
     by: str | None = None,
@@ -333,7 +341,7 @@ def evaluate(
     base: str | Path | None = None,
     base_weights: LoadedWeights = "packed",
 ) -> EvalReport:
-    """Exact match and loss of a model or an adapter on files of rows.
+    """Exact match and loss of a model, an adapter or a run on a file of rows, or on several.
 
     base, base_weights: of an adapter, as for `load`.
     """
@@ -341,7 +349,7 @@ def evaluate(
 
     return evaluate_rows(
         path,
-        data,
+        [data] if isinstance(data, (str, Path)) else data,
         template=template,
         by=by,
         limit=limit,
@@ -353,23 +361,34 @@ def evaluate(
 
 def chat(
     path: str | Path,
-    generation: Generation,
     prompt: str | None = None,
     *,
     system: str | None = None,
+    thinking: bool = False,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
     dtype: StorageDtype | None = None,
     base: str | Path | None = None,
     base_weights: LoadedWeights = "packed",
-    console: Console,
-) -> None:
-    """One reply to `prompt`, or a conversation when there is none. base, base_weights: of an adapter, as for `load`."""
+    console: Console | None = None,
+) -> str | None:
+    """The reply of a model, an adapter or a run to `prompt`; a conversation in the terminal when there is none.
+
+    temperature: 0 is greedy; as the model's own settings say when None.  base, base_weights: of an adapter, as for
+    `load`.  console: streams the reply as well.
+    """
     from finetune.adapters.attach import frozen_text, load
-    from finetune.inference.chat import converse
+    from finetune.inference.chat import answer, converse
+    from finetune.models.generation import Generation
 
     model, tokenizer = load(path, _torch_dtype(dtype), base=base, base_weights=base_weights)
     if note := frozen_text(model):
         open_console(stderr=True).print(note, style="dim", markup=False, soft_wrap=True)
-    converse(model, tokenizer, generation, prompt, system, console)
+    generation = Generation(thinking=thinking, max_new_tokens=max_new_tokens, temperature=temperature)
+    if prompt is not None:
+        return answer(model, tokenizer, generation, prompt, system, console)
+    converse(model, tokenizer, generation, system, console or open_console())
+    return None
 
 
 def _load_frozen(recipe: Recipe, console: Console, device: torch.device | None = None) -> PreTrainedModel:

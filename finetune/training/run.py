@@ -13,6 +13,7 @@ from peft import PeftModel
 from finetune.adapters.trainable import trainable_parameters
 from finetune.config.load import load_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
+from finetune.config.steps import FEW
 from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
 from finetune.quant.experts import count_weights
@@ -117,8 +118,9 @@ def _warnings(losses: list[float]) -> list[str]:
     """A loss that did not move, by the means of the first and the last quarter of what was logged."""
     quarter = max(len(losses) // 4, 1)
     first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
-    if len(losses) < 2 or last < (1 - MOVED) * first:
+    rose = len(losses) >= FEW and last > (1 + MOVED) * first
+    if len(losses) < 2 or not (rose or abs(last - first) < MOVED * first):
         return []
-    how = "rose" if last > (1 + MOVED) * first else "did not move"
-    remedy = "lower train.learning_rate" if how == "rose" else "take more steps or a higher train.learning_rate"
+    how = "rose" if rose else "did not move"
+    remedy = "lower train.learning_rate" if rose else "take more steps or a higher train.learning_rate"
     return [f"the loss {how}, from {first:.4f} to {last:.4f}: {remedy}, or see what is trained with `finetune prepare`"]
