@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         if speaks(error):
-            print(error, file=sys.stderr)
+            print(error.on_command_line(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 
 from finetune.adapters.agreement import check_consumed, check_same_plan
 from finetune.adapters.config import ExpertLoraConfig
-from finetune.adapters.files import AdapterFiles
+from finetune.adapters.files import AdapterFiles, adapter_folder
 from finetune.adapters.frozen import LoadedWeights, choose_base, frozen_text, refuse_to_merge_packed
 from finetune.adapters.hosting import with_our_layers
 from finetune.adapters.stock_config import ADAPTER_CONFIG
@@ -117,6 +117,7 @@ def load_adapter(
     Raises AdapterError when the folder is damaged, the adapter does not fit the model, or a tensor finds no place.
     """
     files = AdapterFiles.open(path)
+    path = files.path
     _check_positions(model, files)
     config = with_our_layers(ExpertLoraConfig.load(path))
     config.inference_mode = not trainable
@@ -141,7 +142,7 @@ def load(
     base_weights: LoadedWeights = "packed",
     device: torch.device | str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a model folder, packed or not, or of an adapter folder together with its base.
+    """Model and tokenizer of a model folder, packed or not, or of an adapter's or a run's together with its base.
 
     dtype: of the frozen weights; the type they are stored in when None.
     base: of an adapter, in 16 bit or packed; where the adapter says it is when None.
@@ -151,13 +152,14 @@ def load(
 
     Raises ModelError or AdapterError, also when the base on disk is not the one the adapter was trained on.
     """
-    if not (Path(path) / ADAPTER_CONFIG).is_file():
+    if not (adapter_folder(path) / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise ModelError(Problem(str(path), "is a model, and has no base", "leave the base out", str(base)))
         model = load_frozen(path, dtype=dtype, device=device)
         prepare_experts(model)
         return model, load_tokenizer(path)
     files = AdapterFiles.open(path)
+    path = files.path
     chosen = choose_base(files, base, base_weights, dtype)
     model = load_frozen(
         chosen.path,

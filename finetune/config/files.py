@@ -25,7 +25,7 @@ from finetune.config.sources import (
     is_saved,
 )
 from finetune.config.values import parameters_in
-from finetune.diagnostics.advice import did_you_mean, sentence
+from finetune.diagnostics.advice import did_you_mean, nearest, sentence
 from finetune.diagnostics.findings import FieldPath, Finding
 from finetune.errors import ModelError
 
@@ -65,18 +65,51 @@ def is_hub_name(text: str) -> bool:
     return len(text) <= 200 and _HUB_NAME.fullmatch(text) is not None
 
 
+def is_model_name(text: str) -> bool:
+    """Whether `text`, which is no folder here, is asked of the hub: those models all have an owner."""
+    return "/" in text and is_hub_name(text) and not looks_local(text)
+
+
 def looks_local(text: str) -> bool:
     """Whether `text`, which does not exist here, was meant as a path: by its start, its depth or its first folder."""
     parts = text.split("/")
     explicit = text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or len(parts) > 2
-    return explicit or (len(parts) == 2 and kind_of(parts[0]) == "folder")
+    return explicit or (len(parts) == 2 and (kind_of(parts[0]) == "folder" or _misspelt(*parts)))
+
+
+def _misspelt(folder: str, name: str) -> bool:
+    """Whether a folder with nearly that name holds exactly the other: `exmaples/tiny`; owners are no beginnings."""
+    meant = nearest(folder, _names_in(Path(), ()))
+    if meant is None or meant.lower().startswith(folder.lower()) or folder.lower().startswith(meant.lower()):
+        return False
+    return bool(name) and kind_of(f"{meant}/{name}") is not None
+
+
+def did_you_mean_path(text: str) -> str | None:
+    """`did you mean X?` with a path that exists, of which `text` is a misspelling."""
+    meant = _meant(text)
+    return None if meant is None else f"did you mean {meant}?"
+
+
+def _meant(text: str) -> Path | None:
+    """The path that exists, each part of which is the one of `text` or near it."""
+    path = Path(text)
+    here = Path(path.anchor or ".")
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if part != ".." and kind_of(str(here / part)) is None:
+            near = nearest(part, _names_in(here, ()))
+            if near is None or near.lower() == part.lower():
+                return None
+            part = near
+        here /= part
+    return here
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
     path, where = recipe.model.path, ("model", "path")
     kind = kind_of(path)
     if kind is None:
-        if looks_local(path) or not is_hub_name(path):
+        if not is_model_name(path):
             yield _missing(where, path, "names on the hub look like Qwen/Qwen3-30B-A3B")
         return
     if kind != "folder":
@@ -281,7 +314,7 @@ def _missing(where: FieldPath, path: str, otherwise: str = "", suffixes: Iterabl
         similar = did_you_mean(Path(path).name, _names_in(folder, tuple(suffixes)), folder)
         advice = similar or f"{folder} has no such name"
     else:
-        advice = f"there is no folder {folder} in {Path.cwd()}"
+        advice = did_you_mean_path(path) or f"there is no folder {folder} in {Path.cwd()}"
     return Finding(where, "does not exist", sentence(advice, otherwise), path)
 
 

@@ -15,6 +15,7 @@ from finetune.data.json_file import Reject
 from finetune.data.strict_json import Fields, check_text
 from finetune.data.utf8 import decode_utf8, without_bom
 from finetune.errors import DataError, Problem
+from finetune.models.hub import asking_hub
 
 LONGEST_CSV_FIELD = 2**31 - 1
 TABLE_ROWS = 1024
@@ -152,10 +153,15 @@ def read_hub(file: DataFile, reject: Reject) -> Iterator[tuple[int, Fields]]:
     """Row number and fields of each row of one split of a data set of the hub."""
     import datasets
 
-    told = {"name": file.config, "split": file.split, "revision": file.revision}
+    given = {"name": file.config, "split": file.split, "revision": file.revision}
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        data = datasets.load_dataset(file.path, **{name: value for name, value in told.items() if value is not None})
+        with asking_hub(file.path) as answers:
+            data = datasets.load_dataset(file.path, **given)
     except Exception as error:  # it raises what its dozen back ends raise
+        if not answers:
+            what = "is no file here, nor in the local cache of data sets, and the hub does not answer"
+            raise DataError(Problem(file.path, what, "check the spelling and the network")) from error
         hint = (
             f"there is no file {file.path!r} here either; check the spelling, data.train[].split and config, the"
             " network and, for a private data set, that you are logged in to the hub"

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from finetune.adapters.files import adapter_folder
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.architecture.registry import FAMILIES
 from finetune.architecture.shape import ModelShape
@@ -117,7 +118,7 @@ def _check(to: Format, source: str | Path, base: str | Path | None, *, resume: b
         if base is not None:
             what, hint = f"has no meaning for {to.name}", "leave it out: only an adapter has a base"
             problems.append(Problem("--base", what, hint))
-        if (Path(source) / ADAPTER_CONFIG).is_file():
+        if (adapter_folder(source) / ADAPTER_CONFIG).is_file():
             hint = f"merge it first: finetune merge {source} --output MERGED, then export MERGED"
             problems.append(Problem(str(source), f"is an adapter, and --to {to.name} writes whole models", hint))
     if resume and not to.resumes:

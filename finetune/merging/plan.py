@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.adapters.files import AdapterFiles, ends_of
+from finetune.adapters.files import AdapterFiles, adapter_folder, ends_of
 from finetune.adapters.weight_delta import WeightDelta, sum_deltas
 from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_matrix, kind_of
 from finetune.architecture.registry import find_family, unknown_family
@@ -100,7 +100,7 @@ def plan_merge(
     onto: the base's weights as they are stored, or as the run saw them that packed them.
     Raises AdapterError (an adapter does not fit) or ModelError (the base is damaged or of no use).
     """
-    paths = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
+    paths = [adapter_folder(path) for path in ([adapters] if isinstance(adapters, (str, Path)) else adapters)]
     shares = _check_shares(paths, shares)
     opened = tuple(AdapterFiles.open(path) for path in paths)
     checkpoint = Checkpoint.open(_find_base(opened, base))

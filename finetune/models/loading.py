@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +12,15 @@ import torch
 from finetune.architecture.names import EXPERTS, in_layer
 from finetune.architecture.registry import family_of, find_family, is_moe, unknown_family
 from finetune.architecture.shape import shape_of
+from finetune.config.files import did_you_mean_path, is_model_name
 from finetune.config.model_files import embedding_problem
 from finetune.config.rope import RopeScaling, rescaled
+from finetune.diagnostics.advice import sentence
 from finetune.errors import ModelError, Problem, first_of
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
+from finetune.models.hub import asking_hub
 from finetune.models.hub_names import live_name
 from finetune.models.text_model import leave_out_towers_, live_class, live_config, text_config
 
@@ -152,11 +154,10 @@ def read_config(path: str | Path, revision: str | None = None) -> dict[str, Any]
 
 
 def _check_exists(path: str | Path) -> None:
-    """Tell a missing folder from a hub name: a hub name is `owner/name` and nothing more."""
+    """Tell a missing folder from a hub name, which is never a `Path`."""
     text = str(path)
-    looks_local = isinstance(path, Path) or text.startswith((".", "~", os.sep)) or text.count("/") != 1
-    if looks_local and not Path(text).is_dir():
-        hint = "give the folder of a checkpoint, or a hub name like Qwen/Qwen3-0.6B"
+    if not Path(text).is_dir() and (isinstance(path, Path) or not is_model_name(text)):
+        hint = sentence(did_you_mean_path(text), "give the folder of a checkpoint, or a hub name like Qwen/Qwen3-0.6B")
         raise ModelError(Problem(text, "is no folder", hint))
 
 
@@ -199,12 +200,21 @@ _MOST_NAMES = 4
 @contextmanager
 def as_model_error(path: str | Path) -> Iterator[None]:
     """What transformers raises over a config or file it cannot use has many types; all mean the same to the user."""
-    try:
-        yield
-    except Exception as error:
-        text = " ".join(str(error).split())[:300] or type(error).__name__
-        hint = "check the name or folder; a hub name needs the network or HF_HOME with the model in it"
-        raise ModelError(Problem(str(path), f"cannot be loaded ({text})", hint)) from error
+    with asking_hub(path) as answers:
+        try:
+            yield
+        except Exception as error:
+            raise _not_loaded(path, error, answers) from error
+
+
+def _not_loaded(path: str | Path, error: Exception, hub_answers: bool) -> ModelError:
+    if not hub_answers:
+        what = "is no folder here, nor in the local hub cache, and the hub does not answer"
+        hint = f"check the spelling and the network, or fetch it elsewhere with `hf download {path}` and copy it"
+        return ModelError(Problem(str(path), what, hint))
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    hint = "check the name or folder; a hub name needs the network or HF_HOME with the model in it"
+    return ModelError(Problem(str(path), f"cannot be loaded ({text})", hint))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from peft import PeftModel
 from finetune.adapters.trainable import trainable_parameters
 from finetune.config.load import load_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
+from finetune.config.steps import FEW
 from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
 from finetune.quant.experts import count_weights
@@ -34,6 +35,9 @@ MAY_CHANGE = {
     ("train", "eval_every"),
 }
 """The rows of a step may be shared out anew, and `provenance.check_same` refuses another number of them."""
+
+MOVED = 0.01
+"""A loss that changes by a smaller part did not move."""
 
 
 @contextmanager
@@ -106,8 +110,21 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
     }
+    summary["warnings"] = _warnings([row["loss"] for row in steps])
     if folder.plan.is_file():
         summary["trained_experts"] = read_plan(folder.plan).num_trained
     if is_main_process():
         write_json_atomic(folder.summary, summary)
     return summary
+
+
+def _warnings(losses: list[float]) -> list[str]:
+    """A loss that did not move, by the means of the first and the last quarter of what was logged."""
+    quarter = max(len(losses) // 4, 1)
+    first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
+    rose = len(losses) >= FEW and last > (1 + MOVED) * first
+    if len(losses) < 2 or not (rose or abs(last - first) < MOVED * first):
+        return []
+    how = "rose" if rose else "did not move"
+    remedy = "lower train.learning_rate" if rose else "take more steps or a higher train.learning_rate"
+    return [f"the loss {how}, from {first:.4f} to {last:.4f}: {remedy}, or see what is trained with `finetune prepare`"]

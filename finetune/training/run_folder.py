@@ -64,8 +64,18 @@ class RunFolder:
         """The trained adapter, in PEFT's layout."""
         return self.path / "adapter"
 
+    @property
+    def holds_run(self) -> bool:
+        """Whether a step was taken, or anything was saved: a run that died before has nothing to lose."""
+        kept = (self.checkpoints, self.adapter)
+        saved = self.summary.is_file() or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
+        return saved or any(row.get("step", 0) > 0 for row in self.read_metrics())
+
     def check_free(self, *, overwrite: bool) -> None:
-        """Refuses a folder with other files, and one that holds a run unless `overwrite`."""
+        """Refuses a folder with other files, and one that holds a run unless `overwrite`.
+
+        A run that died before its first step is none.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(Problem(str(self.path), "is not a folder", "choose another output.dir"))
         if self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
@@ -73,7 +83,7 @@ class RunFolder:
                 raise UserError(
                     Problem(str(self.path), "holds files that no run made", "choose another output.dir, or empty it")
                 )
-            if not overwrite:
+            if self.holds_run and not overwrite:
                 hint = "--resume continues it, --overwrite starts anew, output.dir=FOLDER keeps both"
                 raise UserError(Problem(str(self.path), "already holds a run", hint))
 

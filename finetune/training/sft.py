@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
+from finetune.config.steps import total_steps, warmup_steps
 from finetune.data.blanks import with_blanks
 from finetune.data.packing import packed
 from finetune.kernels.prepare import prepare_experts, tune_experts
 from finetune.kernels.tiles import Load
 from finetune.models.live import expert_layers
 from finetune.models.text_model import text_config
-from finetune.training.arguments import sft_arguments, warmup_steps
+from finetune.training.arguments import sft_arguments
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpointing import checkpoint_layers_
 from finetune.training.checkpoints import newest_complete, step_of
@@ -47,8 +47,8 @@ class Progress(Protocol):
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """While `what` is done, before the run begins."""
 
-    def start(self, total_steps: int, first: str = "") -> None:
-        """The run begins. first: what its first step does beside training."""
+    def start(self, total_steps: int, first: str = "", done: int = 0) -> None:
+        """The run begins. first: what its first step does beside training.  done: steps taken before."""
 
     def __call__(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl was written."""
@@ -97,14 +97,14 @@ def train_sft(
     if recipe.router.has_losses:
         trainer.router = RouterLosses(model, recipe.router, trainer.accelerator)
     compiles = _prepare_layers_(model, recipe)
-    total_steps = _total_steps(trainer, recipe)
-    arguments.warmup_steps = warmup_steps(recipe, total_steps)
+    steps = total_steps(recipe.train, len(trainer.get_train_dataloader()))
+    arguments.warmup_steps = warmup_steps(recipe.train, steps)
     checkpoint = _checkpoint(model, folder) if resume else None
-    if checkpoint is not None and step_of(checkpoint) >= total_steps:  # the trainer would take one step too many
+    if checkpoint is not None and step_of(checkpoint) >= steps:  # the trainer would take one step too many
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     first = "compiling the decoder layers in the first step, once" if compiles and is_main_process() else ""
-    progress.start(total_steps, first)
+    progress.start(steps, first, done=0 if checkpoint is None else step_of(checkpoint))
     try:
         metrics = Metrics(folder, progress, began_s)
         trainer.add_callback(GradientCheck())
@@ -114,7 +114,7 @@ def train_sft(
         if rows.eval is not None:
             trainer.add_callback(Evaluation(list(rows.eval), recipe.train.eval_every, metrics))
         if expert_layers(model):
-            tokens = total_steps * _tokens_per_step(train, recipe)
+            tokens = steps * _tokens_per_step(train, recipe)
             trainer.add_callback(RoutingMonitor(model, rows.train, metrics, trained_tokens=tokens))
         if (section := recipe.experts.reselect) is not None:
             seed = recipe.train.seed
@@ -151,15 +151,6 @@ def _prepare_layers_(model: PeftModel, recipe: Recipe) -> bool:
         return True
     checkpoint_layers_(base, train.gradient_checkpointing)
     return False
-
-
-def _total_steps(trainer: StepTrainer, recipe: Recipe) -> int:
-    """Optimizer steps of the whole run."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    batches = len(trainer.get_train_dataloader())
-    per_epoch = max(math.ceil(batches / recipe.train.gradient_accumulation), 1)
-    return math.ceil(per_epoch * recipe.train.epochs)
 
 
 def _tokens_per_step(rows: Any, recipe: Recipe) -> int:

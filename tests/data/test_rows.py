@@ -98,6 +98,7 @@ def test_hub_data_set_that_cannot_be_loaded(monkeypatch):
         raise ConnectionError("no route to host\nand so on")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("finetune.models.hub._answers", lambda endpoint: True)
     with pytest.raises(DataError, match="cannot be loaded from the hub: no route to host") as caught:
         read("someone/some-data")
     assert "there is no file 'someone/some-data'" in caught.value.problems[0].hint
