@@ -89,7 +89,7 @@ def test_processes_that_differ_say_in_what(model, tmp_path, monkeypatch):
 def _own(folder, ready):
     with owned(folder):
         ready.set()
-        time.sleep(120)
+        time.sleep(600)
 
 
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
@@ -99,7 +99,7 @@ def test_a_folder_has_one_owner(how, run, model):
     other = context.Process(target=_own, args=(run.path, ready))
     other.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(300)
         before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
         recipe, resume = recipe_of(model, run.path, "train.save_every=2"), how == "resume"
         with pytest.raises(UserError, match=rf"a run is going on here \(process {other.pid} on ") as caught:
