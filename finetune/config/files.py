@@ -29,6 +29,8 @@ from finetune.diagnostics.advice import did_you_mean, nearest, sentence
 from finetune.diagnostics.findings import FieldPath, Finding
 from finetune.errors import ModelError
 
+NAME_BYTES = 200
+"""For the names of what a run puts below its folder."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?:[\w-]|\.(?!\.))*(?:/[A-Za-z0-9](?:[\w-]|\.(?!\.))*)?", re.ASCII)
 
 
@@ -121,6 +123,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     try:
         shape = read_model_shape(path)
         yield from _targets(recipe, shape)
+        yield from _ranks(recipe, shape)
         yield from _budget(recipe, shape)
         yield from _positions(recipe, shape)
         yield from _stored(recipe, shape)
@@ -173,6 +176,22 @@ def _family_targets(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
     if shape.linear_layers and recipe.data.packing:
         what = f"is true, but {path} has linear attention, whose state would leak from row to row of a block"
         yield Finding(("data", "packing"), what, "write data.packing: false", with_paths=(model,))
+
+
+def _ranks(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
+    """Ranks above the narrow side of every matrix that they are for: such factors are larger than what they adapt."""
+    adapter, mlp = recipe.adapter, shape.mlp(shape.intermediate)
+    sides = [min(shape.attention[name]) for name in adapter.attention]
+    sides += [min(mlp[name]) for name in adapter.mlp if shape.dense_layers]
+    ranks = {"rank": (adapter.rank, max(sides, default=None))}
+    if adapter.experts and shape.moe_layers and recipe.experts.mode == "lora":
+        name = "rank" if adapter.expert_rank is None else "expert_rank"
+        ranks |= {name: (adapter.rank_of_experts, shape.smallest_side(experts=True))}
+    for name, (rank, side) in ranks.items():
+        if side is not None and rank > side:
+            what = f"is above {side:,}, the narrow side of the matrices it is for in {recipe.model.path}"
+            hint = f"write at most {side:,}; 8 to 64 is common"
+            yield Finding(("adapter", name), what, hint, rank, with_paths=(("model", "path"),))
 
 
 def _budget(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
@@ -300,11 +319,27 @@ def _output(recipe: Recipe) -> Iterator[Finding]:
             what = f"lies below {parent}, which is a file"
             yield Finding(where, what, "name a folder, such as runs/first", recipe.output.dir)
             return
+    if (unwritable := _unwritable(folder)) is not None:
+        yield Finding(where, unwritable, "name a folder that can be made, such as runs/first", recipe.output.dir)
     if kind_of(recipe.model.path) == "folder":
         output, model = os.path.realpath(folder), os.path.realpath(recipe.model.path)
         if output == model or output.startswith(model + os.sep):
             hint = "name another folder, such as runs/first; the base model is never written to"
             yield Finding(where, "lies in the base model's folder", hint, recipe.output.dir)
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why a folder, and what goes into it, cannot be written; None where it can."""
+    above = next((each for each in (folder, *folder.parents) if kind_of(str(each)) == "folder"), Path())
+    if not os.access(above, os.W_OK | os.X_OK) or os.statvfs(above).f_flag & os.ST_RDONLY:
+        return f"lies in {above}, which cannot be written to"
+    longest, deepest = os.pathconf(above, "PC_NAME_MAX"), os.pathconf(above, "PC_PATH_MAX")
+    parts = [len(os.fsencode(part)) for part in folder.parts]
+    if any(part > longest for part in parts):
+        return f"has a name of {max(parts):,} bytes, and {longest:,} are the most here"
+    if len(os.fsencode(folder.absolute())) + NAME_BYTES > deepest:
+        return f"is a longer path than the {deepest:,} bytes that are the most here, with the files of a run in it"
+    return None
 
 
 def _missing(where: FieldPath, path: str, otherwise: str = "", suffixes: Iterable[str] = ()) -> Finding:

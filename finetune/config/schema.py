@@ -30,12 +30,13 @@ from finetune.diagnostics.section import Section
 from finetune.diagnostics.values import (
     Count,
     Name,
-    NonNegative,
     OneOrMany,
     OpenShare,
     PathName,
     Positive,
+    Scale,
     Share,
+    Strength,
     as_switch,
     as_tuple,
     no_repeats,
@@ -167,10 +168,10 @@ class AdapterSection(Section):
     experts: ExpertTargets = Field(default=(), description="expert projections that get LoRA (MoE layers)")
     mlp: MlpTargets = Field(default=(), description="MLP projections that get LoRA (dense layers)")
     rank: Count = Field(default=16, description="LoRA rank of attention and dense MLP")
-    alpha: Positive = Field(default=32.0, description="LoRA scale numerator of attention and dense MLP")
+    alpha: Scale = Field(default=32.0, description="LoRA scale numerator of attention and dense MLP")
     dropout: DropoutRate = Field(default=0.0, description="dropout on the LoRA input of attention and dense MLP")
     expert_rank: Count | None = Field(default=None, description="LoRA rank of each expert; `rank` when null")
-    expert_alpha: Positive | None = Field(
+    expert_alpha: Scale | None = Field(
         default=None, description="LoRA scale numerator of experts; keeps the scale of `alpha / rank` when null"
     )
     expert_dropout: DropoutRate | None = Field(
@@ -287,7 +288,7 @@ class Reselect(Section):
     """Choosing experts anew while the run trains."""
 
     every: Count = Field(description="steps between choices, by the tokens each expert got in them")
-    margin: NonNegative = Field(
+    margin: Strength = Field(
         default=0.2, description="a frozen expert replaces a trained one whose share it exceeds by this part"
     )
 
@@ -328,9 +329,9 @@ class RouterSection(Section):
         default="frozen",
         description="leave the routers alone, train LoRA of `adapter.rank` on them, or all their weights",
     )
-    aux_loss: NonNegative = Field(default=0.0, description="weight of the load-balance loss; 0.001 is common")
-    z_loss: NonNegative = Field(default=0.0, description="weight of the mean squared logsumexp of router logits")
-    kl_to_base: NonNegative = Field(
+    aux_loss: Strength = Field(default=0.0, description="weight of the load-balance loss; 0.001 is common")
+    z_loss: Strength = Field(default=0.0, description="weight of the mean squared logsumexp of router logits")
+    kl_to_base: Strength = Field(
         default=0.0, description="weight of KL(base routing, routing now); reads each batch once more without adapters"
     )
 
@@ -379,7 +380,7 @@ class DataFile(Section):
     columns: DataColumns | None = Field(
         default=None, description="names of this file's columns; those of `data.columns` where null"
     )
-    weight: Positive | None = Field(
+    weight: Scale | None = Field(
         default=None,
         description="share of the mix, relative to the other files; no row is drawn twice. Null for all: every row",
     )
@@ -442,10 +443,12 @@ class TrainSection(Section):
     """The optimization."""
 
     steps: Count | None = Field(default=None, description="optimizer steps; `epochs` decides when null")
-    epochs: Positive = Field(default=1.0, description="passes over the data when `steps` is null")
+    epochs: Annotated[float, Field(gt=0.0, le=1e4)] = Field(
+        default=1.0, description="passes over the data when `steps` is null"
+    )
     batch_size: Count = Field(default=1, description="blocks (packed) or rows per device and micro-step")
     gradient_accumulation: Count = Field(default=8, description="micro-steps per optimizer step")
-    learning_rate: Positive = Field(default=2e-4, description="peak learning rate")
+    learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = Field(default=2e-4, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="learning rate after warm-up"
     )
@@ -454,7 +457,7 @@ class TrainSection(Section):
         default="adamw",
         description="AdamW with 32-bit or 8-bit state; paged state moves to host memory when the GPU's is full",
     )
-    weight_decay: NonNegative = Field(default=0.0, description="decoupled weight decay")
+    weight_decay: Strength = Field(default=0.0, description="decoupled weight decay")
     max_grad_norm: Positive = Field(default=1.0, description="gradient norm is clipped to this")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="arithmetic of the frozen model")
     gradient_checkpointing: Annotated[Literal["off", "selective", "full"], BeforeValidator(as_checkpointing)] = Field(

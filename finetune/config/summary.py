@@ -6,11 +6,13 @@ from typing import Any
 
 from finetune.architecture.shape import ModelShape, find_model_shape
 from finetune.config.files import kind_of
+from finetune.config.machine import lacking_memory
 from finetune.config.packed_folder import frozen_bytes, read_packed_settings, resolve_packed
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.steps import few_steps, warmup_steps
 
 _GIB = 2**30
+HIGH_RATE = 0.02
 
 
 def summarize(recipe: Recipe) -> dict[str, Any]:
@@ -64,6 +66,12 @@ def _memory(recipe: Recipe, shape: ModelShape, trainable: int | None) -> dict[st
     trained = None if trainable is None else trainable * (10 if "8bit" in recipe.train.optimizer else 16) / _GIB
     frozen = {"frozen": (held.packed - on_disk + held.rest) / _GIB, "packed": held.packed / _GIB or None}
     return {**frozen, "left_on_disk": on_disk / _GIB or None, "trained_with_optimizer": trained}
+
+
+def _needed_gib(recipe: Recipe, shape: ModelShape) -> float:
+    """What is in memory before the first row is."""
+    held = _memory(recipe, shape, _trainable(recipe, shape))
+    return (held["frozen"] or 0.0) + (held["trained_with_optimizer"] or 0.0)
 
 
 def _counts(recipe: Recipe, shape: ModelShape) -> dict[str, Any]:
@@ -157,6 +165,11 @@ def _warnings(recipe: Recipe, shape: ModelShape | None) -> list[str]:
     if recipe.data.train_empty_think and recipe.data.loss_on == "all":
         warnings.append("data.train_empty_think changes nothing with loss_on: all")
     warnings += few_steps(recipe.train)
+    if recipe.train.learning_rate > HIGH_RATE:
+        warnings.append(f"train.learning_rate {recipe.train.learning_rate:g} is far above what is common: 1e-5 to 1e-3")
+    if shape is not None and (lack := lacking_memory(_needed_gib(recipe, shape))) is not None:
+        remedy = ", or write quantize.scheme: nf4" if recipe.quantize.scheme == "none" else ""
+        warnings.append(f"{lack}: train on another one{remedy}")
     for name in ("log_every", "save_every", "eval_every"):
         every = getattr(recipe.train, name)
         if every is not None and recipe.train.steps is not None and every > recipe.train.steps:
@@ -170,6 +183,4 @@ def _warnings(recipe: Recipe, shape: ModelShape | None) -> list[str]:
         )
     if shape is not None and (adapter.attention or adapter.mlp) and adapter.rank > shape.smallest_side(experts=False):
         warnings.append(f"adapter.rank {adapter.rank} is above the width of the smallest matrix it adapts")
-    if shape is not None and adapter.experts and adapter.rank_of_experts > shape.smallest_side(experts=True):
-        warnings.append(f"adapter.expert_rank {adapter.rank_of_experts} is above the width of an expert")
     return warnings

@@ -79,3 +79,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenShare = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+LARGEST = 1e6
+"""Factors above this leave nothing finite in half precision."""
+Scale = Annotated[float, Field(gt=0.0, le=LARGEST)]
+Strength = Annotated[float, Field(ge=0.0, le=LARGEST)]

@@ -7,21 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from finetune.config import machine
 from finetune.config.load import load_recipe
+from finetune.config.summary import summarize
 from finetune.errors import RecipeError
 
 MOE = {
     "model_type": "qwen3_moe",
-    "hidden_size": 8,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 1,
-    "head_dim": 4,
-    "intermediate_size": 16,
+    "head_dim": 16,
+    "intermediate_size": 64,
     "vocab_size": 32,
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 4,
+    "moe_intermediate_size": 32,
 }
 DENSE = {key: value for key, value in MOE.items() if "expert" not in key and "moe" not in key} | {"model_type": "qwen3"}
 
@@ -75,7 +77,7 @@ def test_what_is_there_is_right(folder):
 
 
 def test_a_budget_must_pay_for_an_expert_in_each_layer(folder):
-    price = 2 * 16 * ((8 + 2 * 4) + (4 + 8))  # of an expert in both layers, at rank 16
+    price = 2 * 16 * ((64 + 2 * 32) + (32 + 64))  # of an expert in both layers, at rank 16
     assert problems(f"experts.select={{budget: {price}}}") == []
     problem = one(f"experts.select={{budget: {price - 1}}}")
     assert "does not pay for one expert in each layer" in problem
@@ -254,3 +256,50 @@ def test_positions_that_the_model_scales_itself_count(folder, field):
     Path("models/moe/config.json").write_text(json.dumps(config))
     assert problems("data.max_length=131072") == []
     assert one("data.max_length=131073")
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("train.epochs=1e308", "must be at most 10000"),
+        ("adapter.alpha=1e300", "must be at most 1000000"),
+        ("adapter.expert_alpha=1e300", "must be at most 1000000"),
+        ("train.weight_decay=1e300", "must be at most 1000000"),
+        ("train.learning_rate=1e9", "must be at most 10"),
+        ("router={train: lora, z_loss: 1e300}", "must be at most 1000000"),
+        ("adapter.expert_rank=33", "is above 32, the narrow side of the matrices"),
+        ("adapter={attention: [k_proj, o_proj], rank: 65}", "adapter.rank: is above 64, the narrow side"),
+        (f"output.dir={'x' * 300}", "has a name of 300 bytes, and 255 are the most here"),
+        (f"output.dir={'x/' * 2000}y", "is a longer path than the 4,096 bytes"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_at_once(folder, override, what):
+    assert problems() == []
+    assert what in one(override)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != Path("models"))
+    assert "lies in models, which cannot be written to" in one("output.dir=models/new/run")
+    assert problems() == []
+
+
+def test_a_rank_may_be_above_the_narrowest_of_several_matrices(folder):
+    assert problems("adapter={attention: [k_proj, o_proj], rank: 64}") == []  # k_proj is 16 wide
+    (warning,) = (text for text in summarize(load_recipe("r.yaml", "adapter={attention: [k_proj, o_proj], rank: 64}"))[
+        "warnings"] if "adapter.rank" in text)  # fmt: skip
+    assert "smallest matrix" in warning
+
+
+def test_check_tells_what_is_far_from_common_and_what_the_machine_lacks(folder, monkeypatch):
+    def warned(*overrides: str) -> str:
+        return "\n".join(summarize(load_recipe("r.yaml", "adapter.rank=4", *overrides))["warnings"])
+
+    assert "train.learning_rate 0.5 is far above" in warned("train.learning_rate=0.5")
+    assert "far above" not in warned()
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    assert "no GPU" not in warned()
+    monkeypatch.setattr(machine, "memory_gib", lambda: 1e-6)
+    assert "need 0 GiB, and this machine has 0 GiB and no GPU" in warned()
+    monkeypatch.setattr(machine, "has_gpu", lambda: None)
+    assert "no GPU" not in warned()

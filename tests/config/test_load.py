@@ -34,9 +34,9 @@ def test_defaults_are_filled_in_and_the_recipe_is_frozen():
     ],
 )
 def test_numbers_are_read_as_people_write_them(text, value):
-    rate = parse_recipe(GOOD, "r.yaml", f"train.learning_rate={text}").train.learning_rate
-    assert rate == value
-    assert type(rate) is float
+    alpha = parse_recipe(GOOD, "r.yaml", f"adapter.alpha={text}").adapter.alpha
+    assert alpha == value
+    assert type(alpha) is float
 
 
 @pytest.mark.parametrize(
