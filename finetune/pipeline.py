@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from finetune.merging.packed_base import MergeOnto
     from finetune.models.generation import Generation
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
+    from finetune.planning.plan import Plan
     from finetune.routing.profile import RoutingProfile
     from finetune.verification.verify import VerifyReport
 
@@ -146,6 +147,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     from finetune.models.attention import check_attention, explain_attention
     from finetune.models.live import refuse_packed_rows
     from finetune.quant.load import check_source
+    from finetune.report.plan_table import verdict_line
     from finetune.report.routing_table import render_choice
     from finetune.routing.expert_files import ExpertFiles
     from finetune.training.experts import choose_experts
@@ -156,12 +158,12 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
 
     console, recipe = console or Console(stderr=True), resolve_packed(recipe)
     files = ExpertFiles.read(recipe)
+    planned = _plan_here(recipe)  # before anything is fetched
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
     folder = open_run(recipe, resume=resume, overwrite=overwrite)
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
-    if recipe.quantize.scheme != "none":
-        hold_little_memory(recipe.data.max_length * recipe.train.batch_size)
+    hold_little_memory(recipe.data.max_length * recipe.train.batch_size, packed=recipe.quantize.scheme != "none")
     model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
     if recipe.data.packing:
         refuse_packed_rows(model)
@@ -176,6 +178,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         router=recipe.router.train,
     )
     if is_main_process():
+        if planned is not None:
+            console.print("memory", verdict_line(planned))
         console.print(prepared.report.render())
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_groups(trainable_groups(adapted)))
@@ -189,7 +193,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
     train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
         save_adapter(adapted, folder.adapter, thinking=prepared.report.trains_reasoning)
-    return Run(folder.path, summarize(folder, adapted))
+    return Run(folder.path, summarize(folder, adapted, None if planned is None else planned.measurable_gib))
 
 
 def merge(
@@ -347,6 +351,34 @@ def chat(
     if note := frozen_text(model):
         Console(stderr=True, highlight=False).print(note, style="dim", markup=False, soft_wrap=True)
     converse(model, tokenizer, generation, prompt, system, console)
+
+
+def _plan_here(recipe: Recipe) -> Plan | None:
+    """What a run takes of the device it is on; None for a model whose sizes are not known.
+
+    Raises UserError for one that is far beyond it, unless `train.plan` is off.
+    """
+    import torch
+
+    from finetune.errors import ModelError
+    from finetune.models.hub_config import find_shape
+    from finetune.planning.changes import check_hopes
+    from finetune.planning.device import GIB, found_card, processor
+    from finetune.planning.plan import plan_run
+    from finetune.training.processes import processes
+
+    try:
+        shape = find_shape(recipe.model.path, recipe.model.revision)
+    except ModelError:
+        return None  # told where the model is loaded
+    device = processor()
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        device = found_card(card.name, card.total_memory / GIB, processes().num_processes)
+    planned = plan_run(recipe, shape, device)
+    if recipe.train.plan == "on":
+        check_hopes(planned)
+    return planned
 
 
 def _load_frozen(recipe: Recipe, console: Console, device: torch.device | None = None) -> PreTrainedModel:

@@ -12,6 +12,7 @@ import typer
 
 from finetune.cli.answers import chat, evaluate
 from finetune.cli.machine import doctor
+from finetune.cli.planning import plan
 from finetune.cli.routing import experts, profile
 from finetune.cli.runs import check, prepare, report, schema, train
 from finetune.cli.weights import export, import_adapter, merge, quantize, verify
@@ -44,8 +45,8 @@ def _root(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    check, doctor, schema, prepare, quantize, profile, experts, train, report, merge, verify, export, import_adapter,
-    chat,
+    check, plan, doctor, schema, prepare, quantize, profile, experts, train, report, merge, verify, export,
+    import_adapter, chat,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -8,10 +8,16 @@ from typing import Annotated
 import typer
 
 from finetune.cli.options import AsJson, Overrides, RecipePath
+from finetune.cli.planning import make_plan
 from finetune.cli.printing import open_console, print_facts, print_json
 
 
-def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    plan: Annotated[bool, typer.Option("--plan", help="also: what a run takes here, see finetune plan")] = False,
+) -> None:
     """Check a recipe; loads no model."""
     from finetune.config.load import load_recipe
     from finetune.config.summary import summarize
@@ -22,10 +28,13 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
 
         ExpertFiles.read(checked)
     summary = summarize(checked)
+    planned = make_plan(checked) if plan else None
     if as_json:
-        print_json(summary)
-    else:
-        print_facts(f"{recipe} is valid", summary)
+        print_json(summary if planned is None else {**summary, "plan": planned.to_dict()})
+        return
+    print_facts(f"{recipe} is valid", summary)
+    if planned is not None:
+        planned.print()
 
 
 def schema() -> None:

@@ -26,6 +26,7 @@ MAY_CHANGE = {
     ("output", "dir"),
     ("quantize", "resident"),
     ("train", "keep"),
+    ("train", "plan"),
     ("train", "log_every"),
     ("train", "save_every"),
     ("train", "eval_every"),
@@ -82,8 +83,8 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     newest_complete(folder.checkpoints)  # a run that was killed before the first one cannot go on
 
 
-def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
-    """What came of a run, also written to summary.json."""
+def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = None) -> dict[str, Any]:
+    """What came of a run, also written to summary.json. planned_gib: what its peak was thought to be."""
     rows = folder.read_metrics()
     steps = [row for row in rows if "loss" in row]
     evals = [row for row in rows if "eval_loss" in row]
@@ -101,6 +102,7 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "seconds_to_first_step": first_steps[-1] if first_steps else None,
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
+        "planned_memory_gib": planned_gib,
     }
     if folder.plan.is_file():
         summary["trained_experts"] = read_plan(folder.plan).num_trained
