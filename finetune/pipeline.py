@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from finetune.merging.merge import MergeReport
     from finetune.merging.packed_base import MergeOnto
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
+    from finetune.planning.plan import Plan
     from finetune.routing.expert_files import ExpertFiles
     from finetune.routing.profile import RoutingProfile
     from finetune.verification.verify import VerifyReport
@@ -158,13 +159,16 @@ def train(recipe: RecipeLike, *, resume: bool = False, overwrite: bool = False, 
 
     console, recipe = console or open_console(stderr=True), _read(recipe)
     files = ExpertFiles.read(recipe)
+    planned = _plan_here(recipe)  # before anything is fetched
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
     with open_run(recipe, resume=resume, overwrite=overwrite) as folder:
-        return _train(recipe, folder, files, resume=resume, console=console)
+        return _train(recipe, folder, files, planned, resume=resume, console=console)
 
 
-def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: bool, console: Console) -> Run:
+def _train(
+    recipe: Recipe, folder: RunFolder, files: ExpertFiles, planned: Plan | None, *, resume: bool, console: Console
+) -> Run:
     """The run in its folder."""
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.trainable import render_groups, trainable_groups
@@ -172,6 +176,7 @@ def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: boo
     from finetune.models.attention import explain_attention
     from finetune.models.live import refuse_packed_rows
     from finetune.models.text_model import text_config
+    from finetune.report.plan_table import verdict_line
     from finetune.report.routing_table import render_choice
     from finetune.report.tables import warnings
     from finetune.training.experts import choose_experts
@@ -188,8 +193,7 @@ def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: boo
         check_same(folder.provenance, provenance)
     else:
         record(folder.provenance, provenance)
-    if recipe.quantize.scheme != "none":
-        hold_little_memory(recipe.data.max_length * recipe.train.batch_size)
+    hold_little_memory(recipe.data.max_length * recipe.train.batch_size, packed=recipe.quantize.scheme != "none")
     model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
     if recipe.data.packing:
         refuse_packed_rows(model)
@@ -204,6 +208,8 @@ def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: boo
         router=recipe.router.train,
     )
     if is_main_process():
+        if planned is not None:
+            console.print("memory", verdict_line(planned))
         console.print(prepared.report.render())
         steps = Steps.of(recipe, prepared.report.train.blocks, processes().num_processes)
         console.print(steps.text(), *warnings(steps.warnings()), sep="\n", highlight=False)
@@ -221,7 +227,7 @@ def _train(recipe: Recipe, folder: RunFolder, files: ExpertFiles, *, resume: boo
         notes = save_adapter(adapted, folder.adapter, thinking=prepared.report.thinking, ends=prepared.report.ends)
         for note in notes:
             console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    return Run(folder.path, summarize(folder, adapted))
+    return Run(folder.path, summarize(folder, adapted, None if planned is None else planned.measurable_gib))
 
 
 def resume(run: str | Path, *overrides: str, console: Console | None = None) -> Run:
@@ -409,6 +415,34 @@ def chat(
         return answer(model, tokenizer, generation, prompt, system, console)
     converse(model, tokenizer, generation, system, console or open_console())
     return None
+
+
+def _plan_here(recipe: Recipe) -> Plan | None:
+    """What a run takes of the device it is on; None for a model whose sizes are not known.
+
+    Raises UserError for one that is far beyond it, unless `train.plan` is off.
+    """
+    import torch
+
+    from finetune.errors import ModelError
+    from finetune.models.hub_config import find_shape
+    from finetune.planning.changes import refuse_hopeless
+    from finetune.planning.device import GIB, found_card, processor
+    from finetune.planning.plan import plan_run
+    from finetune.training.processes import processes
+
+    try:
+        shape = find_shape(recipe.model.path, recipe.model.revision)
+    except ModelError:
+        return None  # told where the model is loaded
+    device = processor()
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        device = found_card(card.name, card.total_memory / GIB, processes().num_processes)
+    planned = plan_run(recipe, shape, device)
+    if recipe.train.plan == "on":
+        refuse_hopeless(planned)
+    return planned
 
 
 def _load_frozen(recipe: Recipe, console: Console, device: torch.device | None = None) -> PreTrainedModel:

@@ -20,6 +20,7 @@ def test_help_names_every_command(capsys):
     out = capsys.readouterr().out
     for command in (
         "check",
+        "plan",
         "doctor",
         "schema",
         "prepare",

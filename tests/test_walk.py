@@ -65,12 +65,13 @@ def test_train_prints_one_object_that_sums_the_run_up(run):
     folder, summary, result = run
     assert set(summary) >= {
         "run", "adapter", "steps", "train_loss_first", "train_loss_last", "eval", "trainable_parameters",
-        "tokens_per_second", "peak_memory_gib",
+        "tokens_per_second", "peak_memory_gib", "planned_memory_gib",
     }  # fmt: skip
     assert summary["steps"] == 8
     assert summary["train_loss_last"] < summary["train_loss_first"]
     assert summary["eval"]["loss"] > 0
     assert summary["peak_memory_gib"] > 0
+    assert 0.5 < summary["planned_memory_gib"] < 1
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert "experts" in result.stderr  # the table of targets
 

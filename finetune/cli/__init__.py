@@ -12,6 +12,7 @@ import typer
 
 from finetune.cli.answers import chat, evaluate
 from finetune.cli.machine import doctor
+from finetune.cli.planning import plan
 from finetune.cli.routing import experts, profile
 from finetune.cli.runs import check, prepare, report, resume, schema, train
 from finetune.cli.templates import templates
@@ -45,7 +46,7 @@ def _root(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    check, doctor, schema, prepare, quantize, profile, experts, train, resume, report, merge, verify, export,
+    check, plan, doctor, schema, prepare, quantize, profile, experts, train, resume, report, merge, verify, export,
     import_adapter, chat,
 )  # fmt: skip
 for _command in _COMMANDS:

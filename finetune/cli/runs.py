@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli.options import AsJson, Overrides, RecipePath
+from finetune.cli.planning import make_plan
 from finetune.cli.printing import open_console, print_facts, print_json
 
 if TYPE_CHECKING:
     from finetune.pipeline import Run
 
 
-def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    plan: Annotated[bool, typer.Option("--plan", help="also: what a run takes here, see finetune plan")] = False,
+) -> None:
     """Check a recipe; loads no model."""
     from finetune.config.load import load_recipe
     from finetune.config.summary import summarize
@@ -31,12 +37,15 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
 
     notes = look(checked)
     summary = summarize(checked)
+    planned = make_plan(checked) if plan else None
     if as_json:
-        print_json(summary | {"notes": notes})
+        print_json(summary | {"notes": notes} | ({} if planned is None else {"plan": planned.to_dict()}))
         return
     print_facts(f"{recipe} is valid", summary)
     for note in notes:
         open_console().print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
+    if planned is not None:
+        planned.print()
 
 
 def schema() -> None:

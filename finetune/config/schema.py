@@ -473,6 +473,9 @@ class TrainSection(Section):
     expert_backend: Literal["auto", "reference", "torch", "triton"] = Field(
         default="auto", description="kernels of the expert layers; auto takes the fastest that is right on this device"
     )
+    plan: Annotated[Literal["on", "off"], BeforeValidator(as_switch)] = Field(
+        default="on", description="refuse a run that is far beyond the memory that is here; off: try it"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="seed of initialization, order and dropout"
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from finetune.kernels.triton import remembered
+from finetune.planning.device import machine_memory_gib
 
 _GIB = 2**30
 
@@ -28,7 +29,7 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "processor": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": machine_memory_gib(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "compiler": next(filter(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "gcc")), None),
@@ -64,18 +65,6 @@ def _driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip().partition("\n")[0] or None
-
-
-def _memory_gib() -> float | None:
-    """Of the machine, or of the container where that is less."""
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):
-        limit = total
-    return min(limit, total) / _GIB
 
 
 def caches() -> list[dict[str, Any]]:

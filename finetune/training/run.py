@@ -30,6 +30,7 @@ MAY_CHANGE = {
     ("train", "batch_size"),
     ("train", "gradient_accumulation"),
     ("train", "keep"),
+    ("train", "plan"),
     ("train", "log_every"),
     ("train", "save_every"),
     ("train", "eval_every"),
@@ -90,8 +91,8 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
         raise UserError(*problems)
 
 
-def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
-    """What came of a run, also written to summary.json."""
+def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = None) -> dict[str, Any]:
+    """What came of a run, also written to summary.json. planned_gib: what its peak was thought to be."""
     rows = folder.read_metrics()
     steps = [row for row in rows if "loss" in row]
     evals = [row for row in rows if "eval_loss" in row]
@@ -109,6 +110,7 @@ def summarize(folder: RunFolder, model: PeftModel) -> dict[str, Any]:
         "seconds_to_first_step": first_steps[-1] if first_steps else None,
         "tokens_per_second": steps[-1]["tokens_per_second"],
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
+        "planned_memory_gib": planned_gib,
     }
     summary["warnings"] = _warnings([row["loss"] for row in steps])
     if folder.plan.is_file():
