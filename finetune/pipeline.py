@@ -434,7 +434,7 @@ def _plan_here(recipe: Recipe) -> Plan | None:
     try:
         shape = find_shape(recipe.model.path, recipe.model.revision)
     except ModelError:
-        return None  # told where the model is loaded
+        return None  # reported where the model is loaded
     device = processor()
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -71,7 +71,7 @@ def save_adapter(
 
     thinking: the `enable_thinking` that leads to what it was trained on, for the notes beside exports; None to leave
     it open.  ends: tokens it was trained to end with; a generation_config.json beside the adapter names those at which
-    the base does not stop. Returns what is to be told about that.
+    the base does not stop. Returns notes about that.
     An adapter that is there already is replaced. Raises AdapterError when anything else is there.
     """
     if not isinstance(model, PeftModel):

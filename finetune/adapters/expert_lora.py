@@ -163,8 +163,8 @@ def bank_problems(bank: Any, name: str) -> list[Problem]:
             problems.append(Problem(name, "is computed otherwise than our kernels do", hint, type(bank).__name__))
     others = [activation for activation in activations if activation not in _SILU]
     if others:
-        told = others[0] if named in _SILU else named
-        problems.append(Problem(name, "does not use SiLU", "use a model with hidden_act: silu", told))
+        shown = others[0] if named in _SILU else named
+        problems.append(Problem(name, "does not use SiLU", "use a model with hidden_act: silu", shown))
     if getattr(bank, "_is_expert_parallel", False):
         problems.append(Problem(name, "is split over devices", "load the model without expert parallelism"))
     return problems

@@ -92,7 +92,7 @@ def frozen_text(model: Any) -> str | None:
         origin = getattr(model, "packed_in", None)
         return f"frozen weights: {name} in {how}, " + (f"from {origin}" if origin else "packed while loading")
     configs: dict[str, Any] = getattr(model, "peft_config", {})
-    trained = next((told for config in configs.values() if (told := getattr(config, "quantize", None))), None)
+    trained = next((settings for config in configs.values() if (settings := getattr(config, "quantize", None))), None)
     if trained is not None:
         return f"frozen weights: {name} as it is stored; the adapter was trained on its {trained['scheme']} form"
     return None

@@ -46,8 +46,8 @@ def attach_to_layer(
                 adapted = get_peft_model(model, config, adapter_name=name)
             else:
                 adapted.add_adapter(name, config)
-            told = set_peft_model_state_dict(adapted, {key: files.file.read(key) for key in here}, adapter_name=name)
-        _check(files, told, name)
+            loaded = set_peft_model_state_dict(adapted, {key: files.file.read(key) for key in here}, adapter_name=name)
+        _check(files, loaded, name)
         _scale_(adapted, name, share)
         active.append(name)
     if adapted is None:
@@ -82,9 +82,9 @@ def _add_(model: nn.Module, files: AdapterFiles, share: float, prefix: str) -> N
         weight.add_(delta.rows(slice(None)), alpha=share)
 
 
-def _check(files: AdapterFiles, told: Any, name: str) -> None:
-    lost = list(told.unexpected_keys)
-    empty = [key for key in told.missing_keys if f".{name}." in key and "lora_" in key]
+def _check(files: AdapterFiles, loaded: Any, name: str) -> None:
+    lost = list(loaded.unexpected_keys)
+    empty = [key for key in loaded.missing_keys if f".{name}." in key and "lora_" in key]
     if lost or empty:
         hint = "the adapter and its settings do not belong together"
         what = "has tensors that find no place, or places without a tensor"

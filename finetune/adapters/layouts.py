@@ -75,7 +75,7 @@ def unpack_b(stock: Tensor, slots: Sequence[int], num_experts: int, rank: int) -
 
 
 def b_order(stock: Tensor, num_experts: int, rank: int) -> Literal["expert-fastest", "expert-major"] | None:
-    """How the columns of a lora_B (out, R*E) are ordered, told by experts that were never trained: their B is zero.
+    """How the columns of a lora_B (out, R*E) are ordered, seen in experts that were never trained: their B is zero.
 
     None when the tensor does not tell.
     """

@@ -37,7 +37,7 @@ def _parameter(option: Option, takers: tuple[str, ...]) -> inspect.Parameter:
     flag, kind = option.flag, _kind(option)
     if kind is bool:
         flag = f"{flag}/--no-{flag[2:]}"
-    default = typer.Option(None, flag, help=f"{_named(takers)}{option.told}")
+    default = typer.Option(None, flag, help=f"{_named(takers)}{option.full_help}")
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind | None)
 
 

@@ -128,12 +128,12 @@ def _told_how_to_go_on(folder: Path, again: list[str]) -> Iterator[None]:
         found = RunFolder(folder)
         saved = any(is_complete(checkpoint) for checkpoint in list_checkpoints(found.checkpoints))
         if saved:
-            told = "interrupted; continue with: "
+            words = "interrupted; continue with: "
             again = again if again[1] == "resume" else [*again, "--resume"]
         else:
-            told = "interrupted before the first checkpoint; start anew with: "
+            words = "interrupted before the first checkpoint; start anew with: "
             again = [*again, "--overwrite"] if found.holds_run else again
-        open_console(stderr=True).print(f"\n{told}{shlex.join(again)}", markup=False, soft_wrap=True)
+        open_console(stderr=True).print(f"\n{words}{shlex.join(again)}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
 
 

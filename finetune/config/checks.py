@@ -17,7 +17,7 @@ def text_findings(recipe: Recipe) -> list[Finding]:
 
 
 def _clash(path: FieldPath | str, what: str, hint: str, *others: FieldPath | str) -> Finding:
-    """A contradiction, told at `path`, between it and `others`; paths are keys, or dotted."""
+    """A contradiction, shown at `path`, between it and `others`; paths are keys, or dotted."""
     return Finding(_keys(path), what, hint, with_paths=tuple(_keys(other) for other in others))
 
 
@@ -164,14 +164,14 @@ def _quantize(recipe: Recipe) -> Iterator[Finding]:
     yield from quantize_findings(quantize)
     if quantize.scheme == "none":
         return
-    held, told = quantize.compute_dtype or recipe.model.dtype, quantize.compute_dtype is not None
-    if held != compute and (told or held == "float32"):  # _precision tells the other clashes of model.dtype
+    compute_type, named = quantize.compute_dtype or recipe.model.dtype, quantize.compute_dtype is not None
+    if compute_type != compute and (named or compute_type == "float32"):  # others: see _precision
         yield _clash(
             "quantize.compute_dtype",
-            f"is {held}, but train.precision is {recipe.train.precision}",
+            f"is {compute_type}, but train.precision is {recipe.train.precision}",
             f"write compute_dtype: {compute}",
             "train.precision",
-            *(() if told else ("model.dtype",)),
+            *(() if named else ("model.dtype",)),
         )
 
 

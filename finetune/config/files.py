@@ -301,9 +301,9 @@ def _data_file(where: FieldPath, file: DataFile) -> Iterator[Finding]:
 
 def _only_of_the_hub(where: FieldPath, file: DataFile, *, saved: bool) -> Iterator[Finding]:
     """Fields that mean nothing for a file."""
-    told = {"split": None if file.split == "train" or saved else file.split}
-    told |= {"config": file.config, "revision": file.revision}
-    for name, value in told.items():
+    given = {"split": None if file.split == "train" or saved else file.split}
+    given |= {"config": file.config, "revision": file.revision}
+    for name, value in given.items():
         if value is not None:
             hint = f"remove the line; {name}s are for data sets on the hub"
             yield Finding((*where, name), "is given, but path is a file", hint, value)

@@ -10,7 +10,7 @@ _DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg"
 
 
 def has_gpu() -> bool | None:
-    """Whether a driver shows a GPU; None where that cannot be told."""
+    """Whether a driver shows a GPU; None where that is not known."""
     return any(Path(path).exists() for path in _DRIVERS) if os.uname().sysname == "Linux" else None
 
 

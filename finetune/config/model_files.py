@@ -24,7 +24,7 @@ _EMBEDDING_HINT = (
 class TokenFacts:
     """Tokens as the files of a folder name them; empty where it has none.
 
-    ids: added tokens, or all where the file is small -> id.  stops: where the model is told to stop.
+    ids: added tokens, or all where the file is small -> id.  stops: tokens at which generation_config.json stops.
     chat_template: of the model; None where it has none.
     """
 
@@ -120,10 +120,10 @@ def _chat_template(folder: Path) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         pass
-    told = _read_object(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(told, list):
-        told = "\n".join(str(each.get("template")) for each in told if isinstance(each, dict))
-    return told if isinstance(told, str) else None
+    template = _read_object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = "\n".join(str(each.get("template")) for each in template if isinstance(each, dict))
+    return template if isinstance(template, str) else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

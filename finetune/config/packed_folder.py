@@ -75,27 +75,27 @@ class PackedSettings:
 
     def to_config(self) -> dict[str, Any]:
         """What `of` reads."""
-        told = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **settings_of(self.section)}
+        facts = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **settings_of(self.section)}
         revision = {"base_revision": self.revision} if self.revision else {}
-        return {**told, "base_model": self.base, **revision, "base_fingerprint": self.fingerprint}
+        return {**facts, "base_model": self.base, **revision, "base_fingerprint": self.fingerprint}
 
     def resolve(self, wanted: QuantizeSection) -> QuantizeSection:
         """`wanted`, and where it is silent what the folder was made with."""
-        told = {name: value for name in wanted.model_fields_set if (value := getattr(wanted, name)) is not None}
-        return QuantizeSection(**{**self.section.model_dump(exclude_unset=True), **told})
+        named = {name: value for name in wanted.model_fields_set if (value := getattr(wanted, name)) is not None}
+        return QuantizeSection(**{**self.section.model_dump(exclude_unset=True), **named})
 
     def contradictions(self, wanted: QuantizeSection) -> Iterator[tuple[str, str]]:
         """Fields of a recipe's section that ask for what the folder does not hold, and what to say of them."""
-        held, asked = settings_of(self.section), settings_of(self.resolve(wanted))
-        for name in ("scheme",) if asked["scheme"] != held["scheme"] else held:
-            if asked[name] != held[name]:
-                yield name, f"is {asked[name]}, but the packed model was made with {held[name]}"
+        packed, asked = settings_of(self.section), settings_of(self.resolve(wanted))
+        for name in ("scheme",) if asked["scheme"] != packed["scheme"] else packed:
+            if asked[name] != packed[name]:
+                yield name, f"is {asked[name]}, but the packed model was made with {packed[name]}"
 
 
 def quantization_method(config: dict[str, Any]) -> str | None:
     """How config.json says that weights are stored; None when it does not say."""
-    told = config.get(_KEY)
-    method = told.get("quant_method") if isinstance(told, dict) else None
+    section = config.get(_KEY)
+    method = section.get("quant_method") if isinstance(section, dict) else None
     return method if isinstance(method, str) else None
 
 

@@ -1,4 +1,4 @@
-"""Columns that stand beside a chat in its row: system prompt, tools, earlier turns, and what the template is told."""
+"""Columns that stand beside a chat in its row: system prompt, tools, earlier turns, and settings of the template."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def one_system_prompt(made: Conversation, before: int) -> None:
 
 
 def read_beside(fields: Fields, template: DataTemplate) -> tuple[list[Any] | None, Fields]:
-    """The tools on offer, and what else the chat template is told."""
+    """The tools on offer, and other settings of the chat template."""
     tools = None
     for name in ("tools", "functions"):
         column = template.companions.get(name)
@@ -86,12 +86,12 @@ def read_beside(fields: Fields, template: DataTemplate) -> tuple[list[Any] | Non
             raise BadRow(column, "is not a list", 'write documents as [{"title": "...", "text": "..."}]', documents)
         settings["documents"] = [structured(document) for document in documents]
     column = template.companions.get("chat_template_kwargs")
-    if column and (told := structured(fields.get(column))):
-        if not isinstance(told, dict):
-            raise BadRow(column, "is not an object", 'write it as {"enable_thinking": false}', told)
-        if taken := [name for name in RESERVED if name in told]:
-            raise BadRow(f"{column}.{taken[0]}", "is not for a row to say", "remove it", told[taken[0]])
-        settings |= {name: value for name, value in told.items() if value is not None}
+    if column and (given := structured(fields.get(column))):
+        if not isinstance(given, dict):
+            raise BadRow(column, "is not an object", 'write it as {"enable_thinking": false}', given)
+        if taken := [name for name in RESERVED if name in given]:
+            raise BadRow(f"{column}.{taken[0]}", "is not for a row to say", "remove it", given[taken[0]])
+        settings |= {name: value for name, value in given.items() if value is not None}
     column = template.companions.get("enable_thinking")
     if column and (thinking := fields.get(column)) not in (None, ""):
         switch = thinking if isinstance(thinking, bool) else _SWITCHES.get(str(thinking).strip().lower())

@@ -21,7 +21,7 @@ class Conversation:
     messages: each with role and content, assistant turns perhaps with reasoning_content and tool_calls.
     places: where in the row each message came from, for error messages.
     trained: whether the message carries loss; True for assistant turns only.
-    settings: what else the chat template is told, such as documents or enable_thinking.
+    settings: other settings of the chat template, such as documents or enable_thinking.
     """
 
     messages: list[dict[str, Any]]

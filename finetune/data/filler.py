@@ -1,4 +1,4 @@
-"""Nulls that a table put into objects whose keys differ from row to row, told from nulls that people wrote.
+"""Nulls that a table put into objects whose keys differ from row to row, apart from nulls that people wrote.
 
 A column of objects has one set of keys for all rows; what a row lacks becomes null. Inside such a column the two
 cannot be told apart, so its nulls go. JSON text has the nulls that were written. Lines of JSON can be either: they are

@@ -23,8 +23,8 @@ def read_jsonl(
 ) -> Iterator[tuple[int, Fields]]:
     """Line number and object of each good line; bad lines go to `reject`, blank lines do not count.
 
-    Nulls that a table filled in are left out, and `say` is told.  head: how many lines are looked at for signs of
-    that; all when None.
+    Nulls that a table filled in are left out, and `say` gets a note of it.  head: how many lines are looked at for
+    signs of that; all when None.
     """
     parser = StrictJson()
     clean = _cleaner(sign_of_a_table(_lines_with_nulls(path, head)), source, say)

@@ -51,7 +51,7 @@ def look(recipe: Recipe) -> list[str]:
 
 
 def end_note(facts: TokenFacts, model: str) -> str | None:
-    """What to know where a chat ends with a token at which the model is not told to stop."""
+    """What to know where a chat ends with a token at which the model does not stop."""
     if facts.end is None or facts.end in facts.stops:
         return None
     stops = ", ".join(map(str, facts.stops)) or "none"

@@ -71,15 +71,15 @@ class Prompts:
         first = tokens.char_to_token(header)
         assert first is not None
         fitting = [mode for mode, end in ends.items() if self._stands(end, tokens.ids, first)]
-        told = chat.settings.get("enable_thinking")
-        if isinstance(told, bool) and "only" not in ends:
-            fitting = [mode for mode in fitting if mode == ("on" if told else "off")]
+        wanted = chat.settings.get("enable_thinking")
+        if isinstance(wanted, bool) and "only" not in ends:
+            fitting = [mode for mode in fitting if mode == ("on" if wanted else "off")]
         thinks = "on" in ends or "<think>" in ends.get("only", "")
         earlier = sum(answer.trained and not _shows_thinking(text, answer) for answer in answers[:last])
         if not fitting:
             why = _why(ends, text, header, answers[last])
-            if isinstance(told, bool) and "only" not in ends:
-                why = f"they say enable_thinking: {str(told).lower()}, and that prompt does not lead to the answer"
+            if isinstance(wanted, bool) and "only" not in ends:
+                why = f"they say enable_thinking: {str(wanted).lower()}, and that prompt does not lead to the answer"
             return Lead(None, why, earlier if thinks else 0)
         return Lead("off" if "off" in fitting else fitting[0], earlier=earlier if thinks else 0)
 
@@ -95,11 +95,11 @@ class Prompts:
     def _prompts(self, chat: Conversation, at: int) -> dict[Mode, str]:
         """The prompt of each mode for the message at an index; `only` where both are one."""
         found: dict[Mode, str] = {}
-        told = {name: value for name, value in chat.settings.items() if name != "enable_thinking"}
+        settings = {name: value for name, value in chat.settings.items() if name != "enable_thinking"}
         modes: tuple[tuple[Mode, bool], ...] = (("on", True), ("off", False))
         for mode, thinking in modes:
             try:
-                options = {**told, "enable_thinking": thinking, "add_generation_prompt": True}
+                options = {**settings, "enable_thinking": thinking, "add_generation_prompt": True}
                 found[mode] = self._render(chat.messages[:at], chat.tools, options)
             except Exception:  # templates fail with whatever Python raises
                 continue

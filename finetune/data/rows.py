@@ -74,7 +74,7 @@ def read_rows(file: DataFile, bad: BadRows | None = None, say: Say | None = None
     """Good rows of a source, in their order, at most `file.limit` of them.
 
     bad: collects bad rows. Without it they are raised as one DataError after the last row.
-    say: is told what a reader of the rows should know.
+    say: gets what a reader of the rows should know.
     Raises DataError when a file is missing, of an unknown format, holds no rows, or cannot be read on.
     """
     own = BadRows() if bad is None else bad

@@ -42,7 +42,7 @@ def unread_problem(source: str, unread: Mapping[str, int]) -> Problem:
 
 
 def _told_in_vain(chat: Conversation, template: DataTemplate, chat_template: str) -> list[str]:
-    """What the model's chat template is told and does not mention."""
+    """Settings that the model's chat template does not mention."""
     column = template.companions.get("chat_template_kwargs")
     unread = [
         name if name in ("documents", "enable_thinking") else f"{column}.{name}"

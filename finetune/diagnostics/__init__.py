@@ -1,1 +1,1 @@
-"""Documents that people write: YAML with places, checked against a pydantic model, mistakes told in plain words."""
+"""Documents that people write: YAML with places, checked against a pydantic model, mistakes reported in plain words."""

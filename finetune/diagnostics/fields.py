@@ -147,5 +147,5 @@ def _bounds(kind: Kind) -> str:
     if "ge" in limits and "le" in limits:
         return f" from {limits['ge']:g} to {limits['le']:g}"
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    told = [f"{words[name]} {limits[name]:g}" for name in words if name in limits and limits[name] < 2**31]
-    return f" {' and '.join(told)}" if told else ""
+    parts = [f"{words[name]} {limits[name]:g}" for name in words if name in limits and limits[name] < 2**31]
+    return f" {' and '.join(parts)}" if parts else ""

@@ -31,7 +31,7 @@ class Finding:
     with_paths: tuple[FieldPath, ...] = ()
 
     def problem(self, where: str | None = None) -> Problem:
-        """As it is told, at its field when no better place is known."""
+        """As it is reported, at its field when no better place is known."""
         got = {} if self.got is NOTHING else {"got": self.got}
         return Problem(dotted(self.path) if where is None else where, self.what, self.hint, **got)
 

@@ -87,7 +87,7 @@ def _checked(
 
 
 def parse_section(section: type[M], value: Any, at: str, schema: Schema[Any], error: type[UserError]) -> M:
-    """A section of a document by itself, from a dict with its fields; mistakes are told as the document's are."""
+    """A section of a document by itself, from a dict with its fields; mistakes are reported as the document's are."""
     try:
         return section.model_validate(value)
     except ValidationError as refused:

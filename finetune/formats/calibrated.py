@@ -136,8 +136,8 @@ def run_job(job: Path) -> None:
     command = [sys.executable, "-m", "finetune.formats.auto_round_job", str(job)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
-        told = "\n".join((ran.stdout + ran.stderr).splitlines()[-_TOLD:])
-        hint = f"its last lines:\n{told}"
+        last_lines = "\n".join((ran.stdout + ran.stderr).splitlines()[-_TOLD:])
+        hint = f"its last lines:\n{last_lines}"
         raise ExportError(Problem("auto-round", f"failed with exit code {ran.returncode}", hint))
 
 

@@ -52,9 +52,9 @@ class ExportReport(Shown):
     def render(self) -> Group:
         """Where it is and how large, and how to start from there."""
         shown = size_text(sum(self.files.values()))
-        told = ", ".join(f"{name} {value}" for name, value in self.facts.items())
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
         lines = f"{self.output}: {self.to}, {shown}, {self.tensors:,} tensors in {self.dtype}"
-        text = f"{lines}; {told}" if told else lines
+        text = f"{lines}; {facts}" if facts else lines
         return Group(Text(text), Text(f"how to serve it: {self.output / NOTE}"), *warnings(self.warnings))
 
 
@@ -96,9 +96,9 @@ def export(
         else:
             assert isinstance(to, ModelFormat)
             job = _plan_model(to, source, output, held)
-        told = describe_job("export", to.name, asdict(to), folders=job.folders)
+        job_facts = describe_job("export", to.name, asdict(to), folders=job.folders)
         side = {**job.planned.side, NOTE: job.note.encode()}
-        write_folder(Work(output, job.base, job.planned.files, side, told, resume), progress)
+        write_folder(Work(output, job.base, job.planned.files, side, job_facts, resume), progress)
     return ExportReport(
         output=output,
         source=job.source,

@@ -55,7 +55,7 @@ class Format(ABC):
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """What it can be told, by name."""
+        """What can be set, by name."""
         types = get_type_hints(cls)
         return {
             each.name: Option(each.name, types[each.name], each.default, each.metadata["help"], each.metadata["least"])
@@ -78,7 +78,7 @@ class Format(ABC):
     def about_use(self, use: Use) -> str:
         """How to ask for what the model was trained to do, in Markdown."""
         per_request = f'`"chat_template_kwargs": {use.switch}`'
-        return use.told(f"send {per_request} with every request, or set it as above")
+        return use.prompt_note(f"send {per_request} with every request, or set it as above")
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class AdapterFormat(Format):
     def note(self, adapter: ExportedAdapter, use: Use) -> str:
         """The note beside it, Markdown."""
         title = f"# {adapter.output.name}: adapter for {adapter.base}, as {self.name} reads it"
-        told = f"{self.about_use(use)}{use.stopping(self.tell_stops)}"
-        return f"{title}\n\n{self.start(adapter, use)}{positions(adapter.rope_scaling)}\n{told}"
+        notes = f"{self.about_use(use)}{use.stopping(self.tell_stops)}"
+        return f"{title}\n\n{self.start(adapter, use)}{positions(adapter.rope_scaling)}\n{notes}"
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def import_adapter(
     adapter: a folder with PEFT's files: banks of experts in any packing above, or factors per expert.
     packing: how banks are packed; only needed where the file does not tell.
     base: as for `merge`.
-    Raises AdapterError when the packing is not told by the file or contradicts `packing`, or when the adapter does not
+    Raises AdapterError when the file does not show the packing or contradicts `packing`, or when the adapter does not
     fit the base.
     """
     if packing is not None and packing not in PACKINGS:

@@ -33,7 +33,7 @@ class Option:
         return "--" + self.name.replace("_", "-")
 
     @property
-    def told(self) -> str:
+    def full_help(self) -> str:
         """The help, and the default where leaving it out is not the same as saying nothing."""
         return self.help if self.default in (None, ()) else f"{self.help}; {self.default} by default"
 
@@ -68,5 +68,5 @@ class Package:
 
     @property
     def is_installed(self) -> bool:
-        """Whether it can be imported; told without importing it."""
+        """Whether it can be imported, found out without importing it."""
         return find_spec(self.name.replace("-", "_")) is not None

@@ -67,10 +67,10 @@ def find_banks(config: StockConfig, file: TensorFile, source: Checkpoint) -> lis
     return banks
 
 
-def recognize(config: StockConfig, file: TensorFile, banks: list[Bank], told: Packing | None) -> tuple[Packing, str]:
+def recognize(config: StockConfig, file: TensorFile, banks: list[Bank], named: Packing | None) -> tuple[Packing, str]:
     """(packing, how it is known).
 
-    told: what the caller says. Raises AdapterError where neither the file nor the caller tells, or they disagree.
+    named: what the caller says. Raises AdapterError where neither the file nor the caller tells, or they disagree.
     """
     swapped, by_shape = _is_swapped(config, file, banks)
     orders = {b_order(file.read(bank.b_name), bank.num_experts, bank.rank) for bank in banks} - {None}
@@ -78,15 +78,15 @@ def recognize(config: StockConfig, file: TensorFile, banks: list[Bank], told: Pa
     if len(orders) > 1:
         hint = "the file is damaged or was put together from several: ask who made it"
         raise AdapterError(Problem(where, "its banks have zero columns that belong to different packings", hint))
-    if told is not None:
-        order = "expert-major" if told.startswith("expert-major") else "expert-fastest"
+    if named is not None:
+        order = "expert-major" if named.startswith("expert-major") else "expert-fastest"
         if orders and order not in orders:
             hint = f"the columns of untrained experts say {orders.pop()}"
-            raise AdapterError(Problem("--packing", "contradicts the file", hint, told))
-        if by_shape and told.endswith("0.18") != swapped:
+            raise AdapterError(Problem("--packing", "contradicts the file", hint, named))
+        if by_shape and named.endswith("0.18") != swapped:
             hint = f"by its shapes, in and out are {'swapped' if swapped else 'not swapped'}"
-            raise AdapterError(Problem("--packing", "contradicts the file", hint, told))
-        return told, "as declared"
+            raise AdapterError(Problem("--packing", "contradicts the file", hint, named))
+        return named, "as declared"
     hint = f"declare it with --packing, one of {', '.join(PACKINGS)}: ask whoever made the adapter"
     if not by_shape and not packs_as_now(config.peft_version):
         what = "does not tell whether in and out are swapped, as in PEFT before 0.19"

@@ -36,7 +36,7 @@ class Peft(AdapterFormat):
 
     def about_use(self, use: Use) -> str:
         """What to call the chat template with."""
-        return use.told(f"call `tokenizer.apply_chat_template` with `enable_thinking={use.thinking}`")
+        return use.prompt_note(f"call `tokenizer.apply_chat_template` with `enable_thinking={use.thinking}`")
 
 
 @dataclass(frozen=True, kw_only=True)

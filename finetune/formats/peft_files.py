@@ -58,7 +58,7 @@ def per_expert(factors: Factors, dtype: str, *, served: bool) -> tuple[list[Tens
 
 
 def plan_weights(tensors: list[Tensor], side: dict[str, bytes], facts: dict[str, int]) -> Planned:
-    """The adapter's file and its settings. facts: those that are 0 are not told."""
+    """The adapter's file and its settings. facts: those that are 0 are left out."""
     file = plan_file(WEIGHTS, tensors, {"format": "pt"})
     return Planned((file,), {**side}, {name: value for name, value in facts.items() if value})
 

@@ -1,4 +1,4 @@
-"""adapter_config.json of an exported adapter: what PEFT and the servers are told of its targets."""
+"""adapter_config.json of an exported adapter: its targets, for PEFT and the servers."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Use:
     """How a model is to be asked, by what it was trained on.
 
     thinking: the `enable_thinking` whose prompt leads to its answers; None where its chat template has no such switch.
-    default: what that template takes where nobody says.  ends: stop tokens that the base is not told of -> their text.
+    default: what that template takes without a setting.  ends: stop tokens that the base does not know -> their text.
     """
 
     thinking: bool | None
@@ -35,7 +35,7 @@ class Use:
 
     @property
     def switch(self) -> str | None:
-        """What a server must be told as JSON; None where the default will do."""
+        """What a server has to be sent as JSON; None where the default will do."""
         if self.thinking is None or self.thinking == self.default:
             return None
         return json.dumps({"enable_thinking": self.thinking})
@@ -50,7 +50,7 @@ class Use:
         """What llama-server takes for it."""
         return "" if self.switch is None else f" --chat-template-kwargs '{self.switch}'"
 
-    def told(self, otherwise: str) -> str:
+    def prompt_note(self, otherwise: str) -> str:
         """Which prompt its answers were trained behind, as Markdown. otherwise: how to ask for it."""
         if self.thinking is None:
             return "Its chat template makes one prompt, the one it was trained behind: there is nothing to set.\n"
@@ -60,12 +60,12 @@ class Use:
         return f"It was trained to {did}: {otherwise}.\n"
 
     def stopping(self, how: str) -> str:
-        """Stop tokens that a base must be told of, as Markdown. how: to tell it, with {ids} and {texts} in it."""
+        """Stop tokens that a base has to be given, as Markdown. how: to give them, with {ids} and {texts} in it."""
         if not self.ends:
             return ""
         named = ", ".join(f"`{text}` ({token})" for token, text in self.ends.items())
-        told = how.replace("{ids}", str(list(self.ends))).replace("{texts}", json.dumps(list(self.ends.values())))
-        return f"\nIt ends its answers with {named}, at which the base does not stop: {told}.\n"
+        remedy = how.replace("{ids}", str(list(self.ends))).replace("{texts}", json.dumps(list(self.ends.values())))
+        return f"\nIt ends its answers with {named}, at which the base does not stop: {remedy}.\n"
 
 
 def shell(command: str) -> str:

@@ -93,10 +93,10 @@ class Journal:
         if self._path.exists():
             try:
                 content = json.loads(self._path.read_text())
-                told, self._done = content["job"], dict(content["done"])
+                started, self._done = content["job"], dict(content["done"])
             except (ValueError, LookupError, TypeError):
                 raise UserError(Problem(str(self._path), "is damaged", "leave --resume out to start over")) from None
-            if told != job:
+            if started != job:
                 hint = "run the same command again, or leave --resume out to start over"
                 raise UserError(Problem(str(folder), "was left by a command with other inputs or settings", hint))
 

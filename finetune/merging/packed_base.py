@@ -43,8 +43,8 @@ class QuantizationError:
 
 def packing_of(adapters: Sequence[AdapterFiles]) -> QuantizeSection | None:
     """How the base was packed in the runs of all these adapters; None where they do not say, or not the same."""
-    told = [files.quantize for files in adapters]
-    if told[0] is None or any(other != told[0] for other in told):
+    sections = [files.quantize for files in adapters]
+    if sections[0] is None or any(other != sections[0] for other in sections):
         return None
     return trained_packing(adapters[0])
 

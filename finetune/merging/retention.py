@@ -81,8 +81,8 @@ def advice(retention: dict[str, Retention]) -> tuple[str, ...]:
     low = {family: kept for family, kept in retention.items() if kept.is_low}
     if not low:
         return ()
-    told = ", ".join(f"{family} keeps {kept.ratio:.0%} (cosine {kept.cosine:.2f})" for family, kept in low.items())
+    losses = ", ".join(f"{family} keeps {kept.ratio:.0%} (cosine {kept.cosine:.2f})" for family, kept in low.items())
     return (
-        f"rounding to the storage dtype loses much of the adapter: {told}. Merge with --dtype fp32 (or fp16, which "
+        f"rounding to the storage dtype loses much of the adapter: {losses}. Merge with --dtype fp32 (or fp16, which "
         "keeps 3 bits more than bf16), or serve the adapter unmerged",
     )

@@ -54,8 +54,8 @@ def stops_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] 
     """Tokens that end a reply: those the checkpoint names, the end of a turn, and what an adapter was taught."""
     configs: Any = getattr(model, "peft_config", {})
     taught = [end for config in configs.values() for end in getattr(config, "ends", ())]
-    told: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = told if isinstance(told, (list, tuple)) else [told]
+    configured: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = configured if isinstance(configured, (list, tuple)) else [configured]
     turn_end = tokenizer.get_added_vocab().get(CHAT_END)
     every = (*named, tokenizer.eos_token_id, turn_end, *taught)
     return list(dict.fromkeys(each for each in every if isinstance(each, int))) or None
