@@ -41,6 +41,7 @@ def test_a_run_is_where_its_adapter_is(run, model, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     ft.merge(run.path, tmp_path / "merged", base=model, console=Console(quiet=True))
     assert ft.export(run.path, tmp_path / "peft", "peft", base=model, console=Console(quiet=True)).files
+    assert "<html" in ft.report(run.path).read_text()
     assert ft.resume(run.path, console=Console(quiet=True)).summary["steps"] == 2
 
 
