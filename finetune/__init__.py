@@ -29,7 +29,7 @@ _HOMES = {
     "RoutingProfile": "routing.profile",
     "read_profile": "routing.profile_file",
     "select": "routing.select",
-    "plot_profile": "report.routing_plots",
+    "plot_profile": "reports.routing_plots",
     "profile": "pipeline",
     "attach": "adapters.attach",
     "save_adapter": "adapters.attach",
@@ -47,6 +47,7 @@ _HOMES = {
     "evaluate": "pipeline",
     "chat": "pipeline",
     "resume": "pipeline",
+    "report": "pipeline",
     "FinetuneError": "errors",
     "UserError": "errors",
     "RunError": "errors",
@@ -78,6 +79,7 @@ __all__ = [
     "quantize",
     "read_plan",
     "read_profile",
+    "report",
     "resume",
     "save_adapter",
     "select",
@@ -102,11 +104,12 @@ if TYPE_CHECKING:
         prepare,
         profile,
         quantize,
+        report,
         resume,
         train,
         verify,
     )
-    from finetune.report.routing_plots import plot_profile
+    from finetune.reports.routing_plots import plot_profile
     from finetune.routing.plan import ExpertPlan
     from finetune.routing.plan_file import read_plan, write_plan
     from finetune.routing.profile import RoutingProfile

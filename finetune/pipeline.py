@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from finetune.config.schema import QuantizeSection, Recipe
-from finetune.report.console import open_console
-from finetune.report.progress import TrainingProgress, bytes_done, rows_done, rows_read
+from finetune.reports.console import open_console
+from finetune.reports.progress import TrainingProgress, bytes_done, rows_done, rows_read
 from finetune.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ class Run:
     @property
     def metrics(self) -> Any:
         """Loss, learning rate, gradient norm, speed and evaluation per logged step, as a pandas DataFrame."""
-        from finetune.report.plots import metrics_frame
+        from finetune.reports.plots import metrics_frame
 
         return metrics_frame(RunFolder(self.path).read_metrics())
 
     def plot_experts(self) -> Any:
         """Load of every expert on the training rows, and which ones train, as a matplotlib Figure."""
-        from finetune.report.routing_plots import plot_profile
+        from finetune.reports.routing_plots import plot_profile
         from finetune.routing.plan_file import read_plan
         from finetune.routing.profile_file import read_profile
 
@@ -72,13 +72,13 @@ class Run:
 
     def plot_routing(self) -> Any:
         """Load of every expert on the same rows before and after training, and its drift, as a matplotlib Figure."""
-        from finetune.report.routing_plots import plot_routing
+        from finetune.reports.routing_plots import plot_routing
 
         return plot_routing(RunFolder(self.path).read_metrics(), title=self.path.name)
 
     def plot_loss(self) -> Any:
         """Training and held-out loss against steps, as a matplotlib Figure."""
-        from finetune.report.plots import plot_loss
+        from finetune.reports.plots import plot_loss
 
         return plot_loss(RunFolder(self.path).read_metrics(), title=self.path.name)
 
@@ -128,7 +128,7 @@ def quantize(
 def profile(recipe: RecipeLike, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
     from finetune.models.files import check_target_file
-    from finetune.report.routing_table import render_profile
+    from finetune.reports.routing_table import render_profile
     from finetune.routing.measure import profile_for
     from finetune.routing.profile_file import write_profile
     from finetune.routing.select import split_half_stability
@@ -176,9 +176,9 @@ def _train(
     from finetune.models.attention import explain_attention
     from finetune.models.live import refuse_packed_rows
     from finetune.models.text_model import text_config
-    from finetune.report.plan_table import verdict_line
-    from finetune.report.routing_table import render_choice
-    from finetune.report.tables import warnings
+    from finetune.reports.plan_table import verdict_line
+    from finetune.reports.routing_table import render_choice
+    from finetune.reports.tables import warnings
     from finetune.training.experts import choose_experts
     from finetune.training.memory import hold_little_memory
     from finetune.training.processes import is_main_process, load_device, processes
@@ -335,7 +335,7 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
 
     from finetune.errors import Problem, UserError
     from finetune.models.files import check_target_file, write_atomic
-    from finetune.report.run_report import RunFacts, render_run
+    from finetune.reports.run_report import RunFacts, render_run
     from finetune.routing.plan_file import read_plan
     from finetune.routing.profile_file import read_profile
 

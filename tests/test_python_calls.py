@@ -10,6 +10,7 @@ from rich.console import Console
 
 import finetune as ft
 from finetune.errors import Problem, in_python
+from finetune.routing.profile_file import write_profile
 from tests.routing.profiles import profile_of
 from tests.training.runs import BASE, recipe_of, save_moe
 
@@ -40,6 +41,7 @@ def test_a_run_is_where_its_adapter_is(run, model, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     ft.merge(run.path, tmp_path / "merged", base=model, console=Console(quiet=True))
     assert ft.export(run.path, tmp_path / "peft", "peft", base=model, console=Console(quiet=True)).files
+    assert "<html" in ft.report(run.path).read_text()
     assert ft.resume(run.path, console=Console(quiet=True)).summary["steps"] == 2
 
 
@@ -76,10 +78,12 @@ def test_changed_recipes_are_checked(model, tmp_path):
         ft.train(clashing)
 
 
-def test_select_takes_a_dict_and_tells_what_is_wrong_with_it():
+def test_select_takes_paths_and_dicts_and_tells_what_is_wrong_with_them(tmp_path):
     profile = profile_of([[8, 4, 2, 1], [1, 2, 4, 8]])
     plan = ft.select(profile, {"select": {"top_fraction": 0.5}})
     assert plan.experts_by_layer == {0: (0, 1), 1: (2, 3)}
+    write_profile(tmp_path / "routing.json", profile)
+    assert ft.select(tmp_path / "routing.json", {"select": {"top_fraction": 0.5}}) == plan
     with pytest.raises(ft.UserError, match="did you mean top_fraction"):
         ft.select(profile, {"select": {"top_fractoin": 0.5}})
     with pytest.raises(ft.UserError, match="needs the rank"):

@@ -28,7 +28,7 @@ def doctor(
     checked = None if recipe is None else load_recipe(recipe, *(overrides or ()))
 
     from finetune.doctor.examination import examine
-    from finetune.report.progress import waiting
+    from finetune.reports.progress import waiting
 
     with waiting(open_console(stderr=True), "checking what will run here (compiled once)"):
         facts = examine(checked)

@@ -59,7 +59,7 @@ class Planned:
 
     def print(self) -> None:
         """As tables."""
-        from finetune.report.plan_table import render_plan
+        from finetune.reports.plan_table import render_plan
 
         open_console().print(render_plan(self.plan, self.remedies))
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def open_console(*, stderr: bool = False) -> Console:
     """Where a command prints; commands that print JSON tell their progress on stderr."""
-    from finetune.report.console import open_console
+    from finetune.reports.console import open_console
 
     return open_console(stderr=stderr)
 

@@ -26,7 +26,7 @@ def profile(
     checked = load_recipe(recipe, *(overrides or ()))
 
     from finetune import pipeline
-    from finetune.report.routing_table import profile_facts
+    from finetune.reports.routing_table import profile_facts
     from finetune.routing.select import split_half_stability
 
     console = open_console(stderr=as_json)
@@ -59,7 +59,7 @@ def experts(
 ) -> None:
     """Explore which experts a rule would train; loads no model."""
     from finetune.models.files import check_target_file
-    from finetune.report.routing_table import exploration_to_dict, render_explorations
+    from finetune.reports.routing_table import exploration_to_dict, render_explorations
     from finetune.routing.explore import explore
     from finetune.routing.plan_file import write_plan
 
@@ -81,7 +81,7 @@ def experts(
     if plan_out is not None:
         write_plan(plan_out, found[0].plan)
     if plot is not None:
-        from finetune.report.routing_plots import plot_profile
+        from finetune.reports.routing_plots import plot_profile
 
         plot_profile(found[0].profile, found[0].plan if asked else None).savefig(plot)
     if as_json:

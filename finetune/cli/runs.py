@@ -66,7 +66,7 @@ def prepare(
     from finetune.config.load import load_recipe
     from finetune.config.steps import Steps
     from finetune.data.show import render_rows
-    from finetune.report.tables import warnings
+    from finetune.reports.tables import warnings
 
     checked = load_recipe(recipe, *(overrides or ()))
     prepared, tokenizer = pipeline.prepare(checked, console=open_console(stderr=True))

@@ -24,7 +24,7 @@ from finetune.io.folder import Progress, Work, check_output, describe_job, write
 from finetune.io.sizes import size_text
 from finetune.merging.plan import check_model, plan_merge, refuse_packed, taught_ends
 from finetune.models.checkpoint import Checkpoint, find_checkpoint
-from finetune.report.tables import Shown, warnings
+from finetune.reports.tables import Shown, warnings
 
 
 @dataclass(frozen=True)

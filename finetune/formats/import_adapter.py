@@ -26,7 +26,7 @@ from finetune.io.stream import Place
 from finetune.merging.plan import plan_merge, refuse_packed
 from finetune.models.checkpoint import Checkpoint, find_checkpoint
 from finetune.models.tensor_file import TensorFile
-from finetune.report.tables import Shown, warnings
+from finetune.reports.tables import Shown, warnings
 
 
 @dataclass(frozen=True)

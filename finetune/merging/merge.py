@@ -25,7 +25,7 @@ from finetune.merging.plan import Adapters, MergePlan, generation_config, plan_m
 from finetune.merging.retention import Retention, Tally, advice
 from finetune.merging.shards import num_bytes, plan_files, reports_by_weight, stored_dtypes
 from finetune.models.checkpoint import CONFIG, INDEX
-from finetune.report.tables import Shown, table, warnings
+from finetune.reports.tables import Shown, table, warnings
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from finetune.config.values import parameters_in
 from finetune.errors import Problem, RoutingError
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import RoutingProfile, Sums
+from finetune.routing.profile_file import read_profile
 from finetune.routing.score import shares
 
 ROUNDING = 1e-9
@@ -20,31 +22,37 @@ ROUNDING = 1e-9
 
 
 def select(
-    profile: RoutingProfile,
+    profile: RoutingProfile | str | Path,
     experts: ExpertsSection | dict[str, Any],
     *,
-    against: RoutingProfile | None = None,
+    against: RoutingProfile | str | Path | None = None,
     seed: int = 0,
     expert_parameters: int | None = None,
     rank: int | None = None,
 ) -> ExpertPlan:
     """The plan that a recipe's `experts` section, or a dict with its fields, makes of a profile.
 
+    profile, against: or the paths of their files.
     expert_parameters: trainable parameters that one expert of one layer costs; a budget needs it.
     rank: of the experts outside of `experts.hot`, which needs it.
     Raises RoutingError when the profile lacks what the score needs, or the budget is too small for any plan.
     """
     experts = parse_section(ExpertsSection, experts, RoutingError)
+    profile = _profile(profile)
     rule = experts.select
     if rule is None:
         return ExpertPlan.all(profile.layer_indices, profile.num_experts)
-    share_LE = shares(profile, experts.score, against=against, seed=seed)
+    share_LE = shares(profile, experts.score, against=None if against is None else _profile(against), seed=seed)
     plan = apply_rule(share_LE, rule, profile.layer_indices, expert_parameters)
     if experts.hot is None:
         return plan
     if rank is None:
         raise RoutingError(Problem("experts.hot", "needs the rank of the other experts", "give rank=16, or as it is"))
     return _with_ranks(plan, apply_rule(share_LE, experts.hot.rule, profile.layer_indices), experts.hot.rank, rank)
+
+
+def _profile(given: RoutingProfile | str | Path) -> RoutingProfile:
+    return given if isinstance(given, RoutingProfile) else read_profile(given)
 
 
 def _with_ranks(plan: ExpertPlan, hot: ExpertPlan, hot_rank: int, rank: int) -> ExpertPlan:

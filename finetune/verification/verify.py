@@ -18,7 +18,7 @@ from finetune.merging.packed_base import MergeOnto, packing_of
 from finetune.merging.plan import Adapters, MergePlan, generation_config, plan_merge, refuse_packed, taught_ends
 from finetune.models.checkpoint import CONFIG, Checkpoint
 from finetune.models.tensor_file import TORCH_DTYPES, WEIGHT_DTYPES
-from finetune.report.tables import Shown, table, warnings
+from finetune.reports.tables import Shown, table, warnings
 from finetune.verification.logits_check import LogitAgreement, check_logits
 from finetune.verification.weights_check import WeightAgreement, WeightCheck, check_weights
 

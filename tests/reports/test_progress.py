@@ -6,8 +6,8 @@ import types
 import pytest
 from rich.console import Console
 
-from finetune.report import progress as module
-from finetune.report.progress import TrainingProgress, bytes_done, describe, rows_read, waiting
+from finetune.reports import progress as module
+from finetune.reports.progress import TrainingProgress, bytes_done, describe, rows_read, waiting
 
 
 def drawn(terminal: bool) -> str:

@@ -24,7 +24,7 @@ def metrics_frame(rows: Sequence[dict[str, Any]]) -> Any:
 def plot_loss(rows: Sequence[dict[str, Any]], title: str = "") -> Any:
     """Training loss against steps, and held-out loss where it was measured. Returns a matplotlib Figure."""
     need("matplotlib")
-    from finetune.report.figure import Plot
+    from finetune.reports.figure import Plot
 
     figure = Plot(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()

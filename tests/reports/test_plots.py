@@ -1,6 +1,6 @@
 import pytest
 
-from finetune.report.plots import metrics_frame, plot_loss, smooth
+from finetune.reports.plots import metrics_frame, plot_loss, smooth
 
 ROWS = [
     {"step": 1, "loss": 3.0, "learning_rate": 1e-3},

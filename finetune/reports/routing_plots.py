@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune.errors import Problem, UserError
-from finetune.report.plots import need
+from finetune.reports.plots import need
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import RoutingProfile, load_share
 
@@ -18,7 +18,7 @@ LOAD = "load, 1 if even"
 def plot_profile(profile: RoutingProfile, plan: ExpertPlan | None = None, title: str = "") -> Any:
     """Load of every expert, hottest first in each layer, the experts of `plan` marked. Returns a Figure."""
     need("matplotlib")
-    from finetune.report.figure import Plot
+    from finetune.reports.figure import Plot
 
     share_LE = load_share(profile.token_counts_LE)
     order_LE = np.argsort(-share_LE, axis=1, kind="stable")
@@ -43,7 +43,7 @@ def plot_routing(rows: Sequence[dict[str, Any]], title: str = "") -> Any:
     Returns a matplotlib Figure. Raises UserError when the run trained no experts' model.
     """
     need("matplotlib")
-    from finetune.report.figure import Plot
+    from finetune.reports.figure import Plot
 
     looks = [row for row in rows if "routing" in row]
     if not looks:

@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from finetune.report.console import open_console
+from finetune.reports.console import open_console
 
 PATIENCE_S = 2.0
 """A wait that takes longer is printed where no live line shows it."""

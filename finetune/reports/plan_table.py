@@ -11,7 +11,7 @@ from rich.text import Text
 from finetune.planning.changes import Remedy
 from finetune.planning.device import GIB
 from finetune.planning.plan import Plan
-from finetune.report.tables import table
+from finetune.reports.tables import table
 
 _NAMES = {
     "weights": "frozen weights",

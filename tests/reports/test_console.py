@@ -6,7 +6,7 @@ import sys
 import pytest
 
 PRINTS = """
-from finetune.report.console import open_console
+from finetune.reports.console import open_console
 console = open_console()
 for line in range(20_000):
     console.print(f"step {line} · loss 1.25")

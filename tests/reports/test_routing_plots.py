@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from finetune.errors import UserError
-from finetune.report.plots import metrics_frame
-from finetune.report.routing_plots import plot_profile, plot_routing
-from finetune.report.routing_table import spans
+from finetune.reports.plots import metrics_frame
+from finetune.reports.routing_plots import plot_profile, plot_routing
+from finetune.reports.routing_table import spans
 from finetune.routing.plan import ExpertPlan
 from tests.routing.profiles import profile_of
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from finetune.report.plots import plot_loss
-from finetune.report.routing_plots import plot_profile, plot_routing
-from finetune.report.routing_table import plan_line
+from finetune.reports.plots import plot_loss
+from finetune.reports.routing_plots import plot_profile, plot_routing
+from finetune.reports.routing_table import plan_line
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import RoutingProfile
 
