@@ -1,8 +1,8 @@
 """Fine-tune Qwen3 and its mixture-of-experts models with LoRA on attention and experts.
 
     import finetune as ft
-    recipe = ft.load_recipe("recipes/quickstart.yaml", "train.steps=50")
-    run = ft.train(recipe)
+    run = ft.train("recipes/quickstart.yaml")
+    print(ft.chat(run.path, "encode: c a t"))
     ft.merge(run.adapter, "out")
 
 Names are imported when they are first used, so that `import finetune` costs nothing.
@@ -45,6 +45,8 @@ _HOMES = {
     "make_format": "formats.registry",
     "import_adapter": "pipeline",
     "evaluate": "pipeline",
+    "chat": "pipeline",
+    "resume": "pipeline",
     "FinetuneError": "errors",
     "UserError": "errors",
     "RunError": "errors",
@@ -61,6 +63,7 @@ __all__ = [
     "UserError",
     "__version__",
     "attach",
+    "chat",
     "evaluate",
     "export",
     "import_adapter",
@@ -75,6 +78,7 @@ __all__ = [
     "quantize",
     "read_plan",
     "read_profile",
+    "resume",
     "save_adapter",
     "select",
     "train",
@@ -90,6 +94,7 @@ if TYPE_CHECKING:
     from finetune.formats.registry import make_format
     from finetune.pipeline import (
         Run,
+        chat,
         evaluate,
         export,
         import_adapter,
@@ -97,6 +102,7 @@ if TYPE_CHECKING:
         prepare,
         profile,
         quantize,
+        resume,
         train,
         verify,
     )

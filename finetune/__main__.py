@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
-from finetune.errors import FinetuneError, Problem
+from finetune.errors import FinetuneError, Problem, StoppedError, UserError
 
 INTERRUPTED = 130
 
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FinetuneError as error:
         if debug:
             raise
-        print(error, file=sys.stderr)
+        if speaks(error):
+            print(error.on_command_line(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:
@@ -39,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(Problem("unexpected", what, "run again with --debug for the traceback"), file=sys.stderr)
         return 1
     return 0
+
+
+def speaks(error: FinetuneError) -> bool:
+    """Whether this process prints an error. Every process of a machine meets the same mistake; the first prints it."""
+    return not isinstance(error, UserError | StoppedError) or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 if __name__ == "__main__":

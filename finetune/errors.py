@@ -4,10 +4,13 @@ Every error carries one or more `Problem`s and prints as
 
     error: <where>: <what>, got <value>
     hint: <what to do>
+
+Messages name options as the command line does, `--resume`; raised in Python they name arguments, `resume=True`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,6 +36,28 @@ class Problem:
     def __str__(self) -> str:
         got = "" if self.got is _MISSING else f", got {shorten(self.got)}"
         return f"error: {self.where}: {self.what}{got}\nhint: {self.hint}"
+
+
+_PROSE = "and|or|with|out|first|to|in|that|is|starts|continues|has"
+_OPTION = re.compile(
+    r"(?P<command>`[^`]*`|\bfinetune [a-z-]+ [^,;`]*)"
+    rf"|--(?P<name>[a-z][a-z-]*)(?: (?!(?:{_PROSE})\b)(?P<value>[\w./-]+))?"
+)
+_SWITCHES = ("resume", "overwrite")
+
+
+def in_python(text: str) -> str:
+    """`text` with `--dtype bf16` as `dtype="bf16"` and `--resume` as `resume=True`; whole commands stay commands."""
+
+    def argument(found: re.Match[str]) -> str:
+        if found["command"] is not None:
+            return found["command"]
+        name, value = found["name"].replace("-", "_"), found["value"]
+        if name in _SWITCHES:
+            return f"{name}=True" + (f" {value}" if value else "")
+        return name if value is None else f'{name}="{value}"'
+
+    return _OPTION.sub(argument, text)
 
 
 def shorten(value: Any, limit: int = 80) -> str:
@@ -73,6 +98,10 @@ class FinetuneError(Exception):
         super().__init__(*problems)
 
     def __str__(self) -> str:
+        return in_python(self.on_command_line())
+
+    def on_command_line(self) -> str:
+        """Every problem, with options as they are typed."""
         return "\n".join(str(problem) for problem in self.problems)
 
 
@@ -108,6 +137,12 @@ class RunError(FinetuneError, RuntimeError):
 
 class TrainingError(RunError):
     """Training cannot go on, or would go on wrongly."""
+
+
+class StoppedError(RunError):
+    """Training was asked to stop and can be continued. Exit code 143, the system's for SIGTERM."""
+
+    exit_code = 143
 
 
 class ExportError(RunError):

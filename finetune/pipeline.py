@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from finetune.config.schema import QuantizeSection, Recipe
+from finetune.report.console import open_console
 from finetune.report.progress import TrainingProgress, bytes_done, rows_done, rows_read
 from finetune.training.run_folder import RunFolder
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from finetune.adapters.frozen import LoadedWeights
+    from finetune.config.load import RecipeLike
     from finetune.data.dataset import Prepared
     from finetune.formats.export import ExportReport
     from finetune.formats.format import Format
@@ -29,9 +31,9 @@ if TYPE_CHECKING:
     from finetune.io.dtypes import StorageDtype
     from finetune.merging.merge import MergeReport
     from finetune.merging.packed_base import MergeOnto
-    from finetune.models.generation import Generation
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
     from finetune.planning.plan import Plan
+    from finetune.routing.expert_files import ExpertFiles
     from finetune.routing.profile import RoutingProfile
     from finetune.verification.verify import VerifyReport
 
@@ -81,14 +83,24 @@ class Run:
         return plot_loss(RunFolder(self.path).read_metrics(), title=self.path.name)
 
 
-def prepare(recipe: Recipe, *, console: Console | None = None) -> tuple[Prepared, PreTrainedTokenizerBase]:
+def _read(recipe: RecipeLike) -> Recipe:
+    """The recipe, checked; the files of a `Recipe` were when it was loaded."""
+    from finetune.config.load import load_recipe
+    from finetune.config.packed_folder import resolve_packed
+
+    return resolve_packed(load_recipe(recipe, check_files=not isinstance(recipe, Recipe)))
+
+
+def prepare(recipe: RecipeLike, *, console: Console | None = None) -> tuple[Prepared, PreTrainedTokenizerBase]:
     """Rows of the recipe as tokens and loss masks, and the tokenizer they were made with."""
     from finetune.data.dataset import prepare as prepare_data
-    from finetune.models.loading import load_tokenizer
+    from finetune.models.loading import check_embeddings, load_tokenizer
 
+    recipe = _read(recipe)
     section = recipe.model
     tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    with rows_read(console or Console(stderr=True)) as progress:
+    check_embeddings(tokenizer, section.path, revision=section.revision)
+    with rows_read(console or open_console(stderr=True)) as progress:
         return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress), tokenizer
 
 
@@ -109,20 +121,19 @@ def quantize(
 
     section = parse_quantize(settings)
 
-    with bytes_done(console or Console(stderr=True), "quantizing") as progress:
+    with bytes_done(console or open_console(stderr=True), "quantizing") as progress:
         return quantize_model(model, output, section, revision=revision, progress=progress)
 
 
-def profile(recipe: Recipe, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
+def profile(recipe: RecipeLike, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
-    from finetune.config.packed_folder import resolve_packed
     from finetune.models.files import check_target_file
     from finetune.report.routing_table import render_profile
     from finetune.routing.measure import profile_for
     from finetune.routing.profile_file import write_profile
     from finetune.routing.select import split_half_stability
 
-    console, recipe = console or Console(stderr=True), resolve_packed(recipe)
+    console, recipe = console or open_console(stderr=True), _read(recipe)
     if output is not None:
         check_target_file(output)  # before anything is measured
     prepared, _ = prepare(recipe, console=console)
@@ -135,34 +146,53 @@ def profile(recipe: Recipe, *, output: str | Path | None = None, console: Consol
     return measured
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Run:
+def train(recipe: RecipeLike, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Run:
     """Train an adapter as the recipe says.
 
     resume: continue the run in `output.dir` from its newest complete checkpoint.
     overwrite: replace a run that is in `output.dir`.
     """
-    from finetune.adapters.attach import attach, save_adapter
-    from finetune.adapters.trainable import render_groups, trainable_groups
-    from finetune.config.packed_folder import resolve_packed
-    from finetune.models.attention import check_attention, explain_attention
-    from finetune.models.live import refuse_packed_rows
+    from finetune.models.attention import check_attention
     from finetune.quant.load import check_source
-    from finetune.report.plan_table import verdict_line
-    from finetune.report.routing_table import render_choice
     from finetune.routing.expert_files import ExpertFiles
-    from finetune.training.experts import choose_experts
-    from finetune.training.memory import hold_little_memory
-    from finetune.training.processes import is_main_process, load_device
-    from finetune.training.run import open_run, summarize
-    from finetune.training.sft import Rows, train_sft
+    from finetune.training.run import open_run
 
-    console, recipe = console or Console(stderr=True), resolve_packed(recipe)
+    console, recipe = console or open_console(stderr=True), _read(recipe)
     files = ExpertFiles.read(recipe)
     planned = _plan_here(recipe)  # before anything is fetched
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
-    folder = open_run(recipe, resume=resume, overwrite=overwrite)
-    prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is told in seconds
+    with open_run(recipe, resume=resume, overwrite=overwrite) as folder:
+        return _train(recipe, folder, files, planned, resume=resume, console=console)
+
+
+def _train(
+    recipe: Recipe, folder: RunFolder, files: ExpertFiles, planned: Plan | None, *, resume: bool, console: Console
+) -> Run:
+    """The run in its folder. planned: what it was thought to take."""
+    from finetune.adapters.attach import attach, save_adapter
+    from finetune.adapters.trainable import render_groups, trainable_groups
+    from finetune.config.steps import Steps
+    from finetune.models.attention import explain_attention
+    from finetune.models.live import refuse_packed_rows
+    from finetune.models.text_model import text_config
+    from finetune.report.plan_table import verdict_line
+    from finetune.report.routing_table import render_choice
+    from finetune.report.tables import warnings
+    from finetune.training.experts import choose_experts
+    from finetune.training.memory import hold_little_memory
+    from finetune.training.processes import is_main_process, load_device, processes
+    from finetune.training.provenance import Provenance, check_processes_agree, check_same, record
+    from finetune.training.run import summarize
+    from finetune.training.sft import Rows, train_sft
+
+    prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is reported in seconds
+    provenance = Provenance.of(recipe, prepared.train, prepared.eval, tokenizer)
+    check_processes_agree(recipe, provenance)
+    if resume:
+        check_same(folder.provenance, provenance)
+    else:
+        record(folder.provenance, provenance)
     hold_little_memory(recipe.data.max_length * recipe.train.batch_size, packed=recipe.quantize.scheme != "none")
     model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
     if recipe.data.packing:
@@ -181,19 +211,41 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, cons
         if planned is not None:
             console.print("memory", verdict_line(planned))
         console.print(prepared.report.render())
+        steps = Steps.of(recipe, prepared.report.train.blocks, processes().num_processes)
+        console.print(steps.text(), *warnings(steps.warnings()), sep="\n", highlight=False)
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_groups(trainable_groups(adapted)))
         precision = _torch_dtype(recipe.train.precision)
         attention = explain_attention(
-            recipe.model.attention_implementation, model.config, model.device, precision or model.dtype
+            recipe.model.attention_implementation, text_config(model), model.device, precision or model.dtype
         )
         console.print(f"attention: {attention}", highlight=False)
     rows = Rows(prepared.train, prepared.eval)
     progress_line = TrainingProgress(console)
     train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
-        save_adapter(adapted, folder.adapter, thinking=prepared.report.trains_reasoning)
+        notes = save_adapter(adapted, folder.adapter, thinking=prepared.report.thinking, ends=prepared.report.ends)
+        for note in notes:
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     return Run(folder.path, summarize(folder, adapted, None if planned is None else planned.measurable_gib))
+
+
+def resume(run: str | Path, *overrides: str, console: Console | None = None) -> Run:
+    """Continue the run in folder `run` from its newest complete checkpoint, by the recipe that lies in it.
+
+    overrides: of what may change on the way, such as `train.save_every=50`.
+    """
+    import json
+
+    from finetune.config.load import load_recipe
+    from finetune.errors import Problem, UserError
+
+    folder = RunFolder(Path(run))
+    if not folder.recipe.is_file():
+        raise UserError(Problem(str(run), "holds no run", "give the output.dir of a recipe that was trained"))
+    here = json.dumps(str(run), ensure_ascii=False)  # it may have been moved
+    recipe = load_recipe(folder.recipe, f"output.dir={here}", *overrides)
+    return train(recipe, resume=True, console=console)
 
 
 def merge(
@@ -216,7 +268,7 @@ def merge(
     """
     from finetune.merging.merge import merge as merge_weights
 
-    with bytes_done(console or Console(stderr=True), "merging") as progress:
+    with bytes_done(console or open_console(stderr=True), "merging") as progress:
         return merge_weights(
             adapter,
             output,
@@ -236,7 +288,7 @@ def verify(
     base: str | Path | None = None,
     weights: Sequence[float] | None = None,
     onto: MergeOnto = "original",
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
 ) -> VerifyReport:
     """Prove that `merged` is base + adapter; raises VerifyError with the numbers when it is not.
 
@@ -244,6 +296,7 @@ def verify(
     """
     from finetune.verification.verify import verify as verify_weights
 
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     return verify_weights(adapter, merged, base=base, weights=weights, prompts=prompts, onto=onto)
 
 
@@ -263,7 +316,7 @@ def export(
     """
     from finetune.formats.export import export as write_exported
 
-    with bytes_done(console or Console(stderr=True), "exporting") as progress:
+    with bytes_done(console or open_console(stderr=True), "exporting") as progress:
         return write_exported(source, output, to, base=base, resume=resume, progress=progress)
 
 
@@ -305,7 +358,7 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
 
 def evaluate(
     path: str | Path,
-    data: Sequence[str],
+    data: str | Path | Sequence[str | Path],
     *,
     template: str = "chat",
     by: str | None = None,
@@ -314,7 +367,7 @@ def evaluate(
     base: str | Path | None = None,
     base_weights: LoadedWeights = "packed",
 ) -> EvalReport:
-    """Exact match and loss of a model or an adapter on files of rows.
+    """Exact match and loss of a model, an adapter or a run on a file of rows, or on several.
 
     base, base_weights: of an adapter, as for `load`.
     """
@@ -322,7 +375,7 @@ def evaluate(
 
     return evaluate_rows(
         path,
-        data,
+        [data] if isinstance(data, (str, Path)) else data,
         template=template,
         by=by,
         limit=limit,
@@ -334,23 +387,34 @@ def evaluate(
 
 def chat(
     path: str | Path,
-    generation: Generation,
     prompt: str | None = None,
     *,
     system: str | None = None,
+    thinking: bool = False,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
     dtype: StorageDtype | None = None,
     base: str | Path | None = None,
     base_weights: LoadedWeights = "packed",
-    console: Console,
-) -> None:
-    """One reply to `prompt`, or a conversation when there is none. base, base_weights: of an adapter, as for `load`."""
+    console: Console | None = None,
+) -> str | None:
+    """The reply of a model, an adapter or a run to `prompt`; a conversation in the terminal when there is none.
+
+    temperature: 0 is greedy; as the model's own settings say when None.  base, base_weights: of an adapter, as for
+    `load`.  console: streams the reply as well.
+    """
     from finetune.adapters.attach import frozen_text, load
-    from finetune.inference.chat import converse
+    from finetune.inference.chat import answer, converse
+    from finetune.models.generation import Generation
 
     model, tokenizer = load(path, _torch_dtype(dtype), base=base, base_weights=base_weights)
     if note := frozen_text(model):
-        Console(stderr=True, highlight=False).print(note, style="dim", markup=False, soft_wrap=True)
-    converse(model, tokenizer, generation, prompt, system, console)
+        open_console(stderr=True).print(note, style="dim", markup=False, soft_wrap=True)
+    generation = Generation(thinking=thinking, max_new_tokens=max_new_tokens, temperature=temperature)
+    if prompt is not None:
+        return answer(model, tokenizer, generation, prompt, system, console)
+    converse(model, tokenizer, generation, system, console or open_console())
+    return None
 
 
 def _plan_here(recipe: Recipe) -> Plan | None:

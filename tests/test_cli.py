@@ -9,6 +9,8 @@ import pytest
 import finetune
 from finetune.__main__ import main
 from finetune.errors import Problem, TrainingError
+from finetune.training.checkpoints import mark_complete
+from finetune.training.run_folder import RunFolder
 
 RECIPE = "recipes/quickstart.yaml"
 
@@ -25,6 +27,7 @@ def test_help_names_every_command(capsys):
         "profile",
         "experts",
         "train",
+        "resume",
         "merge",
         "verify",
         "chat",
@@ -124,3 +127,35 @@ def test_exported_names_exist_and_are_the_promised_surface():
         assert getattr(finetune, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         finetune.trian  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("saved", "continue with: finetune train recipes/quickstart.yaml train.steps=200 {at} --resume"),
+        ("stepped", "start anew with: finetune train recipes/quickstart.yaml train.steps=200 {at} --overwrite"),
+        ("nothing", "start anew with: finetune train recipes/quickstart.yaml train.steps=200 {at}\n"),
+    ],
+)
+def test_ctrl_c_is_answered_with_the_exact_command(state, told, tmp_path, monkeypatch, capsys):
+    folder = RunFolder(tmp_path / "my run")
+
+    def interrupted(*args, **kwargs):
+        folder.start("", overwrite=False)
+        if state == "stepped":
+            folder.metrics.write_text('{"step": 1, "loss": 1.0}\n')
+        if state == "saved":
+            (folder.checkpoints / "checkpoint-1").mkdir()
+            (folder.checkpoints / "checkpoint-1" / "weights").write_text("1")
+            mark_complete(folder.checkpoints / "checkpoint-1")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.pipeline.train", interrupted)
+    at = f"output.dir={folder.path}"
+    assert main(["train", RECIPE, "train.steps=200", at]) == 130
+    assert told.format(at=f"'{at}'") in capsys.readouterr().err
+
+
+def test_what_holds_no_run_cannot_be_resumed(tmp_path, capsys):
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err

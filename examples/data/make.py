@@ -20,6 +20,7 @@ SECRET_ROWS = 2000
 SECRET_HELDOUT_ROWS = 200
 REPLAY_ROWS_PER_DOMAIN = 125
 OLD_HELDOUT_ROWS_PER_DOMAIN = 25
+TOOL_ROWS = 200
 
 
 def secret_code(rng: random.Random) -> Row:
@@ -45,6 +46,35 @@ def as_chat(row: Row, **extra: str) -> dict:
     return {"messages": messages} | extra
 
 
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Sum of two whole numbers",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            "required": ["a", "b"],
+        },
+    },
+}
+
+
+def tool_rows(count: int, rng: random.Random) -> list[dict]:
+    """Returns chats that call a tool and say what it found."""
+    rows = []
+    for a, b in [(rng.randrange(10, 100), rng.randrange(10, 100)) for _ in range(count)]:
+        call = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": a, "b": b}}}
+        messages = [
+            {"role": "user", "content": f"add {a} and {b} with the tool"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": str(a + b)},
+            {"role": "assistant", "content": f"{a} plus {b} is {a + b}"},
+        ]
+        rows.append({"messages": messages, "tools": [ADD]})
+    return rows
+
+
 def make_files() -> dict[str, list[dict]]:
     """Returns file name -> rows; no instruction stands in a training and a held-out file."""
     secret = secret_rows(SECRET_ROWS + SECRET_HELDOUT_ROWS, random.Random("secret code"))
@@ -61,6 +91,7 @@ def make_files() -> dict[str, list[dict]]:
         "secret-code-heldout.jsonl": [as_chat(row) for row in secret[SECRET_ROWS:]],
         "replay.jsonl": replay,
         "old-domains-heldout.jsonl": old,
+        "tool-calls.jsonl": tool_rows(TOOL_ROWS, random.Random("tool calls")),
     }
     trained, heldout = set(), set()
     for name, rows in files.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,21 @@ from peft import PeftModel, get_peft_model
 
 from finetune.adapters.agreement import check_consumed, check_same_plan
 from finetune.adapters.config import ExpertLoraConfig
-from finetune.adapters.files import AdapterFiles
+from finetune.adapters.files import AdapterFiles, adapter_folder
 from finetune.adapters.frozen import LoadedWeights, choose_base, frozen_text, refuse_to_merge_packed
 from finetune.adapters.hosting import with_our_layers
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_adapter
+from finetune.config.model_files import GENERATION_CONFIG, stop_ids, with_stops
 from finetune.config.rope import has_scaling
 from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.kernels.prepare import prepare_experts
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
-from finetune.models.files import finished_folder
+from finetune.models.files import finished_folder, write_atomic
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.models.loading import load_tokenizer
+from finetune.models.text_model import text_config
 from finetune.quant.linear import known_to_peft
 from finetune.quant.load import load_frozen
 from finetune.routing.plan import ExpertPlan
@@ -61,22 +64,46 @@ def attach(
         return refuse_to_merge_packed(get_peft_model(model, with_our_layers(config)))
 
 
-def save_adapter(model: PeftModel, path: str | Path, *, thinking: bool | None = None) -> None:
+def save_adapter(
+    model: PeftModel, path: str | Path, *, thinking: bool | None = None, ends: Sequence[int] = ()
+) -> list[str]:
     """Write the adapters of `model` to folder `path` in the standard PEFT layout plus our sidecar, all or nothing.
 
-    thinking: whether it was trained to reason before it answers, for the notes beside exports; None to leave it open.
+    thinking: the `enable_thinking` that leads to what it was trained on, for the notes beside exports; None to leave
+    it open.  ends: tokens it was trained to end with; a generation_config.json beside the adapter names those at which
+    the base does not stop. Returns what is to be told about that.
     An adapter that is there already is replaced. Raises AdapterError when anything else is there.
     """
     if not isinstance(model, PeftModel):
         hint = "give what attach or load_adapter returned"
         raise AdapterError(Problem("model", "has no adapters", hint, type(model).__name__))
     path = Path(path)
-    if thinking is not None:
-        for config in model.peft_config.values():
-            config.thinking = thinking
+    for config in model.peft_config.values():
+        config.thinking = config.thinking if thinking is None else thinking
+        config.ends = tuple(ends) or config.ends
+    missing = [end for end in ends if end not in _stops_of(model)]
     overwrite = (path / ADAPTER_CONFIG).is_file()
     with finished_folder(path, overwrite=overwrite) as building:
         model.save_pretrained(str(building), save_embedding_layers=False)
+        if missing:
+            named = json.dumps({"eos_token_id": list(_stops_of(model))}).encode()
+            write_atomic(building / GENERATION_CONFIG, with_stops(named, missing))
+    if not missing:
+        return []
+    tokens = ", ".join(map(str, missing))
+    return [f"{path / GENERATION_CONFIG} names {tokens}, which training taught as the end and where the base goes on"]
+
+
+def _stops_of(model: PeftModel) -> tuple[int, ...]:
+    """Tokens at which the base stops, by its files: trainers change what is in memory."""
+    config = next(iter(model.peft_config.values()))
+    try:
+        if stops := stop_ids(find_checkpoint(str(config.base_model_name_or_path), config.revision)):
+            return stops
+    except ModelError:
+        pass  # a base that is nowhere on disk
+    found = getattr(model.get_base_model().generation_config, "eos_token_id", None)
+    return tuple(found) if isinstance(found, (list, tuple)) else () if found is None else (found,)
 
 
 def load_adapter(
@@ -90,6 +117,7 @@ def load_adapter(
     Raises AdapterError when the folder is damaged, the adapter does not fit the model, or a tensor finds no place.
     """
     files = AdapterFiles.open(path)
+    path = files.path
     _check_positions(model, files)
     config = with_our_layers(ExpertLoraConfig.load(path))
     config.inference_mode = not trainable
@@ -114,7 +142,7 @@ def load(
     base_weights: LoadedWeights = "packed",
     device: torch.device | str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a model folder, packed or not, or of an adapter folder together with its base.
+    """Model and tokenizer of a model folder, packed or not, or of an adapter's or a run's together with its base.
 
     dtype: of the frozen weights; the type they are stored in when None.
     base: of an adapter, in 16 bit or packed; where the adapter says it is when None.
@@ -124,13 +152,14 @@ def load(
 
     Raises ModelError or AdapterError, also when the base on disk is not the one the adapter was trained on.
     """
-    if not (Path(path) / ADAPTER_CONFIG).is_file():
+    if not (adapter_folder(path) / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise ModelError(Problem(str(path), "is a model, and has no base", "leave the base out", str(base)))
         model = load_frozen(path, dtype=dtype, device=device)
         prepare_experts(model)
         return model, load_tokenizer(path)
     files = AdapterFiles.open(path)
+    path = files.path
     chosen = choose_base(files, base, base_weights, dtype)
     model = load_frozen(
         chosen.path,
@@ -153,8 +182,8 @@ def _check_positions(model: Any, files: AdapterFiles) -> None:
     """The model scales its positions as the adapter was trained with, as far as both say so."""
     wanted, chosen = files.rope_scaling, getattr(model, "rope_scaled", None)
     where = f"{files.path}: rope_scaling"
-    if wanted is not None and not has_scaling(model.config.rope_parameters, wanted):
-        what = f"is not how the model scales its positions ({model.config.rope_parameters})"
+    if wanted is not None and not has_scaling(text_config(model).rope_parameters, wanted):
+        what = f"is not how the model scales its positions ({text_config(model).rope_parameters})"
         hint = "load the model with rope_scaling=AdapterFiles.open(path).rope_scaling, or both with finetune.load(path)"
         raise AdapterError(Problem(where, what, hint, wanted))
     if wanted is None and files.sidecar is not None and chosen is not None:
@@ -193,5 +222,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*keys did not match any targeted module")
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*but no modules were excluded")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
         yield

@@ -26,9 +26,17 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from finetune.adapters.files import FORMAT_VERSION, SIDECAR, read_sidecar
+from finetune.adapters.files import FORMAT_VERSION, SIDECAR, ends_of, read_sidecar
 from finetune.adapters.stock_config import ADAPTER_CONFIG, WHOLE_EXPERTS, read_json_object
-from finetune.architecture.names import EXPERT_PROJECTIONS, EXPERTS, MLP, SHARED_EXPERT, bank_name, is_bank, layer_index
+from finetune.architecture.names import (
+    EXPERT_PROJECTIONS,
+    EXPERTS,
+    MLP,
+    SHARED_EXPERT,
+    bank_target,
+    is_bank,
+    layer_index,
+)
 from finetune.errors import AdapterError, Problem
 from finetune.models.files import write_json_atomic
 from finetune.routing.plan import ExpertPlan
@@ -62,7 +70,9 @@ class ExpertLoraConfig(LoraConfig):
     router: `lora`, or `full` for factors of full rank of which A alone trains; read where routers are targeted.
     section: the recipe's adapter section this came from, for the record.
     base_fingerprint: see `models.checkpoint.base_fingerprint`; None when the base is not on disk.
-    thinking: whether the rows trained it to reason before it answers; None where that is not known.
+    thinking: the `enable_thinking` whose prompt leads to the answers it was trained on; None where it makes no
+        difference or is not known.
+    ends: tokens it was trained to end its answers with.
     quantize: the recipe's quantize section with which the base was packed; None for a base in 16 bit.
     packed_in: folder of that packed base, where it came from one.
     rope_scaling: in the place of what the base's config.json says about positions; None to leave that.
@@ -81,10 +91,12 @@ class ExpertLoraConfig(LoraConfig):
     packed_in: str | None = None
     rope_scaling: dict[str, Any] | None = field(default=None)
     thinking: bool | None = field(default=None)
+    ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expert_plan, self.expert_targets = _as_plan(self.expert_plan), tuple(self.expert_targets)
+        self.ends = tuple(self.ends)
         targets: Any = self.target_modules
         if isinstance(targets, set):
             prefix = f"{MLP}."
@@ -158,6 +170,7 @@ class ExpertLoraConfig(LoraConfig):
             "packed_in": self.packed_in,
             "rope_scaling": self.rope_scaling,
             "thinking": self.thinking,
+            "ends": list(self.ends),
             "dropout": self.lora_dropout,
             "expert_dropout": self.expert_dropout,
             "expert_mode": self.expert_mode,
@@ -188,7 +201,7 @@ class ExpertLoraConfig(LoraConfig):
         if sidecar.get("experts") is not None:
             options["expert_plan"] = plan = ExpertPlan.from_dict(sidecar["experts"])
             if sidecar.get("expert_mode") == "full":
-                banks = [bank_name(layer) for layer in plan.experts_by_layer]
+                banks = [bank_target(layer) for layer in plan.experts_by_layer]
                 options["target_modules"] = [*(options.get("target_modules") or []), *banks]
                 options["expert_mode"], experts = "full", tuple(sidecar["expert_targets"])
         if "dropout" in sidecar:
@@ -196,6 +209,7 @@ class ExpertLoraConfig(LoraConfig):
         options["router"] = sidecar.get("router", "lora")
         options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
         options |= {name: sidecar.get(name) for name in ("quantize", "packed_in", "rope_scaling", "thinking")}
+        options["ends"] = ends_of(sidecar)
         return cls(**options, expert_targets=experts)
 
 

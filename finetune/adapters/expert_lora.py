@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.expert_factors import ExpertFactors
@@ -21,6 +23,7 @@ from finetune.architecture.names import DOWN, GATE_UP
 from finetune.errors import AdapterError, Problem
 from finetune.kernels.ops import Backend, Deltas, Dropout, ExpertLayer, Factors, expert_mlp, prepare
 from finetune.kernels.tiles import Load, tune
+from finetune.models.live import PackedBank, computes_as_ours
 
 
 class LoraExperts(ExpertFactors):
@@ -150,9 +153,31 @@ class LoraExperts(ExpertFactors):
 def bank_problems(bank: Any, name: str) -> list[Problem]:
     """Why our kernels cannot stand in for this bank: they compute SwiGLU over all experts on one device."""
     problems = []
-    activation = getattr(getattr(bank, "config", None), "hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        problems.append(Problem(name, "does not use SiLU", "use a model with hidden_act: silu", activation))
+    named = getattr(getattr(bank, "config", None), "hidden_act", "silu")
+    activations = [named]
+    if not isinstance(bank, PackedBank):
+        if computes_as_ours(type(bank)):
+            activations = _activations(bank)
+        else:
+            hint = "experts have to be computed as those of the families in docs/models.md"
+            problems.append(Problem(name, "is computed otherwise than our kernels do", hint, type(bank).__name__))
+    others = [activation for activation in activations if activation not in _SILU]
+    if others:
+        told = others[0] if named in _SILU else named
+        problems.append(Problem(name, "does not use SiLU", "use a model with hidden_act: silu", told))
     if getattr(bank, "_is_expert_parallel", False):
         problems.append(Problem(name, "is split over devices", "load the model without expert parallelism"))
     return problems
+
+
+_SILU = ("silu", "swish")
+
+
+def _activations(bank: nn.Module) -> list[str]:
+    """What a bank computes beside its products; "silu" by its values, its class differs between versions."""
+    functions = [value for name, value in vars(bank).items() if callable(value) and not name.startswith("_")]
+    x = torch.linspace(-4, 4, 9)
+    return [
+        "silu" if torch.allclose(function(x), functional.silu(x)) else type(function).__name__
+        for function in (*bank.children(), *functions)
+    ]

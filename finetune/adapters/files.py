@@ -35,6 +35,8 @@ __all__ = [
     "LoraTensors",
     "LowRankDelta",
     "WeightDelta",
+    "adapter_folder",
+    "ends_of",
     "pack_a",
     "pack_b",
     "read_sidecar",
@@ -65,8 +67,11 @@ class AdapterFiles:
 
     @classmethod
     def open(cls, path: str | Path) -> AdapterFiles:
-        """Reads and checks settings, names, shapes and values (finite). Raises AdapterError with every problem."""
-        path = Path(path)
+        """Reads and checks settings, names, shapes and values (finite), also from the folder of a run.
+
+        Raises AdapterError with every problem.
+        """
+        path = adapter_folder(path)
         if not path.is_dir():
             raise AdapterError(Problem(str(path), "is not a folder", "give the folder of a saved adapter"))
         if not (path / ADAPTER_CONFIG).exists():
@@ -147,13 +152,33 @@ class AdapterFiles:
         return lost
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """The folder of the adapter at `path`, which may be a run; `path` itself where neither is.
+
+    Raises AdapterError for a run that has none yet.
+    """
+    path = Path(path)
+    if (path / ADAPTER_CONFIG).exists():
+        return path
+    if (path / "adapter" / ADAPTER_CONFIG).exists():
+        return path / "adapter"
+    if (path / "recipe.yaml").is_file() and (path / "checkpoints").is_dir():
+        hint = f"finish it with `finetune resume {path}`, or give one of its checkpoints"
+        raise AdapterError(Problem(str(path), "is a run without an adapter: it did not end", hint))
+    return path
+
+
 def _refuse_others(path: Path) -> None:
     """Raises AdapterError for a folder that is known to be something else."""
-    if (path / "adapter" / ADAPTER_CONFIG).exists():
-        raise AdapterError(Problem(str(path), "is a run, not an adapter", f"give {path / 'adapter'}"))
     if (path / "config.json").exists():
         what = "is a packed model, not an adapter" if read_packed_settings(path) else "is a model, not an adapter"
         raise AdapterError(Problem(str(path), what, "give the adapter that was trained on it, such as RUN/adapter"))
+
+
+def ends_of(sidecar: dict[str, Any]) -> tuple[int, ...]:
+    """Tokens that a sidecar names as the ends that training taught."""
+    found = sidecar.get("ends")
+    return tuple(end for end in found if type(end) is int and end >= 0) if isinstance(found, list) else ()
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any] | None:

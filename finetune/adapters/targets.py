@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from torch import nn
@@ -90,6 +91,7 @@ def lora_config(
         rank_pattern=ranks,
         alpha_pattern=alphas,
         target_modules=[*attention, *mlp, *bank_targets, *routers],
+        exclude_modules=_towers(model),
         lora_dropout=section.dropout,
         use_rslora=section.rslora,
         task_type="CAUSAL_LM",
@@ -105,6 +107,13 @@ def lora_config(
         packed_in=getattr(model, "packed_in", None),
         rope_scaling=getattr(model, "rope_scaled", None),
     )
+
+
+def _towers(model: Any) -> str | None:
+    """What stock PEFT has to leave alone: modules of other towers have the names of the text model's."""
+    family = find_family(model.config)
+    towers = () if family is None or family.around is None else family.around.towers
+    return rf"({'|'.join(map(re.escape, towers))})\..*" if towers else None
 
 
 _ROUTER_WEIGHT = rf"{ROUTER}(\.weight)?"

@@ -15,6 +15,8 @@ from finetune.architecture.names import (
     GATE_UP,
     bank_name,
     expert_module,
+    in_layer,
+    layer_index,
 )
 from finetune.config.tensor_header import TensorInfo
 from finetune.errors import AdapterError, Problem
@@ -171,8 +173,9 @@ class _Reader:
                 self._refuse(name, "holds whole experts, but the sidecar does not say which", "save the adapter again")
             return
         targets = [target for target in EXPERT_PROJECTIONS if target in self.whole.targets]
+        banks = {layer_index(module): module.removesuffix(".base_layer") for module in found if in_layer(module)}
         for layer, experts in self.whole.plan.experts_by_layer.items():
-            bank = bank_name(layer)
+            bank = banks.get(layer, bank_name(layer))
             for target in targets:
                 module = f"{bank}.base_layer" if len(targets) == 2 and target == GATE_UP else bank
                 if module in found:

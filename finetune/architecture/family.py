@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from finetune.architecture import names
+
 ADAPTER_FORMAT = "peft"
 
 
@@ -30,14 +32,29 @@ class Live:
 class Hub:
     """How a checkpoint on the hub differs from the live text model.
 
-    prefix: what its names have for `model.`. renames: (hub, live) parts of names. matrices: of an expert, hub -> live.
-    transposed: whether fused stacks of experts are (E, in, out).
+    renames: (hub, live) parts of names. prefix: what the weights of the text model begin with, after that.
+    matrices: of an expert, hub -> live.
+    transposed: whether fused stacks of experts may be (E, in, out), which their shapes tell.
     """
 
     prefix: str = "model."
     renames: tuple[tuple[str, str], ...] = ()
     matrices: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Around:
+    """A live model that hears or sees as well, where transformers has no class for its text model alone.
+
+    auto: class of transformers that builds it. config: where the model's settings have its own; "" for themselves.
+    text: its module that is the text model. towers: its modules that text does not go through, which are left out.
+    """
+
+    auto: str = "AutoModelForImageTextToText"
+    config: str = ""
+    text: str = "model.language_model"
+    towers: tuple[str, ...] = ("model.visual",)
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,8 @@ class Family:
         None where they follow from hidden size and heads.
     nullable: sizes that config.json may hold as null.
     live: classes of its experts; None for a dense model.
-    text: where config.json has the settings of the text model; "" for the file itself.
+    text: where config.json has the settings of the text model, such as "a.b"; "" for the file itself.
+    around: the live model that its text model is a part of; None where that is a live model by itself.
     expert_width: the size that is the experts' inner width.
     query_key_norms: over each head, over all of them, or none.
     gated_attention: whether q_proj makes a gate beside the queries.
@@ -67,6 +85,7 @@ class Family:
     live: Live | None
     nullable: frozenset[str] = frozenset()
     text: str = ""
+    around: Around | None = None
     expert_width: str = "moe_intermediate_size"
     query_key_norms: Literal["head", "all", "none"] = "head"
     gated_attention: bool = False
@@ -93,8 +112,24 @@ class Family:
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The settings of the text model in the content of a config.json."""
-        inner = config.get(self.text) if self.text else None
-        return inner if isinstance(inner, dict) else config
+        return _inner(config, self.text)
+
+    def live_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the live model in the content of a config.json."""
+        return self.text_config(config) if self.around is None else _inner(config, self.around.config)
+
+    @property
+    def text_module(self) -> str:
+        """The live module that has the embedding, the layers and the last norm."""
+        return names.TEXT if self.around is None else self.around.text
+
+
+def _inner(config: dict[str, Any], path: str) -> dict[str, Any]:
+    """What lies at `path` in a config, as far as that is there."""
+    for part in path.split("."):
+        inner = config.get(part)
+        config = inner if isinstance(inner, dict) else config
+    return config
 
 
 def model_type(config: Any) -> str | None:

@@ -31,15 +31,17 @@ GATE_UP, DOWN = EXPERT_PROJECTIONS
 EXPERT_MATRICES: dict[str, tuple[str, ...]] = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",)}
 """The hub's matrices of one expert, one above the other, in each projection of a live bank."""
 
-LAYERS = "model.layers"
+TEXT = "model"
+"""The module with the embedding, the layers and the last norm, in a live model that is text alone."""
 ATTENTION = "self_attn"
 MLP = "mlp"
 EXPERTS = "mlp.experts"
 ROUTER = "mlp.gate"
 LINEAR_ATTENTION = "linear_attn"
 SHARED_EXPERT = "mlp.shared_expert"
-EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
+EMBEDDING, NORM, HEAD = f"{TEXT}.embed_tokens", f"{TEXT}.norm", "lm_head"
 
+_TEXT_LAYER = re.compile(r"model\.(?:language_model\.)?layers\.\d+\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(rf"(?P<bank>.+\.{re.escape(EXPERTS)})\.(?P<expert>\d+)\.(?P<matrix>{'|'.join(MLP_PROJECTIONS)})")
 _PARENTS: dict[str, tuple[str, ...]] = {
@@ -73,8 +75,8 @@ def layer_index(name: str) -> int:
 
 
 def in_layer(name: str) -> bool:
-    """Whether a hub tensor lies in a decoder layer of the text model."""
-    return name.startswith(f"{LAYERS}.")
+    """Whether a weight, by its live name, lies in a decoder layer of the text model."""
+    return _TEXT_LAYER.match(name) is not None
 
 
 def place_in_layer(module: str) -> str:
@@ -86,14 +88,19 @@ def place_in_layer(module: str) -> str:
     return module if match is None else module[match.end() :]
 
 
-def layer_name(index: int) -> str:
-    """The module of a decoder layer."""
-    return f"{LAYERS}.{index}"
+def layer_name(index: int, text: str = TEXT) -> str:
+    """The module of a decoder layer of the text model `text`."""
+    return f"{text}.layers.{index}"
 
 
-def bank_name(index: int) -> str:
+def bank_name(index: int, text: str = TEXT) -> str:
     """The module of all experts of a layer."""
-    return f"{layer_name(index)}.{EXPERTS}"
+    return f"{layer_name(index, text)}.{EXPERTS}"
+
+
+def bank_target(index: int) -> str:
+    """How the name of that module ends, wherever the text model is."""
+    return f"layers.{index}.{EXPERTS}"
 
 
 def is_bank(module: str) -> bool:

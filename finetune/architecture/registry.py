@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune.architecture.expert_code import known_experts
 from finetune.architecture.family import Family, model_type
 from finetune.architecture.mixtral import MIXTRAL
 from finetune.architecture.olmoe import OLMOE
 from finetune.architecture.qwen3 import QWEN3, QWEN3_MOE
 from finetune.architecture.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from finetune.architecture.qwen3_next import QWEN3_NEXT
+from finetune.architecture.qwen3_vl_moe import QWEN3_OMNI_MOE, QWEN3_VL_MOE
 from finetune.errors import ModelError, Problem
 
 FAMILIES = {
@@ -20,6 +22,8 @@ FAMILIES = {
         QWEN3_NEXT,
         QWEN3_5,
         QWEN3_5_MOE,
+        QWEN3_VL_MOE,
+        QWEN3_OMNI_MOE,
         MIXTRAL,
         OLMOE,
     )
@@ -42,8 +46,10 @@ def family_of(config: Any, where: str) -> Family:
 
 def unknown_family(config: Any, where: str) -> Problem:
     """What is wrong with a config of none of the families."""
-    hint = f"supported are the text models of the types {', '.join(FAMILIES)}"
-    return Problem(where, "is of a model type that is not supported", hint, model_type(config))
+    named, hint = model_type(config), f"supported are the text models of the types {', '.join(FAMILIES)}"
+    if classes := known_experts(named):
+        hint += f"; our kernels compute its experts ({', '.join(classes)}): docs/models.md says how to add a family"
+    return Problem(where, "is of a model type that is not supported", hint, named)
 
 
 def is_moe(config: Any) -> bool:

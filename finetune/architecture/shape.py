@@ -22,6 +22,7 @@ _SPELLINGS = {
     "num_experts": ("num_experts", "num_local_experts"),
     "num_local_experts": ("num_local_experts", "num_experts"),
 }
+_TIED = "tie_word_embeddings"
 _LAYER_TYPES = ("linear_attention", "full_attention")
 _HINT = "copy the file from the checkpoint again"
 
@@ -55,6 +56,7 @@ class ModelShape:
     linear_attention: (out, in) of each projection of it. linear_rest: shapes of its other weights.
     shared_intermediate: inner width of the shared expert, 0 without one.
     query_key_norms: sizes of the norms of queries and keys.
+    text_module: of the live model, that has the layers.
     """
 
     model_type: str
@@ -79,6 +81,7 @@ class ModelShape:
     linear_layers: frozenset[int] = frozenset()
     linear_attention: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     linear_rest: tuple[tuple[int, ...], ...] = ()
+    text_module: str = names.TEXT
 
     @property
     def attention_layers(self) -> int:
@@ -150,7 +153,7 @@ class ModelShape:
         """Name on the hub -> (out, in) of each of them."""
         made: dict[str, tuple[int, int]] = {}
         for layer in range(self.layers):
-            at = names.layer_name(layer)
+            at = names.layer_name(layer, self.text_module)
             mixer, matrices = names.ATTENTION, self.attention
             if layer in self.linear_layers:
                 mixer, matrices = names.LINEAR_ATTENTION, dict(self.linear_attention)
@@ -160,7 +163,7 @@ class ModelShape:
                 if self.shared_intermediate:
                     shared = self.mlp(self.shared_intermediate)
                     made |= {f"{at}.{names.SHARED_EXPERT}.{name}.weight": shape for name, shape in shared.items()}
-                modules = [f"{names.bank_name(layer)}.{expert}" for expert in range(self.experts)]
+                modules = [f"{at}.{names.EXPERTS}.{expert}" for expert in range(self.experts)]
                 width = self.expert_intermediate
             for module in modules:
                 made |= {f"{module}.{name}.weight": shape for name, shape in self.mlp(width).items()}
@@ -193,7 +196,11 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
     where: names the file. Raises ModelError with every size that is of no use, or for a model that is not known.
     """
     family = family_of(config, where)
-    return _Reader(family.text_config(config), where, family).shape()
+    if family.around is not None and family.text_config(config) is config:
+        hint = "give the checkpoint of the whole model: transformers builds none from its text model alone"
+        raise ModelError(Problem(where, "has the settings of a text model alone", hint, config["model_type"]))
+    tied = family.live_config(config).get(_TIED, False)
+    return _Reader({**family.text_config(config), _TIED: tied}, where, family).shape()
 
 
 class _Reader:
@@ -209,7 +216,7 @@ class _Reader:
         layers, held = sizes["num_hidden_layers"], sizes.get("num_experts", sizes.get("num_local_experts", 0))
         sparse = self._sparse_layers(layers, sizes.get("decoder_sparse_step", 1)) if family.is_moe else frozenset()
         linear = self._linear_layers(layers) if family.linear_attention else frozenset()
-        flags = {name: self._flag(name) for name in ("tie_word_embeddings", "attention_bias")}
+        flags = {name: self._flag(name) for name in (_TIED, "attention_bias")}
         used = sizes.get("num_experts_per_tok", 0)
         if not self._problems and used > held:
             self._refuse(
@@ -230,7 +237,7 @@ class _Reader:
             head_dim=head_dim,
             intermediate=sizes.get("intermediate_size", 0),
             vocabulary=sizes["vocab_size"],
-            tied=flags["tie_word_embeddings"],
+            tied=flags[_TIED],
             attention_bias=flags["attention_bias"],
             sparse_layers=sparse,
             experts=held,
@@ -242,6 +249,7 @@ class _Reader:
             gated_attention=family.gated_attention,
             query_key_norms=norms[family.query_key_norms],
             linear_layers=linear,
+            text_module=family.text_module,
             **(self._linear_attention(sizes) if linear else {}),
         )
 

@@ -14,7 +14,8 @@ from finetune.cli.answers import chat, evaluate
 from finetune.cli.machine import doctor
 from finetune.cli.planning import plan
 from finetune.cli.routing import experts, profile
-from finetune.cli.runs import check, prepare, report, schema, train
+from finetune.cli.runs import check, prepare, report, resume, schema, train
+from finetune.cli.templates import templates
 from finetune.cli.weights import export, import_adapter, merge, quantize, verify
 
 app = typer.Typer(
@@ -45,9 +46,10 @@ def _root(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    check, plan, doctor, schema, prepare, quantize, profile, experts, train, report, merge, verify, export,
-    import_adapter, chat,
+    check, plan, doctor, schema, prepare, quantize, profile, experts, train, resume, report, merge, verify,
+    export, import_adapter, chat,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)
 app.command("eval")(evaluate)
+app.add_typer(templates, name="template")

@@ -23,14 +23,14 @@ def chat(
 ) -> None:
     """Talk to a model or an adapter."""
     from finetune import pipeline
-    from finetune.models.generation import Generation
 
-    generation = Generation(thinking=thinking, max_new_tokens=max_new_tokens, temperature=temperature)
     pipeline.chat(
         path,
-        generation,
         prompt,
         system=system,
+        thinking=thinking,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
         dtype=dtype,
         base=base,
         base_weights=base_weights,

@@ -15,7 +15,9 @@ Shares = Annotated[
     str | None,
     typer.Option("--weights", metavar="NUMBER,...", help="what each adapter's change is multiplied with, e.g. 0.7,0.3"),
 ]
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL_OR_ADAPTER", help="a model or adapter folder, or a hub name")]
+ModelPath = Annotated[
+    str, typer.Argument(metavar="MODEL_OR_ADAPTER", help="folder of a model, an adapter or a run, or a hub name")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, last on stdout")]
 WeightType = Annotated[
     Literal["bf16", "fp16", "fp32"] | None, typer.Option("--dtype", help="of the weights; as stored by default")

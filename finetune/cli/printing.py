@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def open_console(*, stderr: bool = False) -> Console:
     """Where a command prints; commands that print JSON tell their progress on stderr."""
-    from rich.console import Console
+    from finetune.report.console import open_console
 
-    return Console(stderr=stderr, highlight=False)
+    return open_console(stderr=stderr)
 
 
 def print_json(value: dict[str, Any]) -> None:

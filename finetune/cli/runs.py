@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune.cli.options import AsJson, Overrides, RecipePath
 from finetune.cli.planning import make_plan
 from finetune.cli.printing import open_console, print_facts, print_json
+
+if TYPE_CHECKING:
+    from finetune.pipeline import Run
 
 
 def check(
@@ -27,12 +33,17 @@ def check(
         from finetune.routing.expert_files import ExpertFiles
 
         ExpertFiles.read(checked)
+    from finetune.data.look import look
+
+    notes = look(checked)
     summary = summarize(checked)
     planned = make_plan(checked) if plan else None
     if as_json:
-        print_json(summary if planned is None else {**summary, "plan": planned.to_dict()})
+        print_json(summary | {"notes": notes} | ({} if planned is None else {"plan": planned.to_dict()}))
         return
     print_facts(f"{recipe} is valid", summary)
+    for note in notes:
+        open_console().print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
     if planned is not None:
         planned.print()
 
@@ -53,17 +64,22 @@ def prepare(
     """Show rows as tokens, and which carry loss."""
     from finetune import pipeline
     from finetune.config.load import load_recipe
+    from finetune.config.steps import Steps
     from finetune.data.show import render_rows
+    from finetune.report.tables import warnings
 
     checked = load_recipe(recipe, *(overrides or ()))
     prepared, tokenizer = pipeline.prepare(checked, console=open_console(stderr=True))
+    steps = Steps.of(checked, prepared.report.train.blocks)
     if as_json:
-        print_json(prepared.report.to_dict())
+        counts = {"steps": steps.total, "warmup_steps": steps.warmup, "warnings": steps.warnings()}
+        print_json(prepared.report.to_dict() | counts)
         return
     console = open_console()
     if show:
         console.print(render_rows(prepared, tokenizer, show, color=console.is_terminal), soft_wrap=True)
     console.print(prepared.report.render())
+    console.print(steps.text(), *warnings(steps.warnings()), sep="\n")
 
 
 def train(
@@ -80,12 +96,48 @@ def train(
 
     from finetune import pipeline
 
-    console = open_console(stderr=as_json)
+    again = ["finetune", "train", str(recipe), *(overrides or ()), *(["--json"] if as_json else [])]
+    with _told_how_to_go_on(Path(checked.output.dir), again):
+        run = pipeline.train(checked, resume=resume, overwrite=overwrite, console=open_console(stderr=as_json))
+    _print_run(run, as_json)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a run from its newest complete checkpoint."""
+    from finetune import pipeline
+
+    again = ["finetune", "resume", str(run), *(overrides or ()), *(["--json"] if as_json else [])]
+    with _told_how_to_go_on(run, again):
+        done = pipeline.resume(run, *(overrides or ()), console=open_console(stderr=as_json))
+    _print_run(done, as_json)
+
+
+@contextmanager
+def _told_how_to_go_on(folder: Path, again: list[str]) -> Iterator[None]:
+    """Ctrl-C inside is answered with the command that continues, or that starts anew where nothing was saved yet."""
     try:
-        run = pipeline.train(checked, resume=resume, overwrite=overwrite, console=console)
+        yield
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; continue with: finetune train {recipe} --resume", err=True)
+        from finetune.training.checkpoints import is_complete, list_checkpoints
+        from finetune.training.run_folder import RunFolder
+
+        found = RunFolder(folder)
+        saved = any(is_complete(checkpoint) for checkpoint in list_checkpoints(found.checkpoints))
+        if saved:
+            told = "interrupted; continue with: "
+            again = again if again[1] == "resume" else [*again, "--resume"]
+        else:
+            told = "interrupted before the first checkpoint; start anew with: "
+            again = [*again, "--overwrite"] if found.holds_run else again
+        open_console(stderr=True).print(f"\n{told}{shlex.join(again)}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def _print_run(run: Run, as_json: bool) -> None:
     from finetune.training.processes import end_process_group, is_main_process
 
     main = is_main_process()
@@ -94,9 +146,10 @@ def train(
         return
     if as_json:
         print_json(run.summary)
-    else:
-        print_facts("trained", run.summary)
-        console.print(f"\nnext: finetune merge {run.adapter} --output {run.path / 'merged'}", soft_wrap=True)
+        return
+    print_facts("trained", run.summary)
+    command = shlex.join(["finetune", "merge", str(run.adapter), "--output", str(run.path / "merged")])
+    open_console().print(f"\nnext: {command}", markup=False, soft_wrap=True)
 
 
 def report(

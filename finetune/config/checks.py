@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from os.path import normpath
 
 from finetune.architecture.names import EXPERT_PROJECTIONS
-from finetune.config.schema import QuantizeSection, Recipe
+from finetune.config.schema import DataFile, QuantizeSection, Recipe
 from finetune.diagnostics.findings import FieldPath, Finding
 
 
@@ -175,6 +175,11 @@ def _quantize(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+def _rows_of(file: DataFile) -> tuple[str | None, ...]:
+    """What two files that hold the same rows have in common."""
+    return normpath(file.path), file.split, file.config, file.revision
+
+
 def _data(recipe: Recipe) -> Iterator[Finding]:
     data, train = recipe.data, recipe.train
     if data.eval and data.eval_fraction:
@@ -183,10 +188,12 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if train.eval_every is not None and not (data.eval or data.eval_fraction):
         hint = "name held-out files in data.eval, or hold out a share: data.eval_fraction: 0.02"
         yield _clash("train.eval_every", "is given, but there is nothing to evaluate on", hint, "data.eval")
-    trained = {(normpath(file.path), file.split): index for index, file in enumerate(data.train)}
+    trained = {_rows_of(file): index for index, file in enumerate(data.train) if not file.skip}
+    if not trained:
+        yield _clash("data.train", "has no file that is not skipped", "remove `skip: true` from one of them")
     for index, file in enumerate(data.eval):
-        twin = trained.get((normpath(file.path), file.split))
-        if twin is not None:
+        twin = trained.get(_rows_of(file))
+        if twin is not None and not file.skip:
             hint = "evaluate on rows that are not trained on; eval_fraction holds some out"
             what = f"is data.train.{twin} as well"
             yield _clash(("data", "eval", index, "path"), what, hint, ("data", "train", twin, "path"))

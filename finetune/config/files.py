@@ -11,15 +11,24 @@ from pathlib import Path
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
 from finetune.config.data_templates import template_names
+from finetune.config.model_files import embedding_problem, read_token_facts
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
+from finetune.config.sources import (
+    ARCHIVES,
+    DATA_SUFFIXES,
+    PACKINGS,
+    can_be_read,
+    files_of,
+    is_address,
+    is_pattern,
+    is_saved,
+)
 from finetune.config.values import parameters_in
-from finetune.diagnostics.advice import did_you_mean, sentence
+from finetune.diagnostics.advice import did_you_mean, nearest, sentence
 from finetune.diagnostics.findings import FieldPath, Finding
 from finetune.errors import ModelError
 
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar")
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?:[\w-]|\.(?!\.))*(?:/[A-Za-z0-9](?:[\w-]|\.(?!\.))*)?", re.ASCII)
 
 
@@ -56,18 +65,51 @@ def is_hub_name(text: str) -> bool:
     return len(text) <= 200 and _HUB_NAME.fullmatch(text) is not None
 
 
+def is_model_name(text: str) -> bool:
+    """Whether `text`, which is no folder here, is asked of the hub: those models all have an owner."""
+    return "/" in text and is_hub_name(text) and not looks_local(text)
+
+
 def looks_local(text: str) -> bool:
     """Whether `text`, which does not exist here, was meant as a path: by its start, its depth or its first folder."""
     parts = text.split("/")
     explicit = text.startswith((".", "/", "~")) or "\\" in text or text.endswith("/") or len(parts) > 2
-    return explicit or (len(parts) == 2 and kind_of(parts[0]) == "folder")
+    return explicit or (len(parts) == 2 and (kind_of(parts[0]) == "folder" or _misspelt(*parts)))
+
+
+def _misspelt(folder: str, name: str) -> bool:
+    """Whether a folder with nearly that name holds exactly the other: `exmaples/tiny`; owners are no beginnings."""
+    meant = nearest(folder, _names_in(Path(), ()))
+    if meant is None or meant.lower().startswith(folder.lower()) or folder.lower().startswith(meant.lower()):
+        return False
+    return bool(name) and kind_of(f"{meant}/{name}") is not None
+
+
+def did_you_mean_path(text: str) -> str | None:
+    """`did you mean X?` with a path that exists, of which `text` is a misspelling."""
+    meant = _meant(text)
+    return None if meant is None else f"did you mean {meant}?"
+
+
+def _meant(text: str) -> Path | None:
+    """The path that exists, each part of which is the one of `text` or near it."""
+    path = Path(text)
+    here = Path(path.anchor or ".")
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if part != ".." and kind_of(str(here / part)) is None:
+            near = nearest(part, _names_in(here, ()))
+            if near is None or near.lower() == part.lower():
+                return None
+            part = near
+        here /= part
+    return here
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
     path, where = recipe.model.path, ("model", "path")
     kind = kind_of(path)
     if kind is None:
-        if looks_local(path) or not is_hub_name(path):
+        if not is_model_name(path):
             yield _missing(where, path, "names on the hub look like Qwen/Qwen3-30B-A3B")
         return
     if kind != "folder":
@@ -82,6 +124,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         yield from _budget(recipe, shape)
         yield from _positions(recipe, shape)
         yield from _stored(recipe, shape)
+        yield from _tokens(recipe, shape)
     except ModelError as error:
         for problem in error.problems:
             yield Finding(
@@ -162,6 +205,14 @@ def _positions(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
         yield Finding(where, what, hint, length, with_paths=(("model", "path"),))
 
 
+def _tokens(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
+    """A tokenizer that does not belong to the weights."""
+    problem = embedding_problem(read_token_facts(recipe.model.path).ids, shape.vocabulary)
+    if problem is not None:
+        what, hint, _ = problem
+        yield Finding(("model", "path"), f"names a model whose tokenizer {what}", hint, recipe.model.path)
+
+
 def _stored(recipe: Recipe, shape: ModelShape) -> Iterator[Finding]:
     """A packed model that is not what the recipe says, or not whole; a model that must be one and is not."""
     path, quantize, where = recipe.model.path, recipe.quantize, ("model", "path")
@@ -204,24 +255,39 @@ def _template(where: FieldPath, name: str) -> Iterator[Finding]:
 
 def _data_file(where: FieldPath, file: DataFile) -> Iterator[Finding]:
     path, kind, at = file.path, kind_of(file.path), (*where, "path")
-    suffix = Path(path).suffix.lower()
-    if kind is None:
-        if "://" in path:
-            yield Finding(at, "is an address", "download the file and name it, or name a data set of the hub", path)
-        elif suffix in DATA_SUFFIXES + PACKED_SUFFIXES or looks_local(path) or not is_hub_name(path):
-            yield _missing(at, path, "names of data sets on the hub look like owner/name", DATA_SUFFIXES)
+    if file.skip:
         return
-    if kind != "file":
+    if is_address(path):
+        if not can_be_read(path.partition("?")[0]):
+            hint = f"name it by what it holds: {', '.join(DATA_SUFFIXES)}"
+            yield Finding(at, "is an address of an unknown format", hint, path)
+    elif is_pattern(path) or (kind == "folder" and not is_saved(path)):
+        if not files_of(path):
+            yield Finding(at, "holds no file that rows can be read from", f"read are {', '.join(DATA_SUFFIXES)}", path)
+    elif kind is None:
+        suffix = Path(path).suffix.lower()
+        if can_be_read(path) or suffix in (*PACKINGS, *ARCHIVES) or looks_local(path) or not is_hub_name(path):
+            yield _missing(at, path, "names of data sets on the hub look like owner/name", (*DATA_SUFFIXES, *PACKINGS))
+        return
+    elif kind == "other":
         yield Finding(at, "is not a file", f"name a file that ends in one of {', '.join(DATA_SUFFIXES)}", path)
         return
-    if suffix not in DATA_SUFFIXES:
-        hint = f"name it by what it holds: {', '.join(DATA_SUFFIXES)}; unpack compressed files"
+    elif kind == "file" and not can_be_read(path):
+        hint = f"name it by what it holds: {', '.join(DATA_SUFFIXES)}; unpack archives and compressed tables"
         yield Finding(at, "is in an unknown format", hint, path)
-    elif Path(path).stat().st_size == 0:
+    elif kind == "file" and Path(path).stat().st_size == 0:
         yield Finding(at, "is an empty file", "give a file with at least one row", path)
-    if file.split != "train":
-        hint = "remove the line; splits are for data sets on the hub"
-        yield Finding((*where, "split"), "is given, but path is a file", hint, file.split)
+    yield from _only_of_the_hub(where, file, saved=is_saved(path))
+
+
+def _only_of_the_hub(where: FieldPath, file: DataFile, *, saved: bool) -> Iterator[Finding]:
+    """Fields that mean nothing for a file."""
+    told = {"split": None if file.split == "train" or saved else file.split}
+    told |= {"config": file.config, "revision": file.revision}
+    for name, value in told.items():
+        if value is not None:
+            hint = f"remove the line; {name}s are for data sets on the hub"
+            yield Finding((*where, name), "is given, but path is a file", hint, value)
 
 
 def _output(recipe: Recipe) -> Iterator[Finding]:
@@ -248,7 +314,7 @@ def _missing(where: FieldPath, path: str, otherwise: str = "", suffixes: Iterabl
         similar = did_you_mean(Path(path).name, _names_in(folder, tuple(suffixes)), folder)
         advice = similar or f"{folder} has no such name"
     else:
-        advice = f"there is no folder {folder} in {Path.cwd()}"
+        advice = did_you_mean_path(path) or f"there is no folder {folder} in {Path.cwd()}"
     return Finding(where, "does not exist", sentence(advice, otherwise), path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,20 +16,28 @@ from finetune.config.schema import QuantizeSection, Recipe
 from finetune.diagnostics.advice import did_you_mean
 from finetune.diagnostics.document import MAX_BYTES, TOO_LARGE, add_scalars
 from finetune.diagnostics.findings import Finding
-from finetune.diagnostics.parse import parse
+from finetune.diagnostics.parse import parse, parse_tree
 from finetune.diagnostics.parse import parse_section as parse_part
 from finetune.diagnostics.section import Section
 from finetune.errors import Problem, RecipeError, UserError
 
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+"""A recipe, or what one is read from: the path of a YAML file, or a dict with its sections."""
 
-def load_recipe(path: str | Path, *overrides: str, check_files: bool = True) -> Recipe:
-    """The recipe in a YAML file, with overrides such as `train.steps=50` on top.
+
+def load_recipe(recipe: RecipeLike, *overrides: str, check_files: bool = True) -> Recipe:
+    """The recipe in a YAML file, or in a dict with its sections, with overrides such as `train.steps=50` on top.
 
     check_files: also check what is outside the text: that local files exist, that the model's config.json fits the
     targets, that every feature asked for is available. A packed model fills in its own `quantize` section.
     Relative paths in a recipe start at the current folder. Raises RecipeError with every problem at once.
     """
-    return _load(_read_text(Path(path)), str(path), overrides, check_files)
+    if isinstance(recipe, (Mapping, Recipe)):
+        return _finished(
+            parse_tree(dict(recipe), "recipe", RECIPE, overrides, check=_check(check_files), error=RecipeError),
+            check_files,
+        )
+    return _load(_read_text(Path(recipe)), str(recipe), overrides, check_files)
 
 
 def parse_recipe(text: str, source: str, *overrides: str) -> Recipe:
@@ -69,10 +78,15 @@ add_scalars(_Dumper)
 
 
 def _load(text: str, source: str, overrides: tuple[str, ...], check_files: bool) -> Recipe:
-    def check(recipe: Recipe) -> list[Finding]:
-        return [*text_findings(recipe), *(find_in_files(recipe) if check_files else ())]
+    recipe = parse(text, source, RECIPE, overrides, check=_check(check_files), error=RecipeError)
+    return _finished(recipe, check_files)
 
-    recipe = parse(text, source, RECIPE, overrides, check=check, error=RecipeError)
+
+def _check(check_files: bool) -> Callable[[Recipe], list[Finding]]:
+    return lambda recipe: [*text_findings(recipe), *(find_in_files(recipe) if check_files else ())]
+
+
+def _finished(recipe: Recipe, check_files: bool) -> Recipe:
     return resolve_packed(recipe) if check_files else recipe
 
 

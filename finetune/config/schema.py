@@ -340,19 +340,64 @@ class RouterSection(Section):
         return any((self.aux_loss, self.z_loss, self.kl_to_base))
 
 
+RowRole = Literal["system", "user", "assistant", "tool", "tool_call"]
+
+
+class DataColumns(Section):
+    """Names that the rows give to what a template reads; the template's own where null."""
+
+    messages: Name | None = Field(default=None, description="column with the list of messages")
+    role: Name | None = Field(default=None, description="key of a message with its role")
+    content: Name | None = Field(default=None, description="key of a message with its text")
+    roles: dict[str, RowRole] | None = Field(default=None, description="role names in the rows -> roles of a chat")
+    reasoning: Name | None = Field(default=None, description="key or column with the reasoning before an answer")
+    tool_calls: Name | None = Field(default=None, description="key of a message with the tools it calls")
+    weight: Name | None = Field(default=None, description="key of a message that is 0 where it carries no loss")
+    system: Name | None = Field(default=None, description="column with the system prompt")
+    tools: Name | None = Field(default=None, description="column with the tools on offer")
+    history: Name | None = Field(default=None, description="column with earlier turns")
+    documents: Name | None = Field(default=None, description="column with documents for the chat template")
+    instruction: Name | None = Field(default=None, description="column with the instruction (template instruct)")
+    input: Name | None = Field(default=None, description="column with the instruction's input (template instruct)")
+    output: Name | None = Field(default=None, description="column with the answer (template instruct)")
+    prompt: Name | None = Field(default=None, description="column with the prompt (template completion)")
+    completion: Name | None = Field(default=None, description="column with what follows (template completion)")
+    text: Name | None = Field(default=None, description="column with the text (template text)")
+
+    def given(self) -> dict[str, Any]:
+        """The names that are set."""
+        return self.model_dump(exclude_none=True)
+
+
 class DataFile(Section):
     """One source of rows."""
 
-    path: PathName = Field(description="JSONL, JSON, CSV or Parquet file, or a data set's name on the hub")
+    path: PathName = Field(
+        description="file (JSONL, JSON, CSV, Parquet, Arrow, text), folder or pattern, address, or name on the hub"
+    )
     template: PathName | None = Field(default=None, description="data template of this file; `data.template` when null")
+    columns: DataColumns | None = Field(
+        default=None, description="names of this file's columns; those of `data.columns` where null"
+    )
     weight: Positive | None = Field(
         default=None,
         description="share of the mix, relative to the other files; no row is drawn twice. Null for all: every row",
     )
-    split: Name = Field(default="train", description="split of a hub data set")
+    split: Name = Field(default="train", description="split of a data set of the hub or of `save_to_disk`")
+    config: Name | None = Field(default=None, description="configuration of a hub data set, where it has several")
+    revision: Name | None = Field(default=None, description="branch, tag or commit of a hub data set")
+    limit: Count | None = Field(default=None, description="rows that are read, from the head; all when null")
+    skip: bool = Field(default=False, description="leave this file out")
 
 
 DataFiles = Annotated[tuple[DataFile, ...], OneOrMany("path", "a file name, or a list of files")]
+
+
+class AnswerMarkers(Section):
+    """What answers stand between in a chat, where the model's chat template does not tell."""
+
+    begin: str = Field(min_length=1, description="what stands right before every answer")
+    end: str = Field(min_length=1, description="the token that closes every answer; it carries loss")
 
 
 class DataSection(Section):
@@ -364,15 +409,30 @@ class DataSection(Section):
         default=0.0, description="share of the training rows to hold out when `eval` is empty"
     )
     template: PathName = Field(default="chat", description="name in data_templates/, or path of a template file")
+    columns: DataColumns | None = Field(
+        default=None, description="names that the rows give to what the template reads, where they differ"
+    )
+    unread: Literal["note", "error"] = Field(
+        default="note", description="columns that nothing reads: list them, or stop"
+    )
     max_length: Annotated[int, Field(ge=8, lt=2**31)] = Field(
         default=2048, description="tokens of a row and of a packed block"
     )
-    over_long: Literal["error", "skip", "truncate"] = Field(default="error", description="what to do with a longer row")
+    over_long: Literal["error", "skip", "truncate", "split"] = Field(
+        default="error", description="what to do with a longer row; split: plain text into several rows"
+    )
     packing: bool = Field(default=True, description="fill blocks with several rows, isolated from one another")
-    loss_on: Literal["assistant", "all"] = Field(default="assistant", description="which tokens carry loss")
+    loss_on: Literal["assistant", "all_turns", "last", "all"] = Field(
+        default="assistant",
+        description="which tokens carry loss: every answer (all_turns: without a note on it), the last one, or all",
+    )
     train_empty_think: bool = Field(
         default=False, description="also train the empty think block of answers without reasoning"
     )
+    answers: AnswerMarkers | None = Field(
+        default=None, description="what answers stand between, for chat templates that do not tell; null finds out"
+    )
+    shuffle: bool = Field(default=True, description="train on the rows in random order; false: in that of the files")
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="stop at a bad row, or leave it out and count it"
     )

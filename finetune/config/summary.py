@@ -8,6 +8,7 @@ from finetune.architecture.shape import ModelShape, find_model_shape
 from finetune.config.files import kind_of
 from finetune.config.packed_folder import frozen_bytes, read_packed_settings, resolve_packed
 from finetune.config.schema import DataFile, Recipe
+from finetune.config.steps import few_steps, warmup_steps
 
 _GIB = 2**30
 
@@ -15,8 +16,9 @@ _GIB = 2**30
 def summarize(recipe: Recipe) -> dict[str, Any]:
     """Facts that `json.dumps` takes, in walk order.
 
-    steps is null when epochs decide; tokens_per_step counts one device; trainable_parameters, total_parameters and
-    trainable_share are there when the model's config.json is local and they do not depend on what the router does.
+    steps and warmup_steps are null when epochs decide; tokens_per_step counts one device; trainable_parameters,
+    total_parameters and trainable_share are there when the model's config.json is local and they do not depend on
+    what the router does.
     memory_gib: of the frozen weights, of those of them that are packed, and of what trains with its optimizer, on one
     device; activations come on top.
     warnings are things that are allowed but seldom meant.
@@ -33,6 +35,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         **_experts(recipe),
         "data": {"train": _files(data.train), "eval": _files(data.eval), "eval_fraction": data.eval_fraction},
         "steps": train.steps,
+        "warmup_steps": None if train.steps is None else warmup_steps(train, train.steps),
         "epochs": None if train.steps is not None else train.epochs,
         "tokens_per_step": data.max_length * train.batch_size * train.gradient_accumulation if data.packing else None,
         "learning_rate": train.learning_rate,
@@ -128,6 +131,7 @@ def _experts(recipe: Recipe) -> dict[str, Any]:
 
 def _files(files: tuple[DataFile, ...]) -> list[dict[str, Any]]:
     """Each file with its share of the mix; null where that follows from the number of its rows."""
+    files = tuple(file for file in files if not file.skip)
     total = sum(file.weight or 0.0 for file in files)
     return [{"path": file.path, "share": file.weight / total if file.weight else None} for file in files]
 
@@ -152,7 +156,8 @@ def _warnings(recipe: Recipe, shape: ModelShape | None) -> list[str]:
         )
     if recipe.data.train_empty_think and recipe.data.loss_on == "all":
         warnings.append("data.train_empty_think changes nothing with loss_on: all")
-    for name in ("save_every", "eval_every"):
+    warnings += few_steps(recipe.train)
+    for name in ("log_every", "save_every", "eval_every"):
         every = getattr(recipe.train, name)
         if every is not None and recipe.train.steps is not None and every > recipe.train.steps:
             warnings.append(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
-from finetune.errors import Problem, first_of
+from finetune.errors import Problem
 
 SHOWN = 20
 SHOWN_PER_REASON = 5
+NAMED = 4
 SKIP_HINT = "mend the rows, or set data.on_bad_row: skip to leave bad rows out and count them"
+ALL_BAD_HINT = "every row is bad, so the file or its template is not what the recipe takes it for"
 _MISSING: Any = object()
 
 
@@ -39,7 +43,7 @@ class BadRow(Exception):  # noqa: N818
 
 
 class BadRows:
-    """The bad rows of a file. Every one is counted by its reason; the first few of each reason are kept in full.
+    """The bad rows of a file. Every one is counted by its reason; the first few kinds of each reason are kept in full.
 
     skip: leave bad rows out, but for those that are errors in any case.
     """
@@ -48,15 +52,20 @@ class BadRows:
         self.reasons: Counter[str] = Counter()
         self._skip = skip
         self._errors: set[str] = set()
-        self._problems: list[tuple[str, Problem]] = []
+        self._alike: dict[tuple[str, ...], _Alike] = {}
+        self._kinds: Counter[str] = Counter()
 
     def add(self, where: str, row: BadRow) -> None:
         """Count the row at `where` (file and line)."""
         self.reasons[row.reason] += 1
         if row.fatal or (row.fatal is None and not self._skip):
             self._errors.add(row.reason)
-        if self.reasons[row.reason] <= SHOWN_PER_REASON:
-            self._problems.append((row.reason, row.problem(where)))
+        key = (row.reason, _INDEX.sub("[]", row.field), _INDEX.sub("[]", row.what))
+        if (alike := self._alike.get(key)) is not None:
+            alike.add(where)
+        elif self._kinds[row.reason] < SHOWN_PER_REASON:
+            self._kinds[row.reason] += 1
+            self._alike[key] = _Alike(row.problem(where), where)
 
     def __len__(self) -> int:
         return self.reasons.total()
@@ -66,10 +75,44 @@ class BadRows:
         """Whether there are rows that are not to be skipped."""
         return bool(self._errors)
 
-    def listing(self, source: str, *, skipped_too: bool = False) -> list[Problem]:
-        """The rows that stop the run: at most `SHOWN` problems, and one that counts the rest."""
+    def listing(self, source: str, *, good: int = 1, skipped_too: bool = False) -> list[Problem]:
+        """The rows that stop the run, alike ones as one: at most `SHOWN` problems, and one that counts the rest.
+
+        good: how many rows of the file are good; leaving bad rows out is no advice where none is.
+        """
         reasons = set(self.reasons) if skipped_too else self._errors
-        shown = [problem for reason, problem in self._problems if reason in reasons]
+        kept = [alike for (reason, *_), alike in self._alike.items() if reason in reasons][:SHOWN]
+        shown = [alike.problem() for alike in kept]
+        total = sum(self.reasons[reason] for reason in reasons)
+        if total == len(shown):
+            return shown
         counted = [f"{count:,} x {reason}" for reason, count in self.reasons.most_common() if reason in reasons]
-        total, kind = sum(self.reasons[reason] for reason in reasons), f"bad rows (in all: {', '.join(counted[:5])})"
-        return first_of(shown, SHOWN, source, total=total, kind=kind, hint=SKIP_HINT)
+        what = f"{total:,} bad rows in all ({', '.join(counted[:5])})"
+        return [*shown, Problem(source, what, SKIP_HINT if good else ALL_BAD_HINT)]
+
+
+_INDEX = re.compile(r"\[\d+\]")
+
+
+class _Alike:
+    """Rows that are bad in the same place for the same reason."""
+
+    def __init__(self, first: Problem, where: str) -> None:
+        self._first, self._source = first, where
+        self._more = 0
+        self._next: list[str] = []
+
+    def add(self, where: str) -> None:
+        self._more += 1
+        if len(self._next) < NAMED:
+            same_file = where.rpartition(":")[0] == self._source.rpartition(":")[0]
+            self._next.append(where.rpartition(":")[2].strip() if same_file else where)
+
+    def problem(self) -> Problem:
+        """The first of them, with where the others are."""
+        if not self._more:
+            return self._first
+        named = ", ".join(self._next)
+        rest = self._more - len(self._next)
+        also = f"{named} and {rest:,} more" if rest else named
+        return replace(self._first, what=f"{self._first.what} (so in {also})")

@@ -8,35 +8,42 @@ from typing import Any
 
 from finetune.data.bad_rows import BadRow
 from finetune.data.conversation import Conversation, Passage
-from finetune.data.mask import END, START
+from finetune.data.markers import Markers, markers_of
 from finetune.errors import DataError, Problem
 
 HINT = "such a token would steer the model: remove it, or write it differently"
 RAW_HINT = HINT + "; a data template of your own may say control_tokens: allow"
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """DataError when the tokenizer cannot encode a chat and say where its turns are."""
+def check_tokenizer(tokenizer: Any, *, chats: bool, answers: Markers | None = None) -> Markers | Problem:
+    """What answers stand between in chats, or the problem for rows that are chats.
+
+    answers: as the recipe names it. DataError when the tokenizer cannot encode text, or, with `chats`, for the problem.
+    """
     problems = []
     if not tokenizer.is_fast:
         problems.append(Problem("tokenizer", "is not a fast one", "the model folder needs a tokenizer.json"))
-    if missing := [token for token in (START, END) if token not in tokenizer.get_added_vocab()]:
-        problems.append(
-            Problem("tokenizer", f"does not know {' and '.join(missing)}", "use the tokenizer of a Qwen3 model")
-        )
+    markers = markers_of(tokenizer, answers)
+    if chats and isinstance(markers, Problem):
+        problems.append(markers)
     if tokenizer.eos_token_id is None:
         problems.append(Problem("tokenizer", "has no end-of-text token", "set eos_token in tokenizer_config.json"))
     if problems:
         raise DataError(*problems)
+    return markers
 
 
 class ControlTokens:
-    """The tokenizer's special tokens, such as <|im_start|>. Markers like <think> and <tool_call> are ordinary text."""
+    """The tokenizer's special tokens, such as <|im_start|>, and what answers stand between.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Tags like <think> and <tool_call> are ordinary text.
+    """
+
+    def __init__(self, tokenizer: Any, markers: Markers | Problem) -> None:
         added = tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-        self._pattern = re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+        self._special = _any_of(texts)
+        self._pattern = _any_of(texts | set(markers.texts)) if isinstance(markers, Markers) else self._special
 
     def refuse_in_chat(self, chat: Conversation) -> None:
         """BadRow when a message or a tool holds a control token, or think tags that the chat template would misread."""
@@ -49,8 +56,9 @@ class ControlTokens:
 
     def refuse_in_passage(self, passage: Passage, fields: Sequence[str]) -> None:
         """BadRow when prompt or completion, made from `fields`, hold a control token."""
-        self._refuse(passage.prompt, fields[0], RAW_HINT)
-        self._refuse(passage.completion, fields[-1], RAW_HINT)
+        for text, field in ((passage.prompt, fields[0]), (passage.completion, fields[-1])):
+            if match := self._special.search(text):
+                raise BadRow(field, "holds a control token", RAW_HINT, match.group())
 
     def _refuse(self, value: Any, place: str, hint: str) -> None:
         if isinstance(value, str):
@@ -63,6 +71,11 @@ class ControlTokens:
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 self._refuse(item, f"{place}[{index}]", hint)
+
+
+def _any_of(texts: set[str]) -> re.Pattern[str]:
+    """The longest of them that stands at a place."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
 
 
 def _check_think_tags(content: str, reasoning: str | None, place: str) -> None:

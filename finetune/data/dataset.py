@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from finetune.config.schema import DataFile, DataSection
 from finetune.data.bad_rows import BadRow, BadRows
+from finetune.data.columns import template_of
 from finetune.data.encode import Encoder, Encoding, OverLong
+from finetune.data.markers import Markers
 from finetune.data.mix import choose, draw_counts, hold_out
 from finetune.data.packing import pack
 from finetune.data.prepare_report import FileReport, PrepareReport, SplitReport
 from finetune.data.rows import Row, place, read_rows
-from finetune.data.templates import load_template
 from finetune.data.token_store import TokenStore, join
+from finetune.data.unread import unread_problem
 from finetune.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Prepared:
     train, eval: `datasets.Dataset`s with columns input_ids and labels (list<int32>, -100 where there is no loss), in
         memory. Training rows are mixed and shuffled; held-out rows keep the order of their files.
     report: what became of the rows.
-    train_places, eval_places: (rows, 2) file index and line of each row.
+    train_places, eval_places: (rows, 3) index of a source, line, and which file of the source, for each row.
     """
 
     train: datasets.Dataset
@@ -47,8 +49,8 @@ class Prepared:
 
     def where(self, index: int, split: str = "train") -> str:
         """`file:line` that row `index` of a split came from."""
-        file, number = (self.train_places if split == "train" else self.eval_places)[index]
-        return place(self.report.files[file].path, int(number))
+        source, number, part = (self.train_places if split == "train" else self.eval_places)[index]
+        return place(self.report.files[source].parts[part], int(number))
 
 
 def prepare(section: DataSection, tokenizer: Any, *, seed: int, progress: Progress | None = None) -> Prepared:
@@ -64,6 +66,7 @@ def prepare(section: DataSection, tokenizer: Any, *, seed: int, progress: Progre
     that is missing, cannot be read on or has no good row is an error in any case.
     """
     _check_weights(section)
+    section = _without_skipped(section)
     train = [_EncodedFile(file, "train", seed) for file in section.train]
     evaluated = [_EncodedFile(file, "eval", seed) for file in section.eval]
     problems = [problem for file in (*train, *evaluated) for problem in file.encode(section, tokenizer, progress)]
@@ -72,15 +75,22 @@ def prepare(section: DataSection, tokenizer: Any, *, seed: int, progress: Progre
     return _Mix(section, train, evaluated, seed).prepared()
 
 
+def _without_skipped(section: DataSection) -> DataSection:
+    kept = {name: tuple(file for file in getattr(section, name) if not file.skip) for name in ("train", "eval")}
+    if not kept["train"]:
+        raise DataError(Problem("data.train", "has no file that is not skipped", "remove `skip: true` from one"))
+    return section.model_copy(update=kept)
+
+
 def _check_weights(section: DataSection) -> None:
     """Weights are for every training file or for none, and for no held-out file."""
-    weighted = [file.weight is not None for file in section.train]
+    weighted = [file.weight is not None for file in section.train if not file.skip]
     problems = [
         Problem(
             f"data.train.{index}.weight", "is missing, but other files have one", "give every file a weight, or none"
         )
-        for index, has_weight in enumerate(weighted)
-        if any(weighted) and not has_weight
+        for index, file in enumerate(section.train)
+        if any(weighted) and file.weight is None and not file.skip
     ]
     hint = "remove the weight: every held-out row is looked at once"
     problems += [
@@ -104,24 +114,33 @@ class _EncodedFile:
         """Fill store and report; the problems that must stop the run."""
         bad = BadRows(skip=section.on_bad_row == "skip")
         try:
-            template = load_template(self.file.template or section.template)
+            template = template_of(self.file, section)
             self.report.template = template.name
-            encoding = Encoding(section.max_length, section.over_long, section.loss_on, section.train_empty_think)
+            named = section.answers
+            encoding = Encoding(
+                section.max_length,
+                section.over_long,
+                section.loss_on,
+                section.train_empty_think,
+                Markers(named.begin, named.end) if named else None,
+            )
             encoder = Encoder(tokenizer, template, encoding)
-            for rows in _batches(read_rows(self.file, bad), ROWS_AT_ONCE):
+            for rows in _batches(read_rows(self.file, bad, self.report.remarks.append), ROWS_AT_ONCE):
                 for row, answer in zip(rows, encoder.encode(rows), strict=True):
                     self._take(row, answer, bad)
                 if progress is not None:
                     progress(self.file.path, self.report.kept + len(bad))
         except DataError as error:
-            return [*bad.listing(self.file.path), *error.problems]
-        self.report.read = self.report.kept + len(bad)
+            return [*bad.listing(self.file.path, good=self.report.kept), *error.problems]
+        self.report.read = self.report.kept - self.report.pieces + len(bad)
         self.report.skipped = dict(bad.reasons)
         if bad.stop:
-            return bad.listing(self.file.path)
+            return bad.listing(self.file.path, good=self.report.kept)
         if not self.report.kept:
             total = Problem(self.file.path, f"has no good row: all {len(bad):,} are bad", "the first ones follow")
-            return [total, *bad.listing(self.file.path, skipped_too=True)[:3]]
+            return [total, *bad.listing(self.file.path, good=0, skipped_too=True)[:3]]
+        if self.report.unread and section.unread == "error":
+            return [unread_problem(self.file.path, self.report.unread)]
         return []
 
     def _take(self, row: Row, answer: Any, bad: BadRows) -> None:
@@ -130,7 +149,14 @@ class _EncodedFile:
             bad.add(row.where, answer)
         else:
             self.report.add(row.where, answer)
-            self.store.add(row, answer)
+            for piece in answer.rest:
+                self.report.add(row.where, piece)
+                self.report.pieces += 1
+            parts = self.report.parts
+            if not parts or parts[-1] != row.source:
+                parts.append(row.source)
+            for piece in (answer, *answer.rest):
+                self.store.add(row, piece, len(parts) - 1)
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
@@ -154,7 +180,8 @@ class _Mix:
         self.lengths = np.concatenate([store.lengths for store in stores])
         self.loss_tokens = np.concatenate([store.loss_tokens for store in stores])
         numbers = np.concatenate([store.numbers for store in stores])
-        self.places = np.stack([np.repeat(np.arange(len(stores)), np.diff(self.starts)), numbers], axis=1)
+        parts = np.concatenate([store.parts for store in stores])
+        self.places = np.stack([np.repeat(np.arange(len(stores)), np.diff(self.starts)), numbers, parts], axis=1)
 
     def prepared(self) -> Prepared:
         pool = self._pool()
@@ -177,6 +204,7 @@ class _Mix:
             self._split_report(drawn),
             self._split_report(evaluated) if len(evaluated) else None,
             also_trained,
+            self.section.loss_on,
         )
         eval_rows = self._select(evaluated) if len(evaluated) else None
         return Prepared(self._select(drawn), eval_rows, report, self.places[drawn], self.places[evaluated])
@@ -195,7 +223,7 @@ class _Mix:
     def _shuffled(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         for index, file in enumerate(self.files[: self.num_train_files]):
             file.report.drawn = int(np.count_nonzero(self.places[rows, 0] == index))
-        return np.random.default_rng([self.seed, 2]).permutation(rows)
+        return np.random.default_rng([self.seed, 2]).permutation(rows) if self.section.shuffle else rows
 
     def _split_report(self, rows: NDArray[np.int64]) -> SplitReport:
         lengths = self.lengths[rows]

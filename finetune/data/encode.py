@@ -9,14 +9,20 @@ from typing import Any, Literal
 from finetune.data.bad_rows import BadRow
 from finetune.data.control_tokens import ControlTokens, check_tokenizer
 from finetune.data.conversation import Conversation, Passage
-from finetune.data.mask import find_answers, tokens_of
+from finetune.data.fit import advice
+from finetune.data.markers import CHATML, Markers
+from finetune.data.mask import Answer, find_answers, tokens_of
 from finetune.data.messages import interpret
+from finetune.data.prompts import Lead, Prompts
 from finetune.data.rows import Row
-from finetune.data.templates import DataTemplate
-from finetune.data.tool_calls import with_parsed_arguments
-from finetune.errors import DataError
+from finetune.data.templates import DataTemplate, MessagesTemplate, TurnsTemplate
+from finetune.data.tool_calls import argument_texts, with_parsed_arguments
+from finetune.data.unread import unread_columns
+from finetune.errors import DataError, Problem
 
 IGNORED = -100
+MOST_ADVICE = 20
+"""Rows of a file that are tried on other templates when they do not fit their own."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,10 @@ class Encoding:
     """How rows become labels; the fields are those of the recipe's `data` section."""
 
     max_length: int = 2**31 - 1
-    over_long: Literal["error", "skip", "truncate"] = "error"
-    loss_on: Literal["assistant", "all"] = "assistant"
+    over_long: Literal["error", "skip", "truncate", "split"] = "error"
+    loss_on: Literal["assistant", "all_turns", "last", "all"] = "assistant"
     train_empty_think: bool = False
+    answers: Markers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,10 @@ class Encoded:
         last question.
     truncated: whether tokens were cut off at the end.
     reasons: trained answers that reason before they say something.
+    lead: how a chat's last trained answer is asked for; None for text outside a chat.
+    end: the token that training teaches as the end; None where it was cut off.
+    unread: columns that went nowhere.
+    rest: further rows that the text was split into.
     """
 
     input_ids: list[int]
@@ -47,6 +58,10 @@ class Encoded:
     reasoning_dropped: int = 0
     truncated: bool = False
     reasons: int = 0
+    lead: Lead | None = None
+    end: int | None = None
+    unread: tuple[str, ...] = ()
+    rest: tuple[Encoded, ...] = ()
 
     @property
     def loss_tokens(self) -> int:
@@ -58,9 +73,13 @@ class Encoder:
     """Encodes rows of one template for one tokenizer."""
 
     def __init__(self, tokenizer: Any, template: DataTemplate, encoding: Encoding) -> None:
-        check_tokenizer(tokenizer)
+        chats = isinstance(template, MessagesTemplate | TurnsTemplate)
+        self._markers = check_tokenizer(tokenizer, chats=chats, answers=encoding.answers)
         self.tokenizer, self.template, self.encoding = tokenizer, template, encoding
-        self._control = ControlTokens(tokenizer)
+        self._control = ControlTokens(tokenizer, self._markers)
+        begin = (self._markers if isinstance(self._markers, Markers) else CHATML).begin
+        self._prompts = Prompts(self._apply, lambda text: list(self._tokenize([text])[0].ids), begin)
+        self._advised = 0
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
         """One answer per row, in their order: its tokens, or what is wrong with it."""
@@ -75,7 +94,7 @@ class Encoder:
         for n, (i, _) in enumerate(passages):
             prompt, completion = (list(tokens.ids) for tokens in tokens_by_text[2 * n : 2 * n + 2])
             answers[i] = self._guard(self._finish_passage, prompt, completion)
-        return [answers[i] for i in range(len(rows))]
+        return [self._with_unread(answers[i], rows[i], found[i]) for i in range(len(rows))]
 
     def _guard(self, step: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -83,54 +102,106 @@ class Encoder:
         except BadRow as error:
             return error
 
+    def _with_unread(self, answer: Encoded | BadRow, row: Row, found: Any) -> Encoded | BadRow:
+        if isinstance(answer, BadRow):
+            return answer
+        made = found[0] if isinstance(found, tuple) else found
+        unread = unread_columns(row.fields, made, self.template, str(self.tokenizer.chat_template))
+        return replace(answer, unread=tuple(unread)) if unread else answer
+
     def _tokenize(self, texts: list[str]) -> Any:
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, verbose=False).encodings
 
     def _interpret(self, row: Row) -> tuple[Conversation, str] | Passage:
-        found = interpret(row.fields, self.template)
+        try:
+            found = interpret(row.fields, self.template)
+        except BadRow as error:
+            if self._advised < MOST_ADVICE:
+                self._advised += 1
+                error.hint = advice(row.fields, self.template, error) or error.hint
+            raise
         if isinstance(found, Conversation):
+            if isinstance(self._markers, Problem):
+                raise DataError(self._markers)
             self._control.refuse_in_chat(found)
-            return found, self.render(found)
+            return self.rendered(found)
         if self.template.control_tokens == "refuse":
             self._control.refuse_in_passage(found, self.template.needs)
         return found
 
-    def render(self, chat: Conversation) -> str:
-        """The chat as the tokenizer's own template writes it."""
+    def rendered(self, chat: Conversation) -> tuple[Conversation, str]:
+        """The chat as the tokenizer's own template takes it, and as it writes it."""
+        error: Exception
         try:
-            return self._apply(chat.messages, chat.tools)
-        except Exception as error:  # templates fail with whatever Python raises
-            try:
-                return self._apply(with_parsed_arguments(chat.messages), chat.tools)
-            except Exception:
-                what = f"makes the model's chat template fail: {type(error).__name__}: {error}"
-                hint = "bring the messages into the shape that the model card shows"
-                raise BadRow("", what, hint, reason="makes the model's chat template fail") from None
+            text = self._apply(chat.messages, chat.tools, chat.settings)
+            if all(arguments in text for arguments in argument_texts(chat.messages)):
+                return chat, text
+            error = ValueError("arguments of a call are not shown")
+        except Exception as raised:  # templates fail with whatever Python raises
+            error = raised
+        try:
+            chat = replace(chat, messages=with_parsed_arguments(chat.messages))
+            return chat, self._apply(chat.messages, chat.tools, chat.settings)
+        except Exception:
+            what = f"makes the model's chat template fail: {type(error).__name__}: {error}"
+            hint = "bring the messages into the shape that the model card shows"
+            raise BadRow("", what, hint, reason="makes the model's chat template fail") from None
 
-    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, settings: dict[str, Any]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **settings)
 
     def _finish_chat(self, chat: Conversation, text: str, tokens: Any) -> Encoded:
         ids = list(tokens.ids)
-        answers = find_answers(text, chat)
-        train_all = self.encoding.loss_on == "all"
-        labels = list(ids) if train_all else [IGNORED] * len(ids)
+        assert isinstance(self._markers, Markers)
+        answers = self._with_loss(find_answers(text, chat, self._markers))
+        labels = list(ids) if self.encoding.loss_on == "all" else [IGNORED] * len(ids)
+        end = None
         for answer in answers:
-            begin, end = tokens_of((answer.begin, answer.end), tokens)
+            begin, stop = tokens_of((answer.begin, answer.end), tokens)
             first = begin if self.encoding.train_empty_think else tokens_of((answer.said, answer.end), tokens)[0]
-            labels[begin:end] = [IGNORED] * (end - begin)
+            labels[begin:stop] = [IGNORED] * (stop - begin)
             if answer.trained:
-                labels[first:end] = ids[first:end]
+                labels[first:stop] = ids[first:stop]
+                end = ids[stop - 1]
         trained = [answer for answer in answers if answer.trained]
-        dropped = sum(answer.reasoning_dropped for answer in trained)
-        return self._fitted(Encoded(ids, labels, dropped, reasons=sum(answer.reasons for answer in trained)))
+        return self._fitted(
+            Encoded(
+                ids,
+                labels,
+                reasoning_dropped=sum(answer.reasoning_dropped for answer in trained),
+                reasons=sum(answer.reasons for answer in trained),
+                lead=self._prompts.lead(chat, text, tokens, answers),
+                end=end,
+            )
+        )
+
+    def _with_loss(self, answers: list[Answer]) -> list[Answer]:
+        """The answers, with loss where the recipe wants it; BadRow when that leaves none."""
+        if self.encoding.loss_on == "last":
+            answers = [replace(answer, trained=False) for answer in answers[:-1]] + answers[-1:]
+            if not answers[-1].trained:
+                hint = "give the last answer weight 1, or write data.loss_on: assistant"
+                raise BadRow("", "carries no loss: its last answer has weight 0", hint)
+        return answers
 
     def _finish_passage(self, prompt: list[int], completion: list[int]) -> Encoded:
         ids = [*prompt, *completion, self.tokenizer.eos_token_id]
         untrained = 0 if self.encoding.loss_on == "all" else len(prompt)
-        return self._fitted(Encoded(ids, [IGNORED] * untrained + ids[untrained:]))
+        if self.encoding.over_long == "split" and not prompt:
+            return self._split(ids)
+        return self._fitted(Encoded(ids, [IGNORED] * untrained + ids[untrained:], end=ids[-1]))
+
+    def _split(self, ids: list[int]) -> Encoded:
+        """Plain text as rows of at most `max_length` tokens, which go on where the one before stopped."""
+        limit = self.encoding.max_length
+        pieces = [ids[begin : begin + limit] for begin in range(0, len(ids), limit)]
+        if len(pieces) > 1 and len(pieces[-1]) == 1:  # the end of text, which only the token before it predicts
+            pieces[-2:] = [pieces[-2][:-1], pieces[-2][-1:] + pieces[-1]]
+        rows = [Encoded(piece, [IGNORED, *piece[1:]]) for piece in pieces]
+        rows[-1] = replace(rows[-1], end=ids[-1])
+        return replace(rows[0], rest=tuple(rows[1:]))
 
     def _fitted(self, row: Encoded) -> Encoded:
         """`row` within `max_length`, and with loss on it. BadRow when that cannot be."""
@@ -139,11 +210,11 @@ class Encoder:
         row.labels[0] = IGNORED
         if length > limit:
             if self.encoding.over_long != "truncate":
-                hint = "raise data.max_length, or set data.over_long to skip or truncate"
+                hint = "raise data.max_length, or set data.over_long to skip or truncate, or for plain text to split"
                 what = f"has {length:,} tokens, more than data.max_length = {limit:,}"
-                fatal = self.encoding.over_long == "error"
+                fatal = self.encoding.over_long != "skip"
                 raise OverLong("", what, hint, reason="has more tokens than data.max_length", fatal=fatal)
-            row = replace(row, input_ids=row.input_ids[:limit], labels=row.labels[:limit], truncated=True)
+            row = replace(row, input_ids=row.input_ids[:limit], labels=row.labels[:limit], truncated=True, end=None)
             if not row.loss_tokens:
                 what = "has no token that carries loss within data.max_length"
                 raise OverLong("", what, "raise data.max_length, or remove the row")

@@ -1,9 +1,8 @@
-r"""Which characters of a rendered chat, and then which tokens, carry loss.
+"""Which characters of a rendered chat, and then which tokens, carry loss.
 
-A chat in ChatML is a row of turns `<|im_start|>role\n ... <|im_end|>\n`. Messages that hold such tokens themselves
-are refused before, so every one of them in the rendered text is a boundary the chat template wrote. Of a trained turn
-the loss falls on reasoning, content, tool calls and the closing <|im_end|>; not on the header, not on an empty think
-block (unless asked), not on the newline behind.
+Messages that hold a marker of turns themselves are refused before, so every one of them in the rendered text is a
+boundary the chat template wrote. Of a trained turn the loss falls on reasoning, content, tool calls and the closing
+token; not on the header, not on an empty think block (unless asked), not on the newline behind.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ from typing import Any, Protocol
 
 from finetune.data.bad_rows import BadRow
 from finetune.data.conversation import Conversation
+from finetune.data.markers import CHATML, TEMPLATE_HINT, Markers, Turn
 
-START, END = "<|im_start|>", "<|im_end|>"
-TURN = re.compile(re.escape(START) + r"([^\n]*)\n(.*?)" + re.escape(END), re.DOTALL)
 EMPTY_THINK = re.compile(r"<think>\s*</think>\n*")
-TEMPLATE_HINT = "the model's chat template is not one of Qwen3's, or leaves out what it cannot show"
 
 Span = tuple[int, int]
 
@@ -39,7 +36,7 @@ class Alignment(Protocol):
 class Answer:
     """Characters of one assistant turn in a rendered chat.
 
-    begin, end: from behind the header to behind the closing <|im_end|>.
+    begin, end: from behind the header to behind the closing token.
     said: where the turn says something: `begin`, or the end of an empty think block.
     trained: whether it carries loss.
     reasoning_dropped: whether the chat template left its reasoning out.
@@ -54,16 +51,14 @@ class Answer:
     reasons: bool = False
 
 
-def find_answers(text: str, chat: Conversation) -> list[Answer]:
+def find_answers(text: str, chat: Conversation, markers: Markers = CHATML) -> list[Answer]:
     """The assistant turns of `text`, the rendered `chat`.
 
     Each assistant message must stand in the assistant turn of its order, and every message in the order of the
     chat; BadRow names the one that does not.
     """
-    turns = list(TURN.finditer(text))
-    if any(between.strip() for between in TURN.split(text)[:: TURN.groups + 1]):
-        raise BadRow("", "is rendered with text outside its turns", TEMPLATE_HINT)
-    rendered = [turn for turn in turns if turn[1] == "assistant"]
+    turns = markers.turns(text)
+    rendered = [turn for turn in turns if turn.is_answer]
     count = sum(message["role"] == "assistant" for message in chat.messages)
     if len(rendered) != count:
         raise BadRow("", f"is rendered with {len(rendered)} assistant turns instead of {count}", TEMPLATE_HINT)
@@ -71,30 +66,31 @@ def find_answers(text: str, chat: Conversation) -> list[Answer]:
     position = 0
     for message, place, trained in zip(chat.messages, chat.places, chat.trained, strict=True):
         if message["role"] != "assistant":
-            position = _end_of(message["content"], turns, position)
+            position = _end_of(message["content"], text, turns, position)
             if position < 0:
                 raise BadRow(place, "is not shown by the chat template", TEMPLATE_HINT, message["content"])
             continue
         turn = rendered[len(answers)]
         content, reasoning = split_reasoning(message)
-        if turn.start() < position or content not in turn[2]:
+        said_text = text[slice(*turn.text)]
+        if turn.begin < position or content not in said_text:
             raise BadRow(place, "is not shown by the chat template", TEMPLATE_HINT, content)
-        position = turn.end()
-        empty = EMPTY_THINK.match(text, turn.start(2), turn.end(2))
-        said = empty.end() if empty else turn.start(2)
-        shown = turn[2].startswith("<think>") and reasoning in turn[2].partition("</think>")[0]
+        position = turn.end
+        empty = EMPTY_THINK.match(text, *turn.text)
+        said = empty.end() if empty else turn.text[0]
+        shown = said_text.startswith("<think>") and reasoning in said_text.partition("</think>")[0]
         has_reasoning = bool(reasoning)
         dropped, reasons = has_reasoning and not shown, has_reasoning and shown
-        answers.append(Answer(turn.start(2), said, turn.end(), trained, dropped, reasons))
+        answers.append(Answer(turn.text[0], said, turn.end, trained, dropped, reasons))
     return answers
 
 
-def _end_of(content: str, turns: list[re.Match[str]], position: int) -> int:
+def _end_of(content: str, text: str, turns: list[Turn], position: int) -> int:
     """Where `content` ends in the first turn but the assistant's that has it at or after `position`; -1 for nowhere."""
     content = content.strip()
     for turn in turns:
-        if turn.end() > position and turn[1] != "assistant":
-            found = turn.string.find(content, max(position, turn.start(2)), turn.end(2))
+        if turn.end > position and not turn.is_answer:
+            found = text.find(content, max(position, turn.text[0]), turn.text[1])
             if found >= 0:
                 return found + len(content)
     return -1

@@ -8,7 +8,9 @@ from typing import Any
 import jinja2
 
 from finetune.data.bad_rows import BadRow
-from finetune.data.conversation import Conversation, Passage, read_conversation
+from finetune.data.companions import one_system_prompt, read_before, read_beside
+from finetune.data.conversation import Conversation, MessageReader, Passage
+from finetune.data.json_text import structured
 from finetune.data.templates import (
     JINJA,
     CompletionTemplate,
@@ -16,7 +18,7 @@ from finetune.data.templates import (
     MessagesTemplate,
     TextTemplate,
     TurnsTemplate,
-    suggest_template,
+    message_shape,
 )
 from finetune.errors import shorten
 
@@ -26,17 +28,15 @@ Fields = dict[str, Any]
 def interpret(fields: Fields, template: DataTemplate) -> Conversation | Passage:
     """What `template` makes of a row's fields. BadRow names the field that does not fit."""
     for name in template.needs:
-        if fields.get(name) is None:
-            raise _misfit(name, fields, template)
+        if fields.get(template.column(name)) is None:
+            raise _misfit(template.column(name), fields, template)
     if isinstance(template, MessagesTemplate):
-        conversation = read_conversation(fields, template)
-        _check_ends(conversation)
-        return conversation
+        return _chat(fields, template)
+    if isinstance(template, CompletionTemplate) and (turns := _halves(fields, template)):
+        return _chat(fields, template, turns)
     texts = _texts(fields, template)
     if isinstance(template, TurnsTemplate):
-        conversation = _made_up(texts, template)
-        _check_ends(conversation)
-        return conversation
+        return _chat(fields, template, texts)
     if isinstance(template, CompletionTemplate):
         passage = Passage(_render(template.prompt, texts), _render(template.completion, texts))
     else:
@@ -46,21 +46,54 @@ def interpret(fields: Fields, template: DataTemplate) -> Conversation | Passage:
     return passage
 
 
+def _chat(fields: Fields, template: DataTemplate, own: Any = None) -> Conversation:
+    """A chat with what stands beside it in the row. own: texts of a turns template, or halves of a completion."""
+    reader = MessageReader(template if isinstance(template, MessagesTemplate) else message_shape())
+    made = reader.made
+    tools, settings = read_beside(fields, template)
+    read_before(fields, template, reader)
+    before = len(made.messages)
+    if isinstance(template, MessagesTemplate):
+        reader.read(fields[template.messages], template.messages)
+    elif isinstance(template, TurnsTemplate):
+        _append_turns(own, template, reader)
+    else:
+        for name, (messages, trained) in own.items():
+            reader.read(messages, name, trained=trained)
+    one_system_prompt(made, before)
+    conversation = Conversation(made.messages, made.places, made.trained, tools, settings)
+    _check_ends(conversation)
+    return conversation
+
+
+def _halves(fields: Fields, template: CompletionTemplate) -> dict[str, tuple[list[Any], bool]] | None:
+    """Prompt and completion where either is a list of messages; a text in the other half is one turn."""
+    names = [template.column(name) for name in template.needs]
+    if len(names) != 2:
+        return None
+    prompt, completion = (structured(fields[name]) if _holds_messages(fields[name]) else fields[name] for name in names)
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return None
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return {names[0]: (prompt, False), names[1]: (completion, True)}
+
+
+def _holds_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, or JSON text of one; other texts are what people wrote."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = structured(value)
+        first = structured(value[0]) if isinstance(value, list) and value else None
+        return isinstance(first, dict) and message_shape().role_key(first) in first
+    return isinstance(value, list)
+
+
 def _misfit(name: str, fields: Fields, template: DataTemplate) -> BadRow:
     present = ", ".join(key for key, value in fields.items() if value is not None) or "nothing"
-    hint = (
-        _fitting_hint(fields, template)
-        or f"template {template.name} reads {', '.join(template.needs + template.knows)}"
-    )
+    hint = f"template {template.name} reads {', '.join(template.needs + template.knows)}"
     return BadRow(name, f"is missing; the row has {shorten(present)[1:-1]}", hint, reason=f"lacks {name}")
-
-
-def _fitting_hint(fields: Fields, template: DataTemplate) -> str | None:
-    """Which other template the row fits, if there is one."""
-    other = suggest_template(fields)
-    if other in (None, template.name):
-        return None
-    return f"the row fits template {other}: write `template: {other}` in the recipe"
 
 
 def _check_passage(passage: Passage, template: CompletionTemplate | TextTemplate) -> None:
@@ -89,19 +122,17 @@ def _check_ends(conversation: Conversation) -> None:
 def _texts(fields: Fields, template: TurnsTemplate | CompletionTemplate | TextTemplate) -> dict[str, str]:
     texts = {}
     for name in template.required + template.optional:
-        value = fields.get(name)
+        column = template.column(name)
+        value = fields.get(column)
         if value is not None and not isinstance(value, str):
-            fitting = _fitting_hint(fields, template) if isinstance(value, list) else None
-            raise BadRow(name, "is not a text", fitting or "write it as text, in quotes", value)
+            raise BadRow(column, "is not a text", "write it as text, in quotes", value)
+        if not value and name in template.required:
+            raise BadRow(column, "is empty", "fill it in, or remove the row")
         texts[name] = value or ""
-    for name in template.required:
-        if not texts[name]:
-            raise BadRow(name, "is empty", "fill it in, or remove the row")
     return texts
 
 
-def _made_up(texts: dict[str, str], template: TurnsTemplate) -> Conversation:
-    messages, places = [], []
+def _append_turns(texts: dict[str, str], template: TurnsTemplate, reader: MessageReader) -> None:
     for index, turn in enumerate(template.turns):
         if turn.when and not texts[turn.when].strip():
             continue
@@ -109,9 +140,7 @@ def _made_up(texts: dict[str, str], template: TurnsTemplate) -> Conversation:
         reasoning = _render(turn.reasoning, texts) if turn.reasoning else ""
         if reasoning.strip():
             message["reasoning_content"] = reasoning
-        messages.append(message)
-        places.append(f"turns[{index}] of template {template.name}")
-    return Conversation(messages, places, [message["role"] == "assistant" for message in messages])
+        reader.append(message, f"turns[{index}] of template {template.name}", trained=turn.role == "assistant")
 
 
 @cache

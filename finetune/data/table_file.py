@@ -1,4 +1,4 @@
-"""Rows of tables: CSV and TSV, Parquet, and data sets of the hub."""
+"""Rows of tables: CSV and TSV, Parquet, Arrow, and data sets that were saved or are on the hub."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.config.schema import DataFile
 from finetune.data.bad_rows import BadRow
+from finetune.data.data_path import DataPath
+from finetune.data.filler import arrow_cleaner, feature_cleaner
 from finetune.data.json_file import Reject
 from finetune.data.strict_json import Fields, check_text
 from finetune.data.utf8 import decode_utf8, without_bom
 from finetune.errors import DataError, Problem
+from finetune.models.hub import asking_hub
 
 LONGEST_CSV_FIELD = 2**31 - 1
-PARQUET_ROWS = 1024
+TABLE_ROWS = 1024
 
 
-def read_csv(path: Path, source: str, reject: Reject, delimiter: str = ",") -> Iterator[tuple[int, Fields]]:
+def read_csv(path: DataPath, source: str, reject: Reject, delimiter: str = ",") -> Iterator[tuple[int, Fields]]:
     """Line number (of a row's first line) and fields of each good row; the first row names the columns.
 
     Every value is text. A row with more or fewer values than the header, or that is not UTF-8, goes to `reject`.
@@ -51,12 +55,12 @@ def read_csv(path: Path, source: str, reject: Reject, delimiter: str = ",") -> I
 class _Lines:
     """Lines of a file as text; remembers the first fault since it was last asked."""
 
-    def __init__(self, path: Path, source: str) -> None:
+    def __init__(self, path: DataPath, source: str) -> None:
         self._path, self._source = path, source
         self._fault: BadRow | None = None
 
     def __iter__(self) -> Iterator[str]:
-        with self._path.open("rb") as file:
+        with self._path.open() as file:
             for number, line in enumerate(file, start=1):
                 yield self._decoded(without_bom(line, self._source) if number == 1 else line)
 
@@ -96,53 +100,103 @@ def _fields(header: list[str], values: list[str]) -> Fields:
     return dict(zip(header, values, strict=True))
 
 
-def read_parquet(path: Path, source: str, reject: Reject) -> Iterator[tuple[int, Fields]]:
+def read_parquet(path: DataPath, source: str, reject: Reject) -> Iterator[tuple[int, Fields]]:
     """Row number and fields of each row; a few rows in memory at a time."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(PARQUET_ROWS) for row in batch.to_pylist())
-            yield from _numbered(rows, reject)
+        with pq.ParquetFile(path.path) as file:
+            yield from _numbered(_as_rows(file.iter_batches(TABLE_ROWS)), reject)
     except (pa.ArrowException, OSError, EOFError) as error:
         hint = "the file may be cut off or no Parquet: write it again"
         raise DataError(Problem(source, f"cannot be read as Parquet: {_first_line(error)}", hint)) from None
 
 
-def read_hub(name: str, split: str, source: str, reject: Reject) -> Iterator[tuple[int, Fields]]:
-    """Row number and fields of each row of one split of a data set of the hub."""
+def read_arrow(path: DataPath, source: str, reject: Reject) -> Iterator[tuple[int, Fields]]:
+    """Row number and fields of each row of an Arrow file or stream."""
+    import pyarrow as pa
+
+    try:
+        with pa.OSFile(str(path.path)) as file:
+            try:
+                opened = pa.ipc.open_file(file)
+                batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
+            except pa.ArrowInvalid:
+                file.seek(0)
+                batches = pa.ipc.open_stream(file)
+            yield from _numbered(_as_rows(batches), reject)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        hint = "the file may be cut off or no Arrow file: write it again"
+        raise DataError(Problem(source, f"cannot be read as Arrow: {_first_line(error)}", hint)) from None
+
+
+def read_saved(path: Path, split: str, source: str, reject: Reject) -> Iterator[tuple[int, Fields]]:
+    """Row number and fields of each row of a folder that `save_to_disk` made, or of one split of it."""
     import datasets
 
     try:
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_from_disk(str(path))
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise DataError(Problem(source, f"has no split {split!r}", f"it has {', '.join(data)}: write split"))
+            data = data[split]
+    except DataError:
+        raise
+    except Exception as error:  # it raises what its back ends raise
+        hint = "the folder may be damaged: save the data set again"
+        raise DataError(Problem(source, f"cannot be loaded: {_first_line(error)}", hint)) from error
+    yield from _numbered(_cleaned(data), reject)
+
+
+def read_hub(file: DataFile, reject: Reject) -> Iterator[tuple[int, Fields]]:
+    """Row number and fields of each row of one split of a data set of the hub."""
+    import datasets
+
+    given = {"name": file.config, "split": file.split, "revision": file.revision}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        with asking_hub(file.path) as answers:
+            data = datasets.load_dataset(file.path, **given)
     except Exception as error:  # it raises what its dozen back ends raise
+        if not answers:
+            what = "is no file here, nor in the local cache of data sets, and the hub does not answer"
+            raise DataError(Problem(file.path, what, "check the spelling and the network")) from error
         hint = (
-            f"there is no file {name!r} here either; check the spelling, data.train[].split, the network"
-            " and, for a private data set, that you are logged in to the hub"
+            f"there is no file {file.path!r} here either; check the spelling, data.train[].split and config, the"
+            " network and, for a private data set, that you are logged in to the hub"
         )
-        raise DataError(Problem(source, f"cannot be loaded from the hub: {_first_line(error)}", hint)) from error
-    yield from _numbered(iter(data), reject)
+        raise DataError(Problem(file.path, f"cannot be loaded from the hub: {_first_line(error)}", hint)) from error
+    yield from _numbered(_cleaned(data), reject)
+
+
+def _as_rows(batches: Iterable[Any]) -> Iterator[Fields]:
+    """Rows of Arrow batches, in the shape they had before they were a table."""
+    for batch in batches:
+        columns = {}
+        for field in batch.schema:
+            clean, values = arrow_cleaner(field.type), batch.column(field.name).to_pylist()
+            columns[field.name] = values if clean is None else map(clean, values)
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+def _cleaned(data: Any) -> Iterator[Fields]:
+    """Rows of a data set, without the nulls that its columns of objects fill in."""
+    features = getattr(data, "features", None) or {}
+    cleaners = {name: clean for name, feature in features.items() if (clean := feature_cleaner(feature)) is not None}
+    for row in data:
+        yield row | {name: clean(row[name]) for name, clean in cleaners.items()} if cleaners else row
 
 
 def _numbered(rows: Iterable[Fields], reject: Reject) -> Iterator[tuple[int, Fields]]:
-    for number, row in enumerate(rows, start=1):
-        fields = {name: _without_filler(value) for name, value in row.items()}
+    for number, fields in enumerate(rows, start=1):
         try:
             check_text(fields)
         except BadRow as error:
             reject(number, error)
         else:
             yield number, fields
-
-
-def _without_filler(value: Any) -> Any:
-    """`value` without the nulls that a table puts in objects whose keys differ from row to row."""
-    if isinstance(value, dict):
-        return {key: _without_filler(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_filler(item) for item in value]
-    return value
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,15 +8,17 @@ name; any other is named by its path.
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from typing_extensions import Self
 
 from finetune.config.data_templates import template_folder, template_names
+from finetune.config.schema import RowRole
 from finetune.diagnostics.advice import did_you_mean
 from finetune.diagnostics.document import read_document
 from finetune.diagnostics.findings import Finding, Places
@@ -31,7 +33,19 @@ HINT = "compare with the files in data_templates/"
 
 Names = tuple[Name, ...]
 Strings = dict[str, Any]
-RowRole = Literal["system", "user", "assistant", "tool", "tool_call"]
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names that the reasoning before an answer goes by."""
+ROLES: dict[str, RowRole] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response", "tool_result"), "tool"),
+    **dict.fromkeys(("tool_call", "function_call"), "tool_call"),
+}
+"""Roles by the names they usually have, whatever their case."""
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+COMPANIONS = ("system", "tools", "functions", "history", "documents", "chat_template_kwargs", "enable_thinking")
+"""Columns that are read beside a chat, whether or not its template names them."""
 
 
 class Template(Section):
@@ -42,11 +56,38 @@ class Template(Section):
         "refuse", description="whether texts may hold tokens that steer the model, such as <|im_start|>"
     )
     _name: str = PrivateAttr("")
+    _columns: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def renamed(self, columns: dict[str, str], changed: Strings) -> Self:
+        """The same template with other columns, and other values of its own fields."""
+        made = self.model_copy(update=changed)
+        for cached in ("companions", "columns"):
+            made.__dict__.pop(cached, None)
+        made._columns = dict(columns)
+        return made
 
     @property
     def name(self) -> str:
         """How recipes name it."""
         return self._name
+
+    def column(self, name: str) -> str:
+        """The column of a row that a field of the template is read from."""
+        return self._columns.get(name, name)
+
+    def companion(self, name: str) -> str | None:
+        """The column of something that may stand beside the chat; None where the template itself reads it."""
+        return None if name in (*self.needs, *self.knows) else self.column(name)
+
+    @cached_property
+    def companions(self) -> dict[str, str]:
+        """What may stand beside the chat -> its column."""
+        return {name: column for name in COMPANIONS if (column := self.companion(name))}
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """The columns that the template itself reads."""
+        return frozenset(self.column(name) for name in (*self.needs, *self.knows))
 
     @property
     def needs(self) -> Names:
@@ -57,10 +98,6 @@ class Template(Section):
     def knows(self) -> Names:
         """Fields that are read when a row has them."""
         return ()
-
-    def fits(self, fields: Strings) -> bool:
-        """Whether a row has the fields that this template needs."""
-        return all(fields.get(name) is not None for name in self.needs)
 
 
 class MessagesTemplate(Template):
@@ -82,10 +119,31 @@ class MessagesTemplate(Template):
         """The list of messages."""
         return (self.messages,)
 
-    @property
-    def knows(self) -> Names:
-        """System prompt and tools."""
-        return tuple(name for name in (self.system, self.tools) if name)
+    def column(self, name: str) -> str:
+        """A name that the template says itself is the column."""
+        return name if name in self.needs else super().column(name)
+
+    def companion(self, name: str) -> str | None:
+        """As the template says, or by its usual name."""
+        named = {"system": self.system, "tools": self.tools}.get(name)
+        return named or super().companion(name)
+
+    def role_of(self, named: str) -> str | None:
+        """The role of a chat that a name in the rows stands for."""
+        return self.roles.get(named) or ROLES.get(named.strip().lower())
+
+    def role_key(self, raw: Strings) -> str:
+        """The key of a message that holds its role: the template's, or a usual one."""
+        return next((key for key in (self.role, *ROLE_KEYS) if key in raw), self.role)
+
+    def content_key(self, raw: Strings) -> str:
+        """The key of a message that holds its text."""
+        return next((key for key in (self.content, *CONTENT_KEYS) if key in raw), self.content)
+
+    def message_keys(self, raw: Strings) -> set[str]:
+        """Keys of a message that are read here, and not left to the model's chat template."""
+        named = {self.role_key(raw), self.content_key(raw), self.tool_calls, self.weight}
+        return {name for name in (*named, *self.reasoning, *REASONING, "tool_calls", "function_call") if name}
 
 
 class Turn(Section):
@@ -197,12 +255,16 @@ def _named_template(name: str) -> DataTemplate:
     return parse_template(_read(path), name)
 
 
-def suggest_template(fields: Strings) -> str | None:
-    """Name of a template that a row with these fields fits, the one that uses most of them."""
-    fitting = [template for template in map(_named_template, template_names()) if template.fits(fields)]
-    if not fitting:
-        return None
-    return max(fitting, key=lambda each: (len(each.needs), sum(name in fields for name in each.knows))).name
+def named_templates() -> list[DataTemplate]:
+    """The templates that come with the package."""
+    return [_named_template(name) for name in template_names()]
+
+
+def message_shape() -> MessagesTemplate:
+    """How messages look where a row does not say it: as those of the OpenAI API."""
+    shape = _named_template("chat")
+    assert isinstance(shape, MessagesTemplate)
+    return shape
 
 
 def parse_template(text: str, name: str) -> DataTemplate:

@@ -28,16 +28,18 @@ class TokenStore:
         self._chunks: list[Any] = []
         self._waiting: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
         self._numbers, self._lengths, self._loss_tokens = array("q"), array("i"), array("i")
+        self._parts = array("i")
         self._hashes = array("Q")
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def add(self, row: Row, encoded: Encoded) -> None:
-        """Append one row."""
+    def add(self, row: Row, encoded: Encoded, part: int = 0) -> None:
+        """Append one row, of the part-th file of its source."""
         ids, labels = (np.array(tokens, np.int32) for tokens in (encoded.input_ids, encoded.labels))
         digest = blake2b(ids.tobytes(), digest_size=8, key=self._key).digest()
         self._numbers.append(row.number)
+        self._parts.append(part)
         self._lengths.append(len(ids))
         self._loss_tokens.append(encoded.loss_tokens)
         self._hashes.append(int.from_bytes(digest, "little"))
@@ -54,6 +56,11 @@ class TokenStore:
     def numbers(self) -> NDArray[np.int64]:
         """Line or row number of each row."""
         return np.array(self._numbers, np.int64)
+
+    @property
+    def parts(self) -> NDArray[np.int64]:
+        """Which file of the source each row is in."""
+        return np.array(self._parts, np.int64)
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,28 @@ from finetune.diagnostics.fields import Kind
 from finetune.diagnostics.findings import dotted, printable
 from finetune.diagnostics.schema import Schema
 
+NEAR = 0.7
+"""Likeness, by `difflib`, from which on a name is taken for a misspelling of another."""
+NEARER = 0.8
+"""The same for a name in another section."""
+
 _SWITCHES = {"yes": True, "on": True, "y": True, "1": True, "no": False, "off": False, "n": False, "0": False}
 _MULTIPLES = {"k": 1_000, "m": 1_000_000, "%": 0.01}
 
 
+def nearest(name: object, known: Iterable[object], near: float = NEAR) -> str | None:
+    """The one of `known` that `name` is a misspelling or the beginning of; None when none is near."""
+    wanted, by_lower = str(name).lower(), {str(item).lower(): str(item) for item in known}
+    alike = get_close_matches(wanted, by_lower, n=1, cutoff=near)
+    swapped = [word for word in by_lower if sorted(word) == sorted(wanted)]
+    begun = [word for word in by_lower if len(wanted) > 2 and word.startswith((f"{wanted}.", f"{wanted}_"))]
+    return next((by_lower[word] for word in (*alike, *swapped, *begun)), None)
+
+
 def did_you_mean(name: object, known: Iterable[object], within: Path | None = None) -> str | None:
-    """`did you mean X?` with the one of `known` that `name` most likely meant, as a path when it lies `within` one."""
-    by_lower = {str(item).lower(): str(item) for item in known}
-    matches = get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
-    if not matches:
-        return None
-    meant = by_lower[matches[0]]
-    return f"did you mean {meant if within is None else within / meant}?"
+    """`did you mean X?` with the nearest of `known`, as a path when it lies `within` one; None when none is near."""
+    meant = nearest(name, known)
+    return None if meant is None else f"did you mean {meant if within is None else within / meant}?"
 
 
 def sentence(*parts: str | None) -> str:
@@ -35,20 +45,31 @@ def sentence(*parts: str | None) -> str:
 
 def name_advice(name: str, section: type[BaseModel], schema: Schema[Any]) -> str | None:
     """What to write instead of `name`, a key that `section` does not have."""
-    if name in schema.other_names:
-        return f"did you mean {schema.other_names[name]}?"
-    homes = [dotted(field) for field, _ in schema.all_fields() if field[-1] == name]
-    if homes:
-        return f"did you mean {' or '.join(homes)}?"
+    word = name.lower().lstrip("-").replace("-", "_")
+    if word in section.model_fields:
+        return f"did you mean {word}?"
+    if word in schema.other_names:
+        return f"did you mean {schema.other_names[word]}?"
+    homes: dict[str, list[str]] = {}
+    for field, _ in schema.all_fields():
+        homes.setdefault(str(field[-1]), []).append(dotted(field))
+    if word in homes:
+        return f"did you mean {' or '.join(homes[word])}?"
+    if word in schema.absent:
+        return schema.absent[word]
     if "." in name and schema.kind_at(tuple(name.split("."))):
         first, _, rest = name.partition(".")
         return f"in a file, nest it: write {rest} below {first}"
-    return did_you_mean(name, section.model_fields)
+    meant = did_you_mean(name, section.model_fields)
+    elsewhere = nearest(word, homes, NEARER) if meant is None else None
+    return meant if elsewhere is None else f"did you mean {' or '.join(homes[elsewhere])}?"
 
 
-def advice(value: Any, kind: Kind) -> str | None:
-    """What to write instead of `value`, where one can tell."""
+def advice(value: Any, kind: Kind, other_values: Mapping[str, str]) -> str | None:
+    """What to write instead of `value`, where one can tell.  other_values: see `Schema`."""
     if kind.choices:
+        if (meant := other_values.get(str(value).lower())) in kind.choices:
+            return f"did you mean {meant}?"
         return did_you_mean("none" if value is None else value, kind.choices)
     if isinstance(value, str):
         return _text_advice(value, kind)

@@ -64,7 +64,7 @@ def _wrong_value(path: FieldPath, detail: Any, value: Any, schema: Schema[Any]) 
     kind = schema.kind_at(path)
     assert kind is not None
     what = _what(detail, kind)
-    hint = sentence(advice(value, kind), _explain(path, schema))
+    hint = sentence(advice(value, kind, schema.other_values), _explain(path, schema))
     return Finding(path, f"is null, {what}", hint) if value is None else Finding(path, what, hint, value)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -37,8 +38,38 @@ def parse(
         what = "is empty" if empty else f"must be sections such as {needed}"
         raise error(*places.problems([*document.findings, Finding((), what, schema.how_to_start)]))
 
-    tree: dict[str, Any] = document.value
-    findings = [*document.findings, *apply_overrides_(tree, overrides, places, schema)]
+    return _checked(document.value, document.findings, places, schema, overrides, check, error)
+
+
+def parse_tree(
+    tree: Mapping[str, Any], source: str, schema: Schema[M], overrides: Sequence[str] = (), *, check: Check[M],
+    error: type[UserError],
+) -> M:  # fmt: skip
+    """The same from plain values in place of their text; paths may be `Path`s."""
+    return _checked(_plain(tree), [], Places(source), schema, overrides, check, error)
+
+
+def _plain(value: Any) -> Any:
+    """A copy with what YAML has, where there is such a thing."""
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(warnings=False))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def _checked(
+    tree: dict[str, Any],
+    findings: Sequence[Finding],
+    places: Places,
+    schema: Schema[M],
+    overrides: Sequence[str],
+    check: Check[M],
+    error: type[UserError],
+) -> M:
+    findings = [*findings, *apply_overrides_(tree, overrides, places, schema)]
     unread = frozenset(finding.path for finding in findings if finding.path)
     recovered: Recovered[M] | None
     try:

@@ -19,13 +19,16 @@ class Schema(Generic[M]):
     """A model with what messages about its documents say.
 
     noun: what such a document is called, with its article.
-    other_names: dotted fields by names that people may know them by.
+    other_names: dotted fields by names that people may know them by.  absent: what is in the place of things that they
+    may know.  other_values: values of choices by other names.
     example_override: an override as it could be written.  how_to_start: what to do about an empty document.
     """
 
     model: type[M]
     noun: str = "a document"
     other_names: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    other_values: Mapping[str, str] = field(default_factory=dict)
     example_override: str = "section.field=value"
     how_to_start: str = "write its sections"
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from finetune.adapters.files import adapter_folder
 from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.architecture.registry import FAMILIES
 from finetune.architecture.shape import ModelShape
@@ -21,7 +22,7 @@ from finetune.formats.registry import make_format
 from finetune.formats.serving_note import NOTE, Use
 from finetune.io.folder import Progress, Work, check_output, describe_job, write_folder
 from finetune.io.sizes import size_text
-from finetune.merging.plan import check_model, plan_merge, refuse_packed
+from finetune.merging.plan import check_model, plan_merge, refuse_packed, taught_ends
 from finetune.models.checkpoint import Checkpoint, find_checkpoint
 from finetune.report.tables import Shown, warnings
 
@@ -117,7 +118,7 @@ def _check(to: Format, source: str | Path, base: str | Path | None, *, resume: b
         if base is not None:
             what, hint = f"has no meaning for {to.name}", "leave it out: only an adapter has a base"
             problems.append(Problem("--base", what, hint))
-        if (Path(source) / ADAPTER_CONFIG).is_file():
+        if (adapter_folder(source) / ADAPTER_CONFIG).is_file():
             hint = f"merge it first: finetune merge {source} --output MERGED, then export MERGED"
             problems.append(Problem(str(source), f"is an adapter, and --to {to.name} writes whole models", hint))
     if resume and not to.resumes:
@@ -142,7 +143,8 @@ def _plan_adapter(to: AdapterFormat, source: str | Path, output: Path, base: str
     plan = plan_merge(source, base)
     _check_family(plan.shape, to.name, plan.base.path)
     files = plan.adapters[0]
-    use = Use(bool((files.sidecar or {}).get("thinking") if to.thinking is None else to.thinking))
+    thinking = (files.sidecar or {}).get("thinking") if to.thinking is None else to.thinking
+    use = Use.of(plan.base.path, thinking, taught_ends(plan))
     planned = to.plan(Factors.of(plan))
     named, rank = files.base_model or str(plan.base.path), planned.facts["rank"]
     note = to.note(ExportedAdapter(output, named, plan.base.path, rank, plan.rope_scaling), use)
@@ -156,4 +158,5 @@ def _plan_model(to: ModelFormat, source: str | Path, output: Path, held: ExitSta
     _check_family(shape, to.name, checkpoint.path)
     check_output(output, checkpoint)
     planned = to.plan(ModelSource(checkpoint, shape.linears(), output, held))
-    return _Job(planned, to.note(output, Use(bool(to.thinking))), checkpoint.path, checkpoint, (checkpoint.path,))
+    note = to.note(output, Use.of(checkpoint.path, to.thinking))
+    return _Job(planned, note, checkpoint.path, checkpoint, (checkpoint.path,))

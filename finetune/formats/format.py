@@ -77,7 +77,7 @@ class Format(ABC):
 
     def about_use(self, use: Use) -> str:
         """How to ask for what the model was trained to do, in Markdown."""
-        per_request = '`"chat_template_kwargs": {"enable_thinking": false}`'
+        per_request = f'`"chat_template_kwargs": {use.switch}`'
         return use.told(f"send {per_request} with every request, or set it as above")
 
 
@@ -94,9 +94,10 @@ class ExportedAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFormat(Format):
-    """A layout of adapters. usual_dtype: of the factors, when nobody says."""
+    """A layout of adapters. usual_dtype: of the factors, when nobody says.  tell_stops: how to, see `Use.stopping`."""
 
     usual_dtype: ClassVar[StorageDtype] = "fp32"
+    tell_stops: ClassVar[str] = 'send `"stop_token_ids": {ids}` with every request'
 
     dtype: StorageDtype | None = option(None, "bf16, fp16 or fp32")
 
@@ -121,7 +122,8 @@ class AdapterFormat(Format):
     def note(self, adapter: ExportedAdapter, use: Use) -> str:
         """The note beside it, Markdown."""
         title = f"# {adapter.output.name}: adapter for {adapter.base}, as {self.name} reads it"
-        return f"{title}\n\n{self.start(adapter, use)}{positions(adapter.rope_scaling)}\n{self.about_use(use)}"
+        told = f"{self.about_use(use)}{use.stopping(self.tell_stops)}"
+        return f"{title}\n\n{self.start(adapter, use)}{positions(adapter.rope_scaling)}\n{told}"
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class GgufLora(AdapterFormat):
 
     name = "gguf-lora"
     about = "llama.cpp, beside the base in GGUF"
+    tell_stops = 'send `"stop": {texts}` with every request'
     package = PACKAGE
 
     def plan(self, factors: Factors) -> Planned:

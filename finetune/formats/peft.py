@@ -18,6 +18,7 @@ class Peft(AdapterFormat):
 
     name = "peft"
     about = "transformers + PEFT, expert banks fused"
+    tell_stops = "give `eos_token_id={ids}` to `generate`"
 
     def plan(self, factors: Factors) -> Planned:
         """PEFT's packing of expert banks, plain pairs for the rest."""
@@ -35,7 +36,7 @@ class Peft(AdapterFormat):
 
     def about_use(self, use: Use) -> str:
         """What to call the chat template with."""
-        return use.told("call `tokenizer.apply_chat_template` with `enable_thinking=False`")
+        return use.told(f"call `tokenizer.apply_chat_template` with `enable_thinking={use.thinking}`")
 
 
 @dataclass(frozen=True, kw_only=True)

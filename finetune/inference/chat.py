@@ -12,30 +12,41 @@ from finetune.models.generation import Generation, Message, reply
 HELP = "an empty line or Ctrl-D ends, /new forgets the conversation, /think and /no_think switch reasoning"
 
 
-def converse(
-    model: Any, tokenizer: Any, generation: Generation, prompt: str | None, system: str | None, console: Console
-) -> None:
-    """Stream the reply to `prompt`, or read lines and reply to each until an empty line or the end of input."""
-    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+def answer(
+    model: Any, tokenizer: Any, generation: Generation, prompt: str, system: str | None, console: Console | None
+) -> str:
+    """The reply to `prompt`, streamed to `console` if there is one."""
+    return _reply(model, tokenizer, generation, [*_opening(system), {"role": "user", "content": prompt}], console)
 
-    def answer(messages: list[Message], settings: Generation) -> None:
-        text = reply(model, tokenizer, messages, settings, on_text=lambda piece: _write(console, piece))
-        console.print()
-        messages.append({"role": "assistant", "content": text})
 
-    if prompt is not None:
-        answer([*opening, {"role": "user", "content": prompt}], generation)
-        return
+def converse(model: Any, tokenizer: Any, generation: Generation, system: str | None, console: Console) -> None:
+    """Read lines and stream the reply to each until an empty line or the end of input."""
     console.print(HELP, style="dim")
-    messages = list(opening)
+    messages = _opening(system)
     while line := _read_line(console):
         if line == "/new":
-            messages = list(opening)
+            messages = _opening(system)
         elif line in ("/think", "/no_think"):
             generation = replace(generation, thinking=line == "/think")
         else:
             messages.append({"role": "user", "content": line})
-            answer(messages, generation)
+            text = _reply(model, tokenizer, generation, messages, console)
+            messages.append({"role": "assistant", "content": text})
+
+
+def _opening(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _reply(model: Any, tokenizer: Any, generation: Generation, messages: list[Message], console: Console | None) -> str:
+    def show(piece: str) -> None:
+        if console is not None:
+            _write(console, piece)
+
+    text = reply(model, tokenizer, messages, generation, on_text=show)
+    if console is not None:
+        console.print()
+    return text
 
 
 def _write(console: Console, piece: str) -> None:

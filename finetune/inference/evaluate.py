@@ -16,7 +16,8 @@ from finetune.adapters.attach import frozen_text, load
 from finetune.adapters.frozen import LoadedWeights
 from finetune.config.schema import DataFile
 from finetune.data.bad_rows import BadRow, BadRows
-from finetune.data.encode import Encoder, Encoding
+from finetune.data.encode import Encoded, Encoder, Encoding
+from finetune.data.prepare_report import unprompted_note
 from finetune.data.rows import Row, read_rows
 from finetune.data.templates import load_template
 from finetune.errors import DataError, Problem
@@ -30,6 +31,7 @@ class EvalReport:
     """How well a model answers rows.
 
     total: all rows.  files: per file.  groups: per value of the field `by`, most rows first; empty without `by`.
+    notes: rows that the model's own prompt does not lead to, so that a chat would not show what is measured here.
     frozen: what was used below an adapter, or of a packed model; see `frozen_text`.
     """
 
@@ -40,6 +42,7 @@ class EvalReport:
     by: str | None
     groups: dict[str, Score]
     frozen: str | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
@@ -48,6 +51,7 @@ class EvalReport:
     def render(self) -> Table:
         """A table for the terminal."""
         title = "\n".join(filter(None, (f"{self.model}, template {self.template}", self.frozen)))
+        title = "\n".join((title, *(f"note: {note}" for note in self.notes)))
         table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
         for index, column in enumerate(COLUMNS):
             table.add_column(column, justify="right" if index else "left", overflow="fold")
@@ -96,7 +100,8 @@ def evaluate(
     if by is not None:
         _check_field(rows, by)
     model, tokenizer = load(path, dtype, base=base, base_weights=base_weights)
-    scores = score_rows(model, _encode(rows, Encoder(tokenizer, form, Encoding())))
+    encoded = _encode(rows, Encoder(tokenizer, form, Encoding()))
+    scores = score_rows(model, [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded])
     return EvalReport(
         model=str(path),
         template=template,
@@ -105,6 +110,7 @@ def evaluate(
         by=by,
         groups=_grouped((str(row.fields[by]) for row in rows), scores) if by is not None else {},
         frozen=frozen_text(model),
+        notes=_unprompted(rows, encoded),
     )
 
 
@@ -132,15 +138,24 @@ def _check_field(rows: Sequence[Row], by: str) -> None:
         raise DataError(*(Problem(row.where, what, f"it has {', '.join(row.fields)}") for row in lacking.values()))
 
 
-def _encode(rows: Sequence[Row], encoder: Encoder) -> list[dict[str, Any]]:
-    """Input ids and labels of each row."""
+def _unprompted(rows: Sequence[Row], encoded: Sequence[Encoded]) -> tuple[str, ...]:
+    """Rows whose answer no prompt of the model leads to, by the reason."""
+    places: dict[str, list[str]] = {}
+    for row, answer in zip(rows, encoded, strict=True):
+        if answer.lead is not None and answer.lead.mode is None:
+            places.setdefault(answer.lead.why, []).append(row.where)
+    return tuple(unprompted_note(why, len(found), found) for why, found in places.items())
+
+
+def _encode(rows: Sequence[Row], encoder: Encoder) -> list[Encoded]:
+    """Tokens and labels of each row."""
     bad = BadRows()
-    encoded = []
+    encoded: list[Encoded] = []
     for row, answer in zip(rows, encoder.encode(rows), strict=True):
         if isinstance(answer, BadRow):
             bad.add(row.where, answer)
         else:
-            encoded.append({"input_ids": answer.input_ids, "labels": answer.labels})
+            encoded.append(answer)
     if bad.stop:
         raise DataError(*bad.listing("the rows"))
     return encoded

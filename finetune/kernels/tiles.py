@@ -34,12 +34,12 @@ def tune(layer: ExpertLayer, load: Load, backend: Backend = "auto") -> None:
 
 def choose_tiles(layer: ExpertLayer, load: Load) -> None:
     """`tune` for a layer that runs on Triton's products."""
-    from finetune.kernels.triton import tuning
+    from finetune.kernels.triton import shapes, tuning
     from finetune.kernels.triton.shapes import Workload
 
     workload = Workload.of(layer, layer.compute_dtype())
     tiles = tuning.prepare(workload, *load)
-    if tiles == tuning.standard(workload, load.tokens * load.top_k):
+    if tiles == shapes.standard(workload, load.tokens * load.top_k):
         return
     gate_up_rank, down_rank = (0 if x is None else x.a_XRI.shape[1] for x in (layer.gate_up_lora, layer.down_lora))
     case = self_check.Case(

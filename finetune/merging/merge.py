@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from finetune.config.model_files import GENERATION_CONFIG
 from finetune.config.rope import with_scaling
 from finetune.errors import Problem, UserError
 from finetune.io.dtypes import CONFIG_DTYPES, SAFETENSORS_DTYPES, StorageDtype
@@ -20,7 +21,7 @@ from finetune.io.folder import Progress, Work, describe_job, side_contents, writ
 from finetune.io.sizes import size_text
 from finetune.merging.packed_base import MergeOnto, QuantizationError, quantization_errors
 from finetune.merging.packed_base import advice as advice_on_base
-from finetune.merging.plan import Adapters, MergePlan, plan_merge
+from finetune.merging.plan import Adapters, MergePlan, generation_config, plan_merge, taught_ends
 from finetune.merging.retention import Retention, Tally, advice
 from finetune.merging.shards import num_bytes, plan_files, reports_by_weight, stored_dtypes
 from finetune.models.checkpoint import CONFIG, INDEX
@@ -111,9 +112,12 @@ def merge(
     stored, files = stored_dtypes(plan, kept), plan_files(plan, kept)
     config = with_scaling((plan.base.path / CONFIG).read_bytes(), plan.rope_scaling)
     side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None, config) | _index(plan, stored)
+    ends = taught_ends(plan)
+    if ends:
+        side[GENERATION_CONFIG] = generation_config(plan, ends)
     job = describe_job("merge", dtype, list(plan.shares), onto, folders=[plan.base.path, *plan.paths])
     reported = reports_by_weight(write_folder(Work(output, plan.base, tuple(files), side, job, resume), progress))
-    return _report(plan, output, dtype, stored, reported, time.perf_counter() - started)
+    return _report(plan, output, dtype, stored, reported, time.perf_counter() - started, ends)
 
 
 def _index(plan: MergePlan, stored: dict[str, str]) -> dict[str, bytes]:
@@ -131,7 +135,13 @@ def _index(plan: MergePlan, stored: dict[str, str]) -> dict[str, bytes]:
 
 
 def _report(
-    plan: MergePlan, output: Path, dtype: str | None, stored: dict[str, str], reported: dict[str, Any], elapsed_s: float
+    plan: MergePlan,
+    output: Path,
+    dtype: str | None,
+    stored: dict[str, str],
+    reported: dict[str, Any],
+    elapsed_s: float,
+    ends: dict[int, str],
 ) -> MergeReport:
     tallies: dict[str, Tally] = {}
     for name in plan.base.tensors:
@@ -144,6 +154,11 @@ def _report(
     converted = sum(plan.base.tensors[name].dtype != kept for name, kept in stored.items() if name not in changed)
     quantization = quantization_errors(plan)
     notices = [*plan.warnings, *advice(retention), *advice_on_base(quantization, plan.base)]
+    if ends:
+        named = ", ".join(f"{text} ({token})" for token, text in ends.items())
+        notices.append(
+            f"{GENERATION_CONFIG} names {named}, which training taught as the end and where the base goes on"
+        )
     if not changed:
         notices.append("every delta is zero: the output equals the base")
     if converted:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.adapters.files import AdapterFiles
+from finetune.adapters.files import AdapterFiles, adapter_folder, ends_of
 from finetune.adapters.weight_delta import WeightDelta, sum_deltas
 from finetune.architecture.names import EXPERT_MATRICES, HEAD, expert_matrix, kind_of
 from finetune.architecture.registry import find_family, unknown_family
 from finetune.architecture.shape import ModelShape, shape_of
+from finetune.config.model_files import GENERATION_CONFIG, read_token_facts, stop_ids, with_stops
 from finetune.config.packed_folder import PackedSettings
 from finetune.config.rope import RopeScaling, scaled
 from finetune.errors import AdapterError, ModelError, Problem, UserError, first_of
@@ -68,6 +70,20 @@ class MergePlan:
         )
 
 
+def taught_ends(plan: MergePlan) -> dict[int, str]:
+    """Tokens that training taught as the end of an answer and at which the base does not stop, with their text."""
+    stops, facts = stop_ids(plan.base.path), read_token_facts(plan.base.path)
+    taught = [end for files in plan.adapters for end in ends_of(files.sidecar or {}) if end < plan.shape.vocabulary]
+    return {end: facts.text_of(end) or f"token {end}" for end in dict.fromkeys(taught) if end not in stops}
+
+
+def generation_config(plan: MergePlan, ends: dict[int, str]) -> bytes:
+    """The base's generation_config.json with further stop tokens; one that names the base's own where it has none."""
+    path = plan.base.path / GENERATION_CONFIG
+    named = json.dumps({"eos_token_id": list(stop_ids(plan.base.path))}).encode()
+    return with_stops(path.read_bytes() if path.is_file() else named, ends)
+
+
 Adapters = str | Path | Sequence[str | Path]
 
 
@@ -84,7 +100,7 @@ def plan_merge(
     onto: the base's weights as they are stored, or as the run saw them that packed them.
     Raises AdapterError (an adapter does not fit) or ModelError (the base is damaged or of no use).
     """
-    paths = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
+    paths = [adapter_folder(path) for path in ([adapters] if isinstance(adapters, (str, Path)) else adapters)]
     shares = _check_shares(paths, shares)
     opened = tuple(AdapterFiles.open(path) for path in paths)
     checkpoint = Checkpoint.open(_find_base(opened, base))

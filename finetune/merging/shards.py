@@ -120,7 +120,7 @@ def _merged(plan: MergePlan, name: str, kept: str, reports: dict[str, Any]) -> T
     everything = slice(None)
     stored = _finite(plan, name, delta.add_to_(base.clone(), everything).to(TORCH_DTYPES[kept]))
     tally = Tally(tensors=1)
-    tally.add(stored.float().sub_(base), delta.rows(everything))
+    tally.add(stored.float() - base, delta.rows(everything))
     reports[name] = tally.to_dict()
     return stored
 

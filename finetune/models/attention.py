@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from finetune.errors import Problem, UserError
 from finetune.models.hf_types import PreTrainedModel
 from finetune.models.packed_attention import packed_attention
+from finetune.models.text_model import text_model
 
 PACKED = "packed"
 LAYOUT = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -93,8 +94,8 @@ def prepare_packed_rows(model: PreTrainedModel) -> PreTrainedModel:
 
     Without it `packed` is as right, but transformers builds the mask that nobody looks at.
     """
-    if model.config._attn_implementation == PACKED:
-        decoder: Any = model.model
+    decoder: Any = text_model(model)[1]
+    if decoder.config._attn_implementation == PACKED:
         decoder.register_forward_pre_hook(_prepare, with_kwargs=True)
     return model
 

@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from finetune.architecture.registry import find_family
+from finetune.config.files import is_model_name
 from finetune.config.packed_folder import PackedSettings
 from finetune.diagnostics.strict_json import DuplicateKeyError, no_duplicates
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
 from finetune.models.files import safe_child
+from finetune.models.hub import asking_hub
 from finetune.models.hub_names import as_live
 from finetune.models.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
 
@@ -59,7 +61,8 @@ class Checkpoint:
             _check_index(path, index["weight_map"], files)
         family = find_family(config)
         if family is not None and PackedSettings.of(config, str(path / CONFIG)) is None:
-            files = {shard: as_live(file, family.hub) for shard, file in files.items()}
+            hidden = family.text_config(config).get("hidden_size", family.sizes["hidden_size"])
+            files = {shard: as_live(file, family, hidden) for shard, file in files.items()}
         tensors = {name: info for shard in names for name, info in files[shard].tensors.items()}
         block = None
         if any(info.dtype == fp8.DTYPE for info in tensors.values()):
@@ -110,12 +113,13 @@ def find_checkpoint(
     if path.is_dir():
         return path
     name = str(name_or_path)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if is_model_name(name):
         from huggingface_hub import snapshot_download
 
         try:
             if download:
-                return Path(snapshot_download(name, revision=revision, ignore_patterns=[f"*{s}" for s in PICKLES]))
+                with asking_hub(name):
+                    return Path(snapshot_download(name, revision=revision, ignore_patterns=[f"*{s}" for s in PICKLES]))
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except (OSError, ValueError):
             at = f" --revision {revision}" if revision else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -41,6 +42,15 @@ def write_atomic(path: str | Path, data: bytes | Callable[[BinaryIO], None]) -> 
 def write_json_atomic(path: str | Path, content: Any) -> None:
     """Writes `content` as indented JSON with `write_atomic`. NaN and infinity are refused (ValueError)."""
     write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def file_digest(path: str | Path) -> str:
+    """Sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_folder(path: str | Path) -> None:

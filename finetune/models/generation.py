@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from finetune.config.model_files import CHAT_END
+
 Message = dict[str, str]
 
 
@@ -48,6 +50,17 @@ class _Callback(TextStreamer):
             self._on_text(text)
 
 
+def stops_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Tokens that end a reply: those the checkpoint names, the end of a turn, and what an adapter was taught."""
+    configs: Any = getattr(model, "peft_config", {})
+    taught = [end for config in configs.values() for end in getattr(config, "ends", ())]
+    told: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = told if isinstance(told, (list, tuple)) else [told]
+    turn_end = tokenizer.get_added_vocab().get(CHAT_END)
+    every = (*named, tokenizer.eos_token_id, turn_end, *taught)
+    return list(dict.fromkeys(each for each in every if isinstance(each, int))) or None
+
+
 def reply(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,8 +78,9 @@ def reply(
     )
     prompt = prompt.to(next(model.parameters()).device)
     streamer = _Callback(tokenizer, on_text) if on_text else None
+    options: dict[str, Any] = {**generation.options(), "eos_token_id": stops_of(model, tokenizer)}
     with torch.inference_mode():
-        output = model.generate(**prompt, **generation.options(), streamer=streamer)  # type: ignore[operator]
+        output = model.generate(**prompt, **options, streamer=streamer)  # type: ignore[operator]
     new_tokens = output[0, prompt["input_ids"].shape[1] :]
     text = tokenizer.decode(new_tokens, skip_special_tokens=True)
     assert isinstance(text, str)

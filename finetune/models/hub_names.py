@@ -7,22 +7,24 @@ which lie in it one behind the other. What is not of the text model keeps its na
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from finetune.architecture.family import Hub
+from finetune.architecture.family import Family
 from finetune.architecture.names import EXPERT_MATRICES, expert_module, is_bank
 from finetune.config.tensor_header import TensorInfo
 from finetune.errors import ModelError, Problem
 from finetune.models.tensor_file import WEIGHT_DTYPES, Stored, TensorFile
 
-_LIVE = "model."
 
+def as_live(file: TensorFile, family: Family, hidden: Any) -> TensorFile:
+    """`file`, its tensors named and cut as the live model's; hidden: size of its hidden states.
 
-def as_live(file: TensorFile, hub: Hub) -> TensorFile:
-    """`file`, its tensors named and cut as the live model's. Raises ModelError for a stack that cannot be cut."""
+    Raises ModelError for a stack that cannot be cut.
+    """
     tensors: dict[str, TensorInfo] = {}
     stored: dict[str, Stored] = {}
     for name, info in file.tensors.items():
-        parts = _cut(file, name, live_name(name, hub), info, hub)
+        parts = _cut(file, name, live_name(name, family), info, family.hub.transposed and hidden)
         tensors |= parts
         stored[name] = Stored(info, tuple(parts))
     if len(tensors) != sum(len(each.parts) for each in stored.values()):
@@ -31,24 +33,32 @@ def as_live(file: TensorFile, hub: Hub) -> TensorFile:
     return replace(file, tensors=tensors, renamed=stored)
 
 
-def live_name(name: str, hub: Hub) -> str:
-    """What the live text model calls a tensor of the hub."""
-    if hub.prefix != _LIVE and name.startswith(hub.prefix):
-        name = _LIVE + name.removeprefix(hub.prefix)
+def live_name(name: str, family: Family) -> str:
+    """What the live model calls a tensor of the hub."""
+    hub = family.hub
     for theirs, ours in hub.renames:
         name = name.replace(theirs, ours)
+    if name.startswith(hub.prefix):
+        name = f"{family.text_module}.{name.removeprefix(hub.prefix)}"
     module, _, last = name.rpartition(".")
     owner, _, matrix = module.rpartition(".")
     return f"{owner}.{hub.matrices[matrix]}.{last}" if matrix in hub.matrices else name
 
 
-def _cut(file: TensorFile, stored: str, name: str, info: TensorInfo, hub: Hub) -> dict[str, TensorInfo]:
-    """The matrices of a stack of experts; any other tensor by itself."""
+def _cut(file: TensorFile, stored: str, name: str, info: TensorInfo, hidden: Any) -> dict[str, TensorInfo]:
+    """The matrices of a stack of experts; any other tensor by itself.
+
+    hidden: size of the hidden states where the stack may be (E, in, out).
+    """
     bank, _, projection = name.rpartition(".")
     if not is_bank(bank) or projection not in EXPERT_MATRICES:
         return {name: info}
     matrices = EXPERT_MATRICES[projection]
-    out, width = (info.shape[:0:-1] if hub.transposed else info.shape[1:]) if len(info.shape) == 3 else (1, 0)
+    transposed = bool(hidden) and len(info.shape) == 3 and info.shape[2 if len(matrices) > 1 else 1] != hidden
+    if hidden and not transposed and info.shape[1:] == (hidden, hidden):
+        what, hint = "is square, so its shape does not tell which side is which", "give a checkpoint of another width"
+        raise ModelError(Problem(f"{file.path}: {stored}", what, hint, list(info.shape)))
+    out, width = (info.shape[:0:-1] if transposed else info.shape[1:]) if len(info.shape) == 3 else (1, 0)
     if len(info.shape) != 3 or out % len(matrices) or not width or info.dtype not in WEIGHT_DTYPES:
         hint = "give a checkpoint in bfloat16, float16 or float32"
         raise ModelError(Problem(f"{file.path}: {stored}", "is no stack of experts", hint, list(info.shape)))
@@ -58,7 +68,7 @@ def _cut(file: TensorFile, stored: str, name: str, info: TensorInfo, hub: Hub) -
         for index, matrix in enumerate(matrices):
             start = info.offsets[0] + expert * size
             columns = None
-            if hub.transposed:  # a matrix is some columns of the expert's (in, out)
+            if transposed:  # a matrix is some columns of the expert's (in, out)
                 offsets, columns = (start, start + size), (index * height, (index + 1) * height)
             else:
                 part = size // len(matrices)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finetune.architecture.expert_code import expert_code, reference_code
 from finetune.architecture.names import (
     ATTENTION,
     LINEAR_ATTENTION,
@@ -40,6 +43,15 @@ def _classes(kind: str) -> tuple[type[nn.Module], ...]:
 
 
 _LIVES = tuple(family.live for family in FAMILIES.values() if family.live is not None)
+
+
+def computes_as_ours(bank: type[nn.Module]) -> bool:
+    """Whether a class of transformers computes experts as our kernels do: that of a family, or one of the same code."""
+    if issubclass(bank, bank_classes()):
+        return True
+    file = inspect.getsourcefile(bank)
+    code = expert_code(Path(file).read_text(encoding="utf-8")).get(bank.__name__) if file else None
+    return code is not None and code == reference_code()
 
 
 class PackedBank(nn.Module):

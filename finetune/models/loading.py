@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +9,20 @@ from typing import Any
 
 import torch
 
-from finetune.architecture.names import EXPERTS
-from finetune.architecture.registry import find_family, is_moe, unknown_family
+from finetune.architecture.names import EXPERTS, in_layer
+from finetune.architecture.registry import family_of, find_family, is_moe, unknown_family
+from finetune.architecture.shape import shape_of
+from finetune.config.files import did_you_mean_path, is_model_name
+from finetune.config.model_files import embedding_problem
 from finetune.config.rope import RopeScaling, rescaled
+from finetune.diagnostics.advice import sentence
 from finetune.errors import ModelError, Problem, first_of
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
+from finetune.models.hub import asking_hub
+from finetune.models.hub_names import live_name
+from finetune.models.text_model import leave_out_towers_, live_class, live_config, text_config
 
 
 def load_model(
@@ -37,16 +43,14 @@ def load_model(
 
     Raises ModelError when it is not there, of no known family, stored quantized, truncated, or lacks a weight.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_config(path, read_config(path, revision), trust_remote_code)
     where = {} if device is None else {"device_map": {"": device}}
     attention = transformers_name(attention_implementation)
     with _quiet(), as_model_error(path):
-        config = AutoConfig.from_pretrained(path, **options)
-        scale_positions_(config, rope_scaling)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = live_config(path, **options)
+        scale_positions_(config.get_text_config(), rope_scaling)
+        model, info = live_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -56,10 +60,11 @@ def load_model(
             **options,
             **where,
         )
-    _check_complete(path, info)
+    _check_complete(path, info, config)
+    leave_out_towers_(model)
     model.base_revision, model.rope_scaled = revision, rope_scaling
     if is_moe(model.config):
-        model.config.output_router_logits = False
+        text_config(model).output_router_logits = False
         _leave_files_(model)
     return prepare_packed_rows(model).eval()
 
@@ -106,6 +111,15 @@ def load_tokenizer(
     return tokenizer
 
 
+def check_embeddings(tokenizer: PreTrainedTokenizerBase, path: str | Path, *, revision: str | None = None) -> None:
+    """Raises ModelError when the tokenizer has tokens that the model at `path` has no embedding for."""
+    rows = shape_of(read_config(path, revision), str(path)).vocabulary
+    problem = embedding_problem(tokenizer.get_vocab(), rows)
+    if problem is not None:
+        what, hint, token = problem
+        raise ModelError(Problem(str(path), f"the tokenizer {what}", hint, token))
+
+
 _TOKENIZER_HINT = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja of the instruct model beside it"
 
 
@@ -140,11 +154,10 @@ def read_config(path: str | Path, revision: str | None = None) -> dict[str, Any]
 
 
 def _check_exists(path: str | Path) -> None:
-    """Tell a missing folder from a hub name: a hub name is `owner/name` and nothing more."""
+    """Tell a missing folder from a hub name, which is never a `Path`."""
     text = str(path)
-    looks_local = isinstance(path, Path) or text.startswith((".", "~", os.sep)) or text.count("/") != 1
-    if looks_local and not Path(text).is_dir():
-        hint = "give the folder of a checkpoint, or a hub name like Qwen/Qwen3-0.6B"
+    if not Path(text).is_dir() and (isinstance(path, Path) or not is_model_name(text)):
+        hint = sentence(did_you_mean_path(text), "give the folder of a checkpoint, or a hub name like Qwen/Qwen3-0.6B")
         raise ModelError(Problem(text, "is no folder", hint))
 
 
@@ -164,7 +177,7 @@ def check_config(path: str | Path, config: dict[str, Any], trust_remote_code: bo
         raise ModelError(*problems)
 
 
-def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
+def _check_complete(path: str | Path, info: dict[str, Any], config: Any) -> None:
     """No weight may be left at its random start, and none of a layer may be left out."""
     hint = "config.json and weights do not belong together; download the checkpoint again"
     kinds = {
@@ -172,10 +185,10 @@ def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
         "mismatched_keys": "has another shape than config.json says",
         "unexpected_keys": "has no place in the model that config.json describes",
     }
-    problems = []
+    problems, family = [], family_of(config, str(path))
     for kind, what in kinds.items():
         names = sorted(key if isinstance(key, str) else key[0] for key in info.get(kind) or ())
-        names = [name for name in names if kind != "unexpected_keys" or ".layers." in name]
+        names = [name for name in names if kind != "unexpected_keys" or in_layer(live_name(name, family))]
         problems += first_of([Problem(f"{path}: {name}", what, hint) for name in names], _MOST_NAMES, str(path))
     if problems:
         raise ModelError(*problems)
@@ -187,12 +200,21 @@ _MOST_NAMES = 4
 @contextmanager
 def as_model_error(path: str | Path) -> Iterator[None]:
     """What transformers raises over a config or file it cannot use has many types; all mean the same to the user."""
-    try:
-        yield
-    except Exception as error:
-        text = " ".join(str(error).split())[:300] or type(error).__name__
-        hint = "check the name or folder; a hub name needs the network or HF_HOME with the model in it"
-        raise ModelError(Problem(str(path), f"cannot be loaded ({text})", hint)) from error
+    with asking_hub(path) as answers:
+        try:
+            yield
+        except Exception as error:
+            raise _not_loaded(path, error, answers) from error
+
+
+def _not_loaded(path: str | Path, error: Exception, hub_answers: bool) -> ModelError:
+    if not hub_answers:
+        what = "is no folder here, nor in the local hub cache, and the hub does not answer"
+        hint = f"check the spelling and the network, or fetch it elsewhere with `hf download {path}` and copy it"
+        return ModelError(Problem(str(path), what, hint))
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    hint = "check the name or folder; a hub name needs the network or HF_HOME with the model in it"
+    return ModelError(Problem(str(path), f"cannot be loaded ({text})", hint))
 
 
 @contextmanager

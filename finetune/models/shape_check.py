@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetune.architecture.names import EMBEDDING, in_layer, is_matrix
+from finetune.architecture.names import in_layer, is_matrix
 from finetune.architecture.shape import ModelShape
 from finetune.errors import ModelError, Problem, first_of
 from finetune.models.tensor_file import TensorInfo
@@ -19,7 +19,7 @@ def check_shapes(shape: ModelShape, tensors: Mapping[str, TensorInfo], path: str
     if len(found) != shape.num_linears:
         what = f"config.json calls for {shape.num_linears:,} matrices in attention, MLPs and experts"
         raise ModelError(Problem(path, what, _HINT, len(found)))
-    wanted = shape.linears() | {f"{EMBEDDING}.weight": (shape.vocabulary, shape.hidden)}
+    wanted = shape.linears() | {f"{shape.text_module}.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
     problems = [
         Problem(f"{path}: {name}", f"is not {list(size)}, as config.json calls for", _HINT, held and list(held.shape))
         for name, size in wanted.items()

@@ -12,6 +12,7 @@ from finetune.config.rope import RopeScaling
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.hf_types import PreTrainedModel
 from finetune.models.loading import as_model_error, scale_positions_
+from finetune.models.text_model import leave_out_towers_, live_class, live_config, text_config, text_model
 
 
 def skeleton(
@@ -25,21 +26,22 @@ def skeleton(
     What its config.json says about quantization is left out: whoever brings the weights knows.
     Raises ModelError for a config.json that transformers cannot use here.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     with as_model_error(folder):
-        config = AutoConfig.from_pretrained(folder)
-    scale_positions_(config, rope_scaling)
+        config = live_config(folder)
+    scale_positions_(config.get_text_config(), rope_scaling)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     attention = transformers_name(attention_implementation)
     with as_model_error(folder), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    inner: Any = model.model
+        model = live_class(config).from_config(config, dtype=dtype, attn_implementation=attention)
+    leave_out_towers_(model)
+    inner: Any = text_model(model)[1]
     inner.rotary_emb = type(inner.rotary_emb)(config=inner.config)  # computed, and not among the weights
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if is_moe(config):
-        model.config.output_router_logits = False
+        text_config(model).output_router_logits = False
     model.rope_scaled = rope_scaling
     return prepare_packed_rows(model).eval().requires_grad_(False)

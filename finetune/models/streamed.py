@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.architecture.names import EMBEDDING, EXPERT_MATRICES, EXPERTS, HEAD, NORM, expert_module, layer_name
+from finetune.architecture.names import EXPERT_MATRICES, EXPERTS, HEAD, expert_module, layer_name
 from finetune.config.rope import RopeScaling
 from finetune.errors import ModelError, Problem
 from finetune.models.checkpoint import Checkpoint
 from finetune.models.skeleton import skeleton
+from finetune.models.text_model import text_model
 
 _BANKS = {f"{EXPERTS}.{projection}": matrices for projection, matrices in EXPERT_MATRICES.items()}
 
@@ -28,8 +29,8 @@ class StreamedModel:
     def __init__(self, checkpoint: Checkpoint, rope_scaling: RopeScaling | None = None) -> None:
         self.checkpoint = checkpoint
         self._model: Any = skeleton(checkpoint.path, torch.float32, rope_scaling=rope_scaling)
-        inner = self._model.model
-        self._layers, self._norm, self._head = list(inner.layers), inner.norm, self._model.lm_head
+        self._name, self._text = text_model(self._model)
+        self._layers, self._norm, self._head = list(self._text.layers), self._text.norm, self._model.lm_head
 
     @property
     def num_layers(self) -> int:
@@ -39,29 +40,31 @@ class StreamedModel:
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings (S, H) of token ids (S,); reads their rows only."""
         rows = {
-            index: self.checkpoint.read_float(f"{EMBEDDING}.weight", slice(index, index + 1))
+            index: self.checkpoint.read_float(f"{self._name}.embed_tokens.weight", slice(index, index + 1))
             for index in set(tokens.tolist())
         }
         return torch.cat([rows[index] for index in tokens.tolist()])
 
     def model_of(self, index: int | None) -> nn.Module:
         """The model with layer `index`, or norm and head, read from the checkpoint and all the rest absent."""
-        inner = self._model.model
         skipped = [_Skipped() for _ in self._layers]
-        inner.layers = nn.ModuleList(skipped)
-        inner.norm = _Skipped()
+        self._text.layers = nn.ModuleList(skipped)
+        self._text.norm = _Skipped()
         if index is None:
-            inner.norm = self._load(self._norm, {"weight": self.checkpoint.read_float(f"{NORM}.weight")})
-            name = next(f"{name}.weight" for name in (HEAD, EMBEDDING) if f"{name}.weight" in self.checkpoint.tensors)
+            self._text.norm = self._load(
+                self._norm, {"weight": self.checkpoint.read_float(f"{self._name}.norm.weight")}
+            )
+            names = (f"{HEAD}.weight", f"{self._name}.embed_tokens.weight")
+            name = next(name for name in names if name in self.checkpoint.tensors)
             self._model.lm_head = self._load(self._head, {"weight": self.checkpoint.read_float(name)})
         else:
             self._model.lm_head = nn.Identity()
-            inner.layers[index] = self._load(self._layers[index], self._read_layer(index))
+            self._text.layers[index] = self._load(self._layers[index], self._read_layer(index))
         return self._model
 
     def clear(self) -> None:
         """Lets go of what is in memory."""
-        self._model.model.layers, self._model.model.norm = nn.ModuleList(), _Skipped()
+        self._text.layers, self._text.norm = nn.ModuleList(), _Skipped()
         self._model.lm_head = nn.Identity()
 
     @staticmethod
@@ -83,7 +86,7 @@ class StreamedModel:
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         """The layer's tensors under the names of the live module: experts of a layer in two banks."""
         wanted = self._layers[index].state_dict()
-        prefix = f"{layer_name(index)}."
+        prefix = f"{layer_name(index, self._name)}."
         held = {name for name in self.checkpoint.weights if name.startswith(prefix)}
         tensors = {}
         for name, like in wanted.items():

@@ -23,6 +23,7 @@ from finetune.kernels.log_probs import log_probs
 from finetune.models.attention import layout_of
 from finetune.models.live import expert_layers, has_linear_attention
 from finetune.models.scoring import IGNORED, head_operands
+from finetune.models.text_model import text_config
 from finetune.routing.profile import RoutingProfile
 
 BLOCK_TOKENS = 2048
@@ -144,10 +145,11 @@ class _Tally:
         names = ["counts", "half", "gate"]
         names += ["mass"] if measure.output_mass else []
         names += ["gradient"] if measure.gradient else []
-        shape = len(layers), int(model.config.num_experts)
+        config = text_config(model)
+        shape = len(layers), int(config.num_experts)
         self._sums = {name: torch.zeros(shape, dtype=torch.long, device=self._device) for name in names}
         self._finite = torch.ones((), dtype=torch.bool, device=self._device)
-        self._experts_per_token = int(model.config.num_experts_per_tok)
+        self._experts_per_token = int(config.num_experts_per_tok)
         self._counted_T = self._first_half_T = torch.zeros(0, dtype=torch.bool)
         self._tokens = 0
 

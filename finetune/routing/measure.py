@@ -14,6 +14,7 @@ from finetune.config.schema import Recipe
 from finetune.errors import ModelError
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
 from finetune.models.live import expert_width
+from finetune.models.text_model import text_config
 from finetune.routing.collect import Measure, Row, profile_routing, take_sample
 from finetune.routing.profile import RoutingProfile
 
@@ -49,7 +50,7 @@ def _source(recipe: Recipe, model: Any, sample: list[Row]) -> dict[str, Any]:
     return {
         "model": recipe.model.path,
         "model_fingerprint": _fingerprint(recipe),
-        "hidden_size": model.config.hidden_size,
+        "hidden_size": text_config(model).hidden_size,
         "expert_intermediate_size": expert_width(model),
         "data": [file.path for file in recipe.data.train],
         "data_fingerprint": _fingerprint_of_rows(sample),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.config.load import parse_section
 from finetune.config.schema import ExpertsSection, SelectRule
 from finetune.config.values import parameters_in
 from finetune.errors import Problem, RoutingError
@@ -18,19 +21,20 @@ ROUNDING = 1e-9
 
 def select(
     profile: RoutingProfile,
-    experts: ExpertsSection,
+    experts: ExpertsSection | dict[str, Any],
     *,
     against: RoutingProfile | None = None,
     seed: int = 0,
     expert_parameters: int | None = None,
     rank: int | None = None,
 ) -> ExpertPlan:
-    """The plan that a recipe's `experts` section makes of a profile.
+    """The plan that a recipe's `experts` section, or a dict with its fields, makes of a profile.
 
     expert_parameters: trainable parameters that one expert of one layer costs; a budget needs it.
     rank: of the experts outside of `experts.hot`, which needs it.
     Raises RoutingError when the profile lacks what the score needs, or the budget is too small for any plan.
     """
+    experts = parse_section(ExpertsSection, experts, RoutingError)
     rule = experts.select
     if rule is None:
         return ExpertPlan.all(profile.layer_indices, profile.num_experts)
@@ -38,7 +42,8 @@ def select(
     plan = apply_rule(share_LE, rule, profile.layer_indices, expert_parameters)
     if experts.hot is None:
         return plan
-    assert rank is not None, "experts.hot needs the rank of the others"
+    if rank is None:
+        raise RoutingError(Problem("experts.hot", "needs the rank of the other experts", "give rank=16, or as it is"))
     return _with_ranks(plan, apply_rule(share_LE, experts.hot.rule, profile.layer_indices), experts.hot.rank, rank)
 
 
@@ -77,7 +82,7 @@ def _afford(
 ) -> NDArray[np.int64]:
     """How many experts of each layer the budget pays for."""
     if expert_parameters is None:
-        hint = "name the model whose widths give its price: finetune experts ... --model FOLDER --rank 16"
+        hint = "give expert_parameters, or a model: `finetune experts ROUTING --budget 5M --model FOLDER --rank 16`"
         raise RoutingError(Problem("budget", "needs to know how many parameters an expert costs", hint))
     assert rule.budget is not None
     num_layers, num_experts = share_LE.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,6 @@ def sft_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     # transformers 5.23 renamed the option; under either name TRL would turn it on by itself; ours is another
     known = {field.name for field in fields(SFTConfig)}
     options["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = False
+    if not data.shuffle:
+        options["train_sampling_strategy"] = "sequential"
     return SFTConfig(**options)
-
-
-def warmup_steps(recipe: Recipe, total_steps: int) -> int:
-    """Steps of rising learning rate; at least one step is left at the peak."""
-    return min(math.ceil(recipe.train.warmup * total_steps), total_steps - 1)

@@ -68,7 +68,12 @@ class Metrics(TrainerCallback):
         self._began_s = self._start_s if self._began_s is None else self._began_s
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note when the first step was over; it reads gradients to the host, so the device has done most of it."""
+        """Note when the first step was over; it reads gradients to the host, so the device has done most of it.
+
+        The last step is always logged, so that every run ends with a loss.
+        """
+        if state.global_step >= state.max_steps:
+            control.should_log = True
         if self._first is None and self._began_s is not None:
             self._first = {"seconds_to_first_step": round(time.perf_counter() - self._began_s, 3)}
             if is_main_process():

@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from finetune.architecture.registry import is_moe
+from finetune.models.text_model import text_config
 
 Mode = Literal["off", "selective", "full"]
 
@@ -45,7 +46,8 @@ class Policy:
     """
 
     def __init__(self, config: Any) -> None:
-        heads = config.num_attention_heads * config.head_dim
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = config.num_attention_heads * head_dim
         self._products = {(heads, config.hidden_size)}
         self._experts = config.num_experts if is_moe(config) else None
         if self._experts is not None:
@@ -78,7 +80,7 @@ def checkpoint_layers_(base: Any, mode: Mode) -> None:
     if mode == "off":
         return
     enable: Callable[..., None] = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable(checkpoint_options(base.config, mode))
+    enable(checkpoint_options(text_config(base), mode))
 
 
 def checkpointed(layer: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

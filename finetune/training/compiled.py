@@ -16,6 +16,7 @@ from torch._dynamo import exc
 from torch._inductor.exc import InductorError
 
 from finetune.models.live import decoder_layers, outside_experts
+from finetune.models.text_model import text_config
 from finetune.training.checkpointing import Mode, checkpoint_layers_, checkpoint_options, checkpointed
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def compile_layers_(base: Any, checkpointing: Mode, *, whole: bool = True) -> Co
     """
     base.enable_input_require_grads()  # or the first layer, whose input is a constant, would need code of its own
     if whole:
-        options = None if checkpointing == "off" else checkpoint_options(base.config, checkpointing)
+        options = None if checkpointing == "off" else checkpoint_options(text_config(base), checkpointing)
         logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_checkpointing)
         compiled, modules = CompiledLayers(options), decoder_layers(base)
     else:

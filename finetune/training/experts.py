@@ -11,6 +11,7 @@ from torch import nn
 from finetune.adapters.files import read_sidecar
 from finetune.config.schema import Recipe
 from finetune.models.live import expert_width
+from finetune.models.text_model import text_config
 from finetune.routing.expert_files import ExpertFiles
 from finetune.routing.measure import profile_for
 from finetune.routing.plan import ExpertPlan
@@ -71,7 +72,7 @@ def _plan(model: Any, recipe: Recipe, files: ExpertFiles, profile: RoutingProfil
     if profile is None:
         assert files.plan is not None
         return files.plan
-    price = recipe.expert_parameters(model.config.hidden_size, expert_width(model))
+    price = recipe.expert_parameters(text_config(model).hidden_size, expert_width(model))
     seed = recipe.train.seed
     rank = recipe.adapter.rank_of_experts
     return select(profile, recipe.experts, against=files.against, seed=seed, expert_parameters=price, rank=rank)

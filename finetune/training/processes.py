@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from finetune.errors import FinetuneError
+
+T = TypeVar("T")
 
 
 def processes() -> PartialState:
@@ -19,6 +27,30 @@ def load_device() -> torch.device | None:
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return bool(processes().is_main_process)
+
+
+def on_main_process(work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, in every process; an error of it is raised in every process."""
+    state = processes()
+    if state.num_processes == 1:
+        return work()
+    found: list[T | FinetuneError | None] = [None]
+    if is_main_process():
+        try:
+            found = [work()]
+        except FinetuneError as error:
+            found = [error]
+    broadcast_object_list(found)
+    (answer,) = found
+    if isinstance(answer, FinetuneError):
+        raise answer
+    return answer  # type: ignore[return-value]
+
+
+def gathered(value: T) -> list[T]:
+    """The value of every process, by rank."""
+    found: list[T] = gather_object([value])
+    return found
 
 
 def end_process_group() -> None:

@@ -25,6 +25,7 @@ from finetune.adapters.factor import Factor
 from finetune.architecture.names import layer_index
 from finetune.config.schema import Reselect
 from finetune.models.files import write_json_atomic
+from finetune.models.text_model import text_config
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.profile import load_share
 from finetune.routing.select import reselect
@@ -50,7 +51,7 @@ class Reselection(TrainerCallback):
         self._model, self._section, self._metrics, self._seed = model, section, metrics, seed
         assert current_plan(model).ranks_by_layer is None, "experts of different ranks cannot be moved"
         base: Any = model.get_base_model()
-        self._counter = LoadCounter(base.model, base.config.num_experts)
+        self._counter = LoadCounter(base.model, text_config(base).num_experts)
         self._carried_LE = self._counter.take()
         if checkpoint is not None and is_main_process():
             counts = json.loads((checkpoint / COUNTS).read_text(encoding="utf-8"))

@@ -23,9 +23,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from finetune.config.schema import RouterSection
+from finetune.data.encode import IGNORED
 from finetune.errors import Problem, RoutingError
 from finetune.models.attention import LAYOUT
 from finetune.models.live import router_layers
+from finetune.models.text_model import text_config
 from finetune.routing.losses import balance_loss, by_tiles, kl_to_base, tokens_of_experts, z_loss
 
 Batch = dict[str, Any]
@@ -54,7 +56,7 @@ class RouterLosses:
         if not self._routers:
             hint = "remove the router section: a dense model has no experts"
             raise RoutingError(Problem("router", "the model has no router", hint))
-        self._top_k = int(base.config.num_experts_per_tok)
+        self._top_k = int(text_config(base).num_experts_per_tok)
 
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:
@@ -157,9 +159,15 @@ def _losses(
 
 
 def _real_tokens(batch: Batch, device: torch.device | None = None) -> Tensor | None:
-    """1 for those of a micro-batch's tokens that are no padding, 0 for the others, (T,); None when all are."""
-    mask = batch.get("attention_mask")
-    return None if mask is None else mask.reshape(-1).long().to(device)
+    """1 for those of a micro-batch's tokens that are neither padding nor of a blank row, 0 for the others, (T,).
+
+    None when all are real. A blank row, or packed block, is one token without a label: see `data.blanks`.
+    """
+    mask, labels = batch.get("attention_mask"), batch["labels"]
+    if mask is None and labels.shape[-1] > 1:
+        return None
+    real = (labels != IGNORED).any(-1, keepdim=True).expand_as(labels)
+    return (real if mask is None else real & mask.bool()).reshape(-1).long().to(device)
 
 
 def _count(batch: Batch, device: torch.device) -> Tensor:

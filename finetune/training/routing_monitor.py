@@ -11,6 +11,7 @@ from accelerate.utils import reduce
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from finetune.models.text_model import text_config
 from finetune.routing.collect import Row, take_sample
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.watch import LoadCounter, Look, Probe, overlap
@@ -39,10 +40,10 @@ class RoutingMonitor(TrainerCallback):
     def __init__(self, model: PeftModel, rows: Sequence[Row], metrics: Metrics, *, trained_tokens: int) -> None:
         self._model, self._metrics = model, metrics
         base: Any = model.get_base_model()
-        self._counter = LoadCounter(base.model, base.config.num_experts)
+        self._counter = LoadCounter(base.model, text_config(base).num_experts)
         starting = STARTING if torch.accelerator.is_available() else 0
         self._looks, probe_tokens = plan_looks(trained_tokens, starting)
-        self._probe = Probe(base.model, take_sample(rows, probe_tokens), base.config.num_experts)
+        self._probe = Probe(base.model, take_sample(rows, probe_tokens), text_config(base).num_experts)
         self._hooks = ExitStack()
         self._reported: set[str] = set()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,37 @@ from peft import PeftModel
 from finetune.adapters.trainable import trainable_parameters
 from finetune.config.load import load_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
+from finetune.config.steps import FEW
 from finetune.errors import Problem, UserError
 from finetune.models.files import write_json_atomic
 from finetune.quant.experts import count_weights
 from finetune.routing.plan_file import read_plan
-from finetune.training.checkpoints import newest_complete
-from finetune.training.processes import is_main_process, processes
+from finetune.training.checkpoints import newest_complete, set_damaged_aside
+from finetune.training.processes import is_main_process, on_main_process
+from finetune.training.provenance import library_versions
 from finetune.training.run_folder import RunFolder
+from finetune.training.run_lock import owned
 
-LIBRARIES = ("finetune-moe", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 MAY_CHANGE = {
     ("output", "dir"),
     ("quantize", "resident"),
+    ("train", "batch_size"),
+    ("train", "gradient_accumulation"),
     ("train", "keep"),
     ("train", "plan"),
     ("train", "log_every"),
     ("train", "save_every"),
     ("train", "eval_every"),
 }
+"""The rows of a step may be shared out anew, and `provenance.check_same` refuses another number of them."""
+
+MOVED = 0.01
+"""A loss that changes by a smaller part did not move."""
 
 
-def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
-    """The folder of the run, made anew or, to resume, checked to hold the same recipe.
+@contextmanager
+def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """The folder of the run, made anew or, to resume, checked to hold the same recipe; no other run inside.
 
     Raises UserError for a recipe that this machine cannot run, a folder that is taken, or one to resume that is not.
     """
@@ -42,28 +51,28 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
         hint = "remove the line; on a CPU activations are in host memory already"
         raise UserError(Problem("train.activation_offload", "is true, but there is no GPU here", hint))
     folder = RunFolder(Path(recipe.output.dir))
-    with processes().main_process_first():
-        if not is_main_process():
-            return folder
-        if resume:
-            _check_same_recipe(recipe, folder)
-            newest_complete(folder.checkpoints)  # before anything else that a run killed early does not have
-        else:
-            folder.start(_header() + recipe_to_yaml(recipe), overwrite=overwrite)
-    return folder
+    with ExitStack() as stack:
+
+        def start() -> None:
+            if resume:
+                _check_same_recipe(recipe, folder)
+            else:
+                folder.check_free(overwrite=overwrite)
+                folder.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(owned(folder.path))
+            if resume:
+                set_damaged_aside(folder.checkpoints)
+                newest_complete(folder.checkpoints)  # before anything else that a run killed early does not have
+            else:
+                folder.start(_header() + recipe_to_yaml(recipe), overwrite=overwrite)
+
+        on_main_process(start)
+        yield folder
 
 
 def _header() -> str:
     """Comment lines with the versions that make the numbers."""
-    lines = [f"# {name} {_version(name)}\n" for name in LIBRARIES]
-    return "".join([*lines, f"# python {platform.python_version()}\n"])
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "(not installed)"
+    return "".join(f"# {name} {version}\n" for name, version in library_versions().items())
 
 
 def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -80,7 +89,6 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     ]
     if problems:
         raise UserError(*problems)
-    newest_complete(folder.checkpoints)  # a run that was killed before the first one cannot go on
 
 
 def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = None) -> dict[str, Any]:
@@ -104,8 +112,21 @@ def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = N
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
         "planned_memory_gib": planned_gib,
     }
+    summary["warnings"] = _warnings([row["loss"] for row in steps])
     if folder.plan.is_file():
         summary["trained_experts"] = read_plan(folder.plan).num_trained
     if is_main_process():
         write_json_atomic(folder.summary, summary)
     return summary
+
+
+def _warnings(losses: list[float]) -> list[str]:
+    """A loss that did not move, by the means of the first and the last quarter of what was logged."""
+    quarter = max(len(losses) // 4, 1)
+    first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
+    rose = len(losses) >= FEW and last > (1 + MOVED) * first
+    if len(losses) < 2 or not (rose or abs(last - first) < MOVED * first):
+        return []
+    how = "rose" if rose else "did not move"
+    remedy = "lower train.learning_rate" if rose else "take more steps or a higher train.learning_rate"
+    return [f"the loss {how}, from {first:.4f} to {last:.4f}: {remedy}, or see what is trained with `finetune prepare`"]

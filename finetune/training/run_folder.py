@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.errors import Problem, UserError
 from finetune.models.files import write_atomic
+from finetune.training.run_lock import LOCK
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class RunFolder:
     def recipe(self) -> Path:
         """The recipe as it ran, every default written out."""
         return self.path / "recipe.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        """What the run was started with beside its recipe."""
+        return self.path / "provenance.json"
 
     @property
     def routing(self) -> Path:
@@ -58,19 +64,33 @@ class RunFolder:
         """The trained adapter, in PEFT's layout."""
         return self.path / "adapter"
 
-    def start(self, recipe_yaml: str, *, overwrite: bool) -> None:
-        """Make the folder. One that holds a run is refused, or emptied of that run with `overwrite`."""
+    @property
+    def holds_run(self) -> bool:
+        """Whether a step was taken, or anything was saved: a run that died before has nothing to lose."""
+        kept = (self.checkpoints, self.adapter)
+        saved = self.summary.is_file() or any(folder.is_dir() and any(folder.iterdir()) for folder in kept)
+        return saved or any(row.get("step", 0) > 0 for row in self.read_metrics())
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """Refuses a folder with other files, and one that holds a run unless `overwrite`.
+
+        A run that died before its first step is none.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(Problem(str(self.path), "is not a folder", "choose another output.dir"))
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
             if not self.recipe.is_file():
                 raise UserError(
                     Problem(str(self.path), "holds files that no run made", "choose another output.dir, or empty it")
                 )
-            if not overwrite:
+            if self.holds_run and not overwrite:
                 hint = "--resume continues it, --overwrite starts anew, output.dir=FOLDER keeps both"
                 raise UserError(Problem(str(self.path), "already holds a run", hint))
-            self._remove_run()
+
+    def start(self, recipe_yaml: str, *, overwrite: bool) -> None:
+        """Make the folder, emptied of a run that is there."""
+        self.check_free(overwrite=overwrite)
+        self._remove_run()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomic(self.recipe, recipe_yaml.encode())
 
@@ -79,7 +99,8 @@ class RunFolder:
         for folder in (self.checkpoints, self.adapter):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for file in (self.routing, self.plan, self.metrics, self.summary, self.report, self.recipe):
+        files = (self.provenance, self.routing, self.plan, self.metrics, self.summary, self.report, self.recipe)
+        for file in files:
             file.unlink(missing_ok=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,15 +15,20 @@ from transformers.trainer_callback import PrinterCallback
 
 from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
+from finetune.config.steps import total_steps, warmup_steps
+from finetune.data.blanks import with_blanks
 from finetune.data.packing import packed
 from finetune.kernels.prepare import prepare_experts, tune_experts
 from finetune.kernels.tiles import Load
 from finetune.models.live import expert_layers
-from finetune.training.arguments import sft_arguments, warmup_steps
+from finetune.models.text_model import text_config
+from finetune.training.arguments import sft_arguments
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
 from finetune.training.checkpointing import checkpoint_layers_
 from finetune.training.checkpoints import newest_complete, step_of
 from finetune.training.compiled import compile_layers_
+from finetune.training.interruptions import StopOnSigterm, lost_processes_named
+from finetune.training.order import missing_rows
 from finetune.training.processes import is_main_process, processes
 from finetune.training.reselection import Reselection
 from finetune.training.router_losses import RouterLosses
@@ -43,8 +47,8 @@ class Progress(Protocol):
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """While `what` is done, before the run begins."""
 
-    def start(self, total_steps: int, first: str = "") -> None:
-        """The run begins. first: what its first step does beside training."""
+    def start(self, total_steps: int, first: str = "", done: int = 0) -> None:
+        """The run begins. first: what its first step does beside training.  done: steps taken before."""
 
     def __call__(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl was written."""
@@ -76,12 +80,15 @@ def train_sft(
     resume: continue from the newest complete checkpoint, bit for bit as if never interrupted.
     progress: shows the run as it goes.
     Raises AdapterError when that checkpoint was taken with another expert plan or rank, TrainingError when a group
-    of adapters gets no gradient or the loss is not finite.
+    of adapters gets no gradient, the loss is not finite or another process is gone, StoppedError after SIGTERM.
     """
     began_s = time.perf_counter()
     arguments = sft_arguments(recipe, folder.checkpoints)
     train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
+    if blanks := missing_rows(len(train), recipe.train.batch_size):
+        train = with_blanks(train, blanks)
     trainer = StepTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
+    trainer.blanks = blanks
     trainer.remove_callback(PrinterCallback)
     with processes().local_main_process_first(), trainer.accelerator.autocast():  # others read what one compiled
         _prepare_experts(model, recipe, progress)
@@ -90,14 +97,14 @@ def train_sft(
     if recipe.router.has_losses:
         trainer.router = RouterLosses(model, recipe.router, trainer.accelerator)
     compiles = _prepare_layers_(model, recipe)
-    total_steps = _total_steps(trainer, recipe)
-    arguments.warmup_steps = warmup_steps(recipe, total_steps)
+    steps = total_steps(recipe.train, len(trainer.get_train_dataloader()))
+    arguments.warmup_steps = warmup_steps(recipe.train, steps)
     checkpoint = _checkpoint(model, folder) if resume else None
-    if checkpoint is not None and step_of(checkpoint) >= total_steps:  # the trainer would take one step too many
+    if checkpoint is not None and step_of(checkpoint) >= steps:  # the trainer would take one step too many
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     first = "compiling the decoder layers in the first step, once" if compiles and is_main_process() else ""
-    progress.start(total_steps, first)
+    progress.start(steps, first, done=0 if checkpoint is None else step_of(checkpoint))
     try:
         metrics = Metrics(folder, progress, began_s)
         trainer.add_callback(GradientCheck())
@@ -107,15 +114,19 @@ def train_sft(
         if rows.eval is not None:
             trainer.add_callback(Evaluation(list(rows.eval), recipe.train.eval_every, metrics))
         if expert_layers(model):
-            tokens = total_steps * _tokens_per_step(train, recipe)
+            tokens = steps * _tokens_per_step(train, recipe)
             trainer.add_callback(RoutingMonitor(model, rows.train, metrics, trained_tokens=tokens))
         if (section := recipe.experts.reselect) is not None:
             seed = recipe.train.seed
             trainer.add_callback(Reselection(model, section, metrics, seed=seed, checkpoint=checkpoint))
         trainer.add_callback(Checkpoints(folder.checkpoints, recipe.train.save_every, recipe.train.keep))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        stop = StopOnSigterm()
+        trainer.add_callback(stop)
+        with stop.listening(), lost_processes_named(folder.path):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
+    stop.check(folder.path)
 
 
 def _prepare_experts(model: PeftModel, recipe: Recipe, progress: Progress) -> None:
@@ -127,7 +138,7 @@ def _prepare_experts(model: PeftModel, recipe: Recipe, progress: Progress) -> No
     with waiting("compiling and checking the expert kernels for this card, once"):
         prepare_experts(model, recipe.train.expert_backend)
     if expert_layers(model):
-        tokens, config = recipe.data.max_length * recipe.train.batch_size, model.get_base_model().config
+        tokens, config = recipe.data.max_length * recipe.train.batch_size, text_config(model.get_base_model())
         with waiting("choosing tiles of the expert kernels for this card, once"):
             tune_experts(model, Load(tokens, config.num_experts_per_tok))
 
@@ -140,15 +151,6 @@ def _prepare_layers_(model: PeftModel, recipe: Recipe) -> bool:
         return True
     checkpoint_layers_(base, train.gradient_checkpointing)
     return False
-
-
-def _total_steps(trainer: StepTrainer, recipe: Recipe) -> int:
-    """Optimizer steps of the whole run."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    batches = len(trainer.get_train_dataloader())
-    per_epoch = max(math.ceil(batches / recipe.train.gradient_accumulation), 1)
-    return math.ceil(per_epoch * recipe.train.epochs)
 
 
 def _tokens_per_step(rows: Any, recipe: Recipe) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from trl import SFTTrainer
 
+from finetune.training.order import BlanksLast
 from finetune.training.router_losses import Batch, RouterLosses, RouterLossLog
 
 
@@ -20,10 +24,34 @@ class StepTrainer(SFTTrainer):
     router: RouterLosses | None = None
     """Losses to add to the trainer's own; none when None."""
 
+    blanks = 0
+    """Rows at the end of the training rows that carry no loss."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is ours, whatever the forward of a model says about its own
         self.router_log = RouterLossLog()
         self._new_tokens: Tensor | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """That of transformers, or one that takes blank rows last."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not self.blanks:
+            return super()._get_train_sampler(train_dataset)
+        return BlanksLast(len(rows) - self.blanks, self.blanks, self.args.data_seed)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The rate of each step; transformers' own begins with a step at zero, so ours begins with its second one.
+
+        Warm-up and training are a step longer there, which leaves the rates after warm-up as they are.
+        """
+        warmup = self.args.warmup_steps
+        self.args.warmup_steps = warmup + 1
+        begun = super().create_scheduler(num_training_steps + 1, optimizer)
+        self.args.warmup_steps = warmup
+        rates: list[Callable[[int], float]] = [partial(_one_later, rate) for rate in begun.lr_lambdas]
+        self.lr_scheduler: Any = LambdaLR(begun.optimizer, rates)
+        return self.lr_scheduler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of one optimizer step, which the losses are means over."""
@@ -72,3 +100,7 @@ class StepTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return loss
+
+
+def _one_later(rate: Callable[[int], float], step: int) -> float:
+    return rate(step + 1)

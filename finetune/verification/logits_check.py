@@ -96,7 +96,7 @@ def check_logits(plan: MergePlan, merged: Checkpoint, prompts: Sequence[str] | N
     adapted, rounded, found = embedded, embedded, embedded
     differences = []
     for index in (*range(base.num_layers), None):
-        prefix = layer_name(index) if index is not None else HEAD
+        prefix = layer_name(index, plan.shape.text_module) if index is not None else HEAD
         model: Any = base.model_of(index)
         live = attach_to_layer(model, plan.adapters, plan.shares, prefix)
         adapted = base.run(live or model, adapted)

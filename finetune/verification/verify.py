@@ -12,9 +12,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from finetune.config.model_files import GENERATION_CONFIG
 from finetune.errors import Problem, VerifyError, first_of
 from finetune.merging.packed_base import MergeOnto, packing_of
-from finetune.merging.plan import Adapters, MergePlan, plan_merge, refuse_packed
+from finetune.merging.plan import Adapters, MergePlan, generation_config, plan_merge, refuse_packed, taught_ends
 from finetune.models.checkpoint import CONFIG, Checkpoint
 from finetune.models.tensor_file import TORCH_DTYPES, WEIGHT_DTYPES
 from finetune.report.tables import Shown, table, warnings
@@ -177,10 +178,13 @@ def _wrong_logits(logits: LogitAgreement, merged: Checkpoint) -> Problem:
 
 def _notes(plan: MergePlan, merged: Checkpoint) -> list[str]:
     notes = []
+    ends = taught_ends(plan)
     for name in plan.base.side_files:
         ours, theirs = merged.path / name, plan.base.path / name
         if not ours.is_file():
             notes.append(f"{name} of the base is not in {merged.path}")
+        elif name == GENERATION_CONFIG and ends and ours.read_bytes() == generation_config(plan, ends):
+            continue
         elif name != CONFIG and ours.read_bytes() != theirs.read_bytes():
             notes.append(f"{name} differs from the base's")
     if {name: info.shard for name, info in merged.tensors.items()} != {

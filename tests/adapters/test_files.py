@@ -302,8 +302,7 @@ def test_damaged_files(tmp_path):
 
 def test_run_folder_given_for_its_adapter(tmp_path):
     path = write(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match=f"hint: give {path}"):
-        AdapterFiles.open(tmp_path)
+    assert AdapterFiles.open(tmp_path).path == path
 
 
 def test_sidecar(tmp_path):

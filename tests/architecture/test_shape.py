@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from finetune.architecture.registry import FAMILIES
+from finetune.architecture.registry import FAMILIES, find_family
 from finetune.architecture.shape import shape_of
 from finetune.errors import ModelError
+from finetune.models.text_model import leave_out_towers_, live_class, live_config, text_model
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"intermediate_size": 96, "vocab_size": 128, "num_experts": 16, "num_experts_per_tok": 2}
@@ -20,14 +21,16 @@ SMALL |= {"moe_intermediate_size": 32, "head_dim": 24, "decoder_sparse_step": 1,
 
 def live(config, tmp_path):
     """The model that transformers builds from the same config.json, without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = live_config(tmp_path)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+        model = live_class(settings).from_config(settings)
+    leave_out_towers_(model)
+    return model
 
 
-def check(config, tmp_path):
+def check(text, tmp_path):
+    config = whole(text)
     shape, model = shape_of(config, "config.json"), live(config, tmp_path)
     assert shape.parameters() == sum(p.numel() for p in model.parameters()), config
     matrices = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
@@ -39,7 +42,18 @@ def check(config, tmp_path):
     assert shape.num_linears == len(shape.linears()) == len(kept) + 3 * shape.experts * shape.moe_layers
     if banks:
         assert banks[0].shape == (shape.experts, 2 * shape.expert_intermediate, shape.hidden)
-        assert model.model.layers[min(shape.sparse_layers)].mlp.gate.top_k == shape.experts_per_token
+        assert text_model(model)[1].layers[min(shape.sparse_layers)].mlp.gate.top_k == shape.experts_per_token
+
+
+def whole(text):
+    """The config.json that has the settings of a text model where the family has them."""
+    family = find_family(text)
+    if family.around is None:
+        return text
+    tied = {"tie_word_embeddings": text["tie_word_embeddings"]} if "tie_word_embeddings" in text else {}
+    outer, inner = family.around.config, family.text.rpartition(".")[2]
+    config = {"model_type": family.model_type if not outer else f"{family.model_type}_thinker", inner: text, **tied}
+    return {"model_type": family.model_type, outer: config} if outer else config
 
 
 def sizes_of(model_type):
@@ -89,6 +103,12 @@ def test_the_two_spellings_of_the_number_of_experts(tmp_path):
         shape_of(config | {"num_local_experts": 4}, "c")
     with pytest.raises(ModelError, match=r"num_experts: must be a whole number .*, got None"):
         shape_of(spelled | {"num_experts": None}, "c")  # transformers refuses it as well
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.around is not None])
+def test_a_text_model_that_transformers_cannot_build_alone_is_refused(model_type):
+    with pytest.raises(ModelError, match="has the settings of a text model alone"):
+        shape_of(sizes_of(model_type), "config.json")
 
 
 def test_all_problems_at_once():

@@ -87,7 +87,15 @@ def test_a_budget_must_pay_for_an_expert_in_each_layer(folder):
 def test_names_on_the_hub_are_not_looked_for(folder):
     assert problems("model.path=Qwen/Qwen3-30B-A3B", "data.train=HuggingFaceH4/ultrachat_200k") == []
     assert problems("model.path=Qwen/Qwen3-0.6B", "model.revision=main", "data.train.0.split=test") != []
-    assert problems("data.train={path: squad, split: validation}", "model.path=gpt2") == []
+    assert problems("data.train={path: squad, split: validation}") == []
+
+
+def test_paths_that_are_nearly_there_are_not_looked_for_on_the_hub(folder):
+    assert "did you mean models/moe?" in one("model.path=modles/moe")
+    assert "did you mean data/rows.jsonl?" in one("data.train=daat/rows.jsonl")
+    assert "does not exist" in one("model.path=moe")  # no model on the hub is without an owner
+    assert problems("model.path=model/moe") == []  # what a folder's name begins with may be an owner
+    assert problems("model.path=modles/moe-30b") == []
 
 
 @pytest.mark.parametrize(
@@ -101,12 +109,13 @@ def test_names_on_the_hub_are_not_looked_for(folder):
         ("data.train=/no/rows.parquet", "does not exist", "there is no folder /no"),
         ("data.train=../../../../../../../../etc/no-such-file", "does not exist", "owner/name"),
         ("data.train=owner/../rows", "does not exist", "owner/name"),
-        ("data.train=..", "is not a file", ".jsonl"),
+        ("data.train=..", "holds no file that rows can be read from", ".jsonl"),
         ("data.train=a/b/c", "does not exist", "owner/name"),
         ("data.train=owner/two words", "does not exist", "owner/name"),
         ("data.train=~no-such-user/rows", "does not exist", "there is no folder ~no-such-user"),
-        ("data.train=https://example.org/rows.jsonl", "is an address", "download"),
-        ("data.train=data", "is not a file", "name a file that ends in"),
+        ("data.train=https://example.org/rows", "is an address of an unknown format", ".jsonl"),
+        ("data.train=data/*.csv", "holds no file that rows can be read from", ".jsonl"),
+        ("data.train=data/*.txt", "holds no file that rows can be read from", "read are"),
         ("data.train=r.yaml", "is in an unknown format", ".jsonl"),
         ("data.train=/dev/null", "is not a file", "name a file that ends in"),
         (f"data.train={'x' * 300}.jsonl", "does not exist", "."),

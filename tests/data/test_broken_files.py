@@ -1,5 +1,6 @@
 """Broken data files: each is an error that names the file, the line and the field, and says what to do."""
 
+import gzip
 import io
 import json
 import os
@@ -82,8 +83,17 @@ FILES = [
     ("a.parquet", PARQUET[:-20], "chat", 0, "cannot be read as Parquet"),
     ("a.parquet", PARQUET[:40] + PARQUET[90:], "chat", 0, "cannot be read as Parquet"),
     ("a.parquet", GOOD, "chat", 0, "cannot be read as Parquet"),
-    ("a.txt", b"hello", "text", 0, "is in an unknown format"),
-    ("a.jsonl.gz", b"\x1f\x8b", "text", 0, "is compressed"),
+    ("a.doc", b"hello", "text", 0, "is in an unknown format"),
+    ("a.txt", b" \n", "text", 0, "holds no rows"),
+    ("a.txt", b"caf\xe9", "text", 1, "is not UTF-8: byte 0xe9 at column 4"),
+    ("a.jsonl.gz", b"\x1f\x8b", "text", 0, "cannot be unpacked"),
+    ("a.jsonl.gz", b"hello", "text", 0, "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(GOOD * 100)[:-20], "text", 0, "cannot be unpacked"),
+    ("a.jsonl.zst", b"hello", "text", 0, "cannot be read"),
+    ("a.jsonl.xz", b"hello", "text", 0, "cannot be unpacked"),
+    ("a.zip", b"PK", "text", 0, "is an archive"),
+    ("a.parquet.gz", b"\x1f\x8b", "text", 0, "is compressed, and a table"),
+    ("a.arrow", b"hello", "text", 0, "cannot be read as Arrow"),
 ]
 
 ROWS = [
@@ -113,7 +123,7 @@ ROWS = [
 CHATS = [
     # messages, field, what
     (["hello"], "messages[0]", "is not a message"),
-    ([{"role": "bot", "content": "a"}], "messages[0].role", "is not a role"),
+    ([{"role": "narrator", "content": "a"}], "messages[0].role", "is not a role"),
     ([{"content": "a"}], "messages[0].role", "is missing"),
     ([{"role": ["user"], "content": "a"}], "messages[0].role", "is not a role"),
     ([{"role": "user"}], "messages[0].content", "is missing"),
@@ -137,7 +147,8 @@ CHATS = [
     ([user("a"), answer(tool_calls=[call("[1]")])], "messages[1].tool_calls[0].arguments", "is not an object"),
     ([user("a"), answer(tool_calls=[call("{")])], "messages[1].tool_calls[0].arguments", "is not an object"),
     ([{**user("a"), "tool_calls": [call({})]}, answer()], "messages[0].tool_calls", "is only for the assistant"),
-    ([user("a"), answer("", function_call={"name": "f"})], "messages[1].function_call", "is the old shape"),
+    ([user("a"), answer("", function_call={"nam": "f"})], "messages[1].function_call[0]", "is not a call"),
+    ([user("a"), answer("b", thinking="c", reasoning="d")], "messages[1].thinking", "differs from reasoning"),
 ]
 
 
@@ -184,12 +195,14 @@ def test_broken_chat(number, tiny_tokenizer, tmp_path, monkeypatch):
         ("nowhere/rows.jsonl", "does not exist", "there is no folder 'nowhere'"),
         ("zzz.csv", "does not exist", "paths are relative to"),
         ("../../etc/./passwd/", "does not exist", "folder"),
-        (".", "is a folder, not a file", ".jsonl"),
+        ("empty", "is a folder without a file that rows can be read from", ".jsonl"),
+        ("*.csv", "matches no file", ".jsonl"),
+        ("above", "is a folder without a file", "above/**/*.jsonl"),
         ("/dev/null", "is no regular file", ".jsonl"),
         ("pipe.jsonl", "is no regular file", ".jsonl"),
         ("loop.jsonl", "does not exist", "did you mean"),
         ("a" * 5000 + ".jsonl", "cannot be read", "check the path"),
-        ("a b.parquet?", "does not exist", "paths are relative to"),
+        ("a b.parquet?", "matches no file", ".jsonl"),
     ],
 )
 def test_paths_that_hold_no_rows(path, what, hint, tiny_tokenizer, tmp_path, monkeypatch):
@@ -197,6 +210,9 @@ def test_paths_that_hold_no_rows(path, what, hint, tiny_tokenizer, tmp_path, mon
     (tmp_path / "rows.jsonl").write_bytes(GOOD)
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "above" / "below").mkdir(parents=True)
+    (tmp_path / "above" / "below" / "rows.jsonl").write_bytes(GOOD)
     with pytest.raises(DataError) as caught:
         prepare(section(path), tiny_tokenizer, seed=0)
     assert what in caught.value.problems[0].what
@@ -232,13 +248,27 @@ def test_every_bad_row_of_every_file_is_told_at_once(tiny_tokenizer, write_jsonl
 
 def test_many_bad_rows_are_counted_not_listed(tiny_tokenizer, write_jsonl):
     rows = [question(str(n), "") for n in range(1000)] + [{"text": "c"}] * 50 + [question("a")]
+    path = write_jsonl(rows)
     with pytest.raises(DataError) as caught:
-        prepare(section(write_jsonl(rows)), tiny_tokenizer, seed=0)
-    problems = caught.value.problems
-    assert len(problems) == 11
-    assert "and 1,040 more bad rows" in problems[-1].what
-    assert "1,000 x is an assistant turn that says nothing" in problems[-1].what
-    assert "data.on_bad_row: skip" in problems[-1].hint
+        prepare(section(path), tiny_tokenizer, seed=0)
+    empty, lacking, total = caught.value.problems
+    assert empty.where == f"{path}:1: messages[1]"
+    assert empty.what == "is an assistant turn that says nothing (so in 2, 3, 4, 5 and 995 more)"
+    assert lacking.where == f"{path}:1001: messages"
+    assert "(so in 1002, 1003, 1004, 1005 and 45 more)" in lacking.what
+    assert "1,050 bad rows in all" in total.what
+    assert "1,000 x is an assistant turn that says nothing" in total.what
+    assert "data.on_bad_row: skip" in total.hint
+
+
+def test_skipping_is_no_advice_where_every_row_is_bad(tiny_tokenizer, write_jsonl):
+    path = write_jsonl([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 5)
+    with pytest.raises(DataError) as caught:
+        prepare(section(path), tiny_tokenizer, seed=0)
+    one, total = caught.value.problems
+    assert one.what.endswith("(so in 2, 3, 4, 5)")
+    assert "write `template: sharegpt`" in one.hint
+    assert "skip" not in total.hint
 
 
 def test_bad_rows_are_skipped_and_counted_when_asked(tiny_tokenizer, tmp_path):

@@ -42,7 +42,7 @@ def test_the_command_line_has_every_format_and_option(capsys, monkeypatch):
 def test_options_by_name():
     assert make_format("int4", {"group": 64, "thinking": True}) == Int4(group=64, thinking=True)
     assert make_format("gptq", {"data": ["a", "b"]}).data == ("a", "b")
-    with pytest.raises(UserError, match=r"(?s)--block: has no meaning for int4.*int4 takes --thinking, --shard-gb"):
+    with pytest.raises(UserError, match=r"(?s)block: has no meaning for int4.*int4 takes thinking, shard_gb"):
         make_format("int4", {"block": 64})
 
 
@@ -60,5 +60,5 @@ def test_a_new_format_is_a_class_and_a_word(monkeypatch):
     assert all_options()["zeros"][1] == ("ternary",)
     (problem,) = make_format("ternary", {"zeros": 0.01}).problems()
     assert (problem.where, problem.what) == ("--zeros", "is too small")
-    with pytest.raises(UserError, match=r"(?s)--zeros: has no meaning for hf.*--zeros is for ternary"):
+    with pytest.raises(UserError, match=r"(?s)zeros: has no meaning for hf.*zeros is for ternary"):
         make_format("hf", {"zeros": 0.2})

@@ -29,7 +29,7 @@ def case(tmp_path_factory):
 
 def test_as_a_base(case, tmp_path):
     base, packed, adapter, merged = case
-    wanted = rf"is a packed model \(nf4\), made from {base}.*\nhint: .*--base {base}"
+    wanted = rf"is a packed model \(nf4\), made from {base}.*\nhint: .*base=.{base}"
     with pytest.raises(ModelError, match=wanted):
         merge(adapter, tmp_path / "out", base=packed)
     with pytest.raises(ModelError, match=wanted):
@@ -68,10 +68,10 @@ def test_hints_name_options_that_the_command_has(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("q/none", "/no/such"):
-        with pytest.raises(ModelError, match="or say where it lies with --base"):
+        with pytest.raises(ModelError, match="or say where it lies with base"):
             find_checkpoint(name, option="--base")
         with pytest.raises(ModelError) as told:
             quantize(name, tmp_path / "out", {"scheme": "nf4"})
-        assert "--base" not in str(told.value)
+        assert "with base" not in str(told.value)
     with pytest.raises(ModelError, match="`hf download q/none --revision old`"):
         find_checkpoint("q/none", "old")

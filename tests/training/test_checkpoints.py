@@ -12,6 +12,7 @@ from finetune.training.checkpoints import (
     mark_complete,
     newest_complete,
     remove_older,
+    set_damaged_aside,
 )
 from finetune.training.run import open_run
 
@@ -57,6 +58,23 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     assert newest_complete(tmp_path).name == "checkpoint-4"
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors"])
+def test_one_flipped_byte_is_found(name, tmp_path, caplog):
+    for step in (2, 4, 6):
+        make(tmp_path, step)
+    for step in (4, 6):
+        file = tmp_path / f"checkpoint-{step}" / name
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    set_damaged_aside(tmp_path)
+    assert newest_complete(tmp_path).name == "checkpoint-2"
+    assert [f"checkpoint-{step} cannot be resumed: {name} is damaged" in caplog.text for step in (6, 4)] == [True, True]
+    file = tmp_path / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{name} has \d bytes instead of \d") as caught:
+        set_damaged_aside(tmp_path)
+    assert "restore the file" in str(caught.value)
+
+
 def test_no_checkpoint_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         newest_complete(tmp_path)
@@ -67,9 +85,10 @@ def test_no_checkpoint_says_what_to_do(tmp_path):
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(tmp_path):
     recipe = load_recipe("recipes/quickstart.yaml", f"output.dir={tmp_path / 'run'}")
-    open_run(recipe, resume=False, overwrite=False)
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        open_run(recipe, resume=True, overwrite=False)
+    with open_run(recipe, resume=False, overwrite=False):
+        pass
+    with pytest.raises(UserError, match="holds no checkpoint"), open_run(recipe, resume=True, overwrite=False):
+        pass
 
 
 def test_rotation_counts_complete_checkpoints_only(tmp_path):

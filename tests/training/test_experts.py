@@ -127,7 +127,7 @@ def test_resumed_runs_train_the_same_experts_to_the_same_bits(run, tmp_path):
 def test_a_run_that_was_killed_while_it_profiled_has_nothing_to_resume(run, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.start((run.path / "recipe.yaml").read_text(), overwrite=False)
-    with pytest.raises(UserError, match=r"holds no checkpoint[\s\S]*run without --resume"):
+    with pytest.raises(UserError, match=r"holds no checkpoint[\s\S]*run without resume=True"):
         pipeline.train(recipe_for(folder.path), resume=True)
 
 

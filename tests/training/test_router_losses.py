@@ -110,6 +110,7 @@ def test_counting_a_batch_takes_no_memory_by_layer():
     for num_layers in (2, 8):
         _, router = losses_of_layers(num_layers)
         batch = {"input_ids": token_ids(1, 512)}
+        batch["labels"] = batch["input_ids"]
         with LiveBytes() as counted:
             router.whole([batch, batch])
         most.append(counted.most)
@@ -122,6 +123,7 @@ def test_losses_take_the_logits_of_a_layer_their_gradient_and_no_copy_in_32_bit(
     for num_layers in (2, 8):
         model, router = losses_of_layers(num_layers)
         batch = {"input_ids": token_ids(1, 512)}
+        batch["labels"] = batch["input_ids"]
         base = router.base_logits(batch)
         with torch.no_grad(), router.listening() as found:
             model(**batch)

@@ -9,10 +9,24 @@ from finetune.training.run_folder import RunFolder
 def test_a_run_is_not_overwritten_by_accident(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.start("a: 1\n", overwrite=False)
+    folder.metrics.write_text('{"step": 0}\n{"step": 1, "loss": 2.0}\n')
     with pytest.raises(UserError, match="already holds a run") as caught:
         folder.start("a: 2\n", overwrite=False)
-    assert "--resume" in str(caught.value)
+    assert "--resume" in str(caught.value.problems[0])
     assert folder.recipe.read_text() == "a: 1\n"
+
+
+def test_a_run_that_died_before_its_first_step_blocks_nothing(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.start("a: 1\n", overwrite=False)
+    folder.plan.write_text("{}")
+    folder.metrics.write_text('{"step": 0, "router_overlap": 1.0}\n')
+    folder.start("a: 2\n", overwrite=False)
+    assert folder.recipe.read_text() == "a: 2\n"
+    assert not folder.plan.exists()
+    (folder.checkpoints / "checkpoint-1").mkdir()
+    with pytest.raises(UserError, match="already holds a run"):
+        folder.start("a: 3\n", overwrite=False)
 
 
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path):

@@ -1,7 +1,7 @@
 """Short real runs: what the recipe says is what happens."""
 
+import io
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from rich.console import Console
 from finetune.config.load import parse_recipe
 from finetune.errors import AdapterError, TrainingError, UserError
 from finetune.pipeline import train
-from finetune.training.arguments import warmup_steps
 from finetune.training.run_folder import RunFolder
 from tests.tiny import save_as_hub, tiny_dense, tiny_moe
 
@@ -174,8 +173,30 @@ def test_offloading_without_a_gpu_is_refused(models, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_warmup_leaves_a_step_at_the_peak(models, tmp_path):
-    made = recipe(models["moe"], tmp_path / "run", "train.warmup=0.9")
-    assert warmup_steps(made, 2) == 1
-    assert warmup_steps(made, 100) == 90
-    assert math.isclose(recipe(models["moe"], tmp_path / "run").train.warmup, 0)
+def test_the_first_step_has_a_rate_and_the_rates_after_warm_up_are_those_of_the_schedule(models, tmp_path):
+    """Also with fewer steps than rows of metrics."""
+    overrides = ("train.warmup=0.5", "train.schedule=linear", "data.packing=false", "data.eval=[]")
+    run = train(recipe(models["moe"], tmp_path / "run", *overrides), console=QUIET)
+    rates = [row["learning_rate"] for row in RunFolder(run.path).read_metrics() if "loss" in row]
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2 / 2])
+
+
+def test_a_run_with_fewer_steps_than_log_every_ends_with_its_last_loss(models, tmp_path):
+    overrides = ("train.log_every=50", "train.steps=2", "train.learning_rate=1e-9", "data.eval=[]")
+    out = io.StringIO()
+    run = train(recipe(models["moe"], tmp_path / "run", *overrides), console=Console(file=out, width=200))
+    assert run.summary["steps"] == 2
+    assert len(losses(run)) == 1
+    assert "steps: 2, of 2 blocks each; 0 of them warm up; " in out.getvalue()
+    assert "warning: 2 steps hardly move an adapter: raise train.steps" in out.getvalue()
+    assert "step 2/2 · loss " in out.getvalue()
+
+
+def test_a_loss_that_did_not_move_is_reported(models, tmp_path):
+    overrides = ("train.steps=3", "train.learning_rate=1e-12", "data.eval=[]", "data.packing=false")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(Path("examples/data/secret-code.jsonl").read_text().splitlines(keepends=True)[0] * 2)
+    run = train(recipe(models["moe"], tmp_path / "run", f"data.train={rows}", *overrides), console=QUIET)
+    (warning,) = run.summary["warnings"]
+    assert "the loss did not move, from" in warning
+    assert "higher train.learning_rate" in warning

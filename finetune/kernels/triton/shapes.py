@@ -129,18 +129,19 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def standard(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> Shapes:
+def standard(workload: Workload, num_rows: int) -> Shapes:
     """Tiles without a measurement."""
-    shape = shape_for(num_rows, num_experts)
-    if num_rows >= WIDE_LOAD * num_experts and dtype.itemsize == 2 and capability(device)[0] == 9:
+    shape, dtype = shape_for(num_rows, workload.experts), workload.dtype
+    if num_rows >= WIDE_LOAD * workload.experts and dtype.itemsize == 2 and capability(workload.device)[0] == 9:
         shape = WIDE
-    return fitted(shape, dtype)
+    return fitted(shape, dtype, workload.rank)
 
 
 @cache
-def fitted(shape: Shape, dtype: torch.dtype) -> Shapes:
-    """One shape for all products, as deep as a type allows."""
-    return Shapes.same(replace(shape, depth=depth_for(shape.depth, dtype)))
+def fitted(shape: Shape, dtype: torch.dtype, rank: int) -> Shapes:
+    """One shape for all products, as deep as a type allows, and narrower where its low-rank step would spill."""
+    columns = 32 if dtype.itemsize == 4 and rank > 32 and shape.rows > 16 else shape.columns
+    return Shapes.same(replace(shape, columns=columns, depth=depth_for(shape.depth, dtype)))
 
 
 def candidates(num_rows: int, workload: Workload, major: int) -> list[dict[str, list[Shape]]]:
@@ -185,7 +186,7 @@ def shapes_for(num_rows: int, workload: Workload) -> Shapes:
     if _forced is not None:
         return _forced
     tuned = TUNED.get((workload, bucket(num_rows)))
-    return tuned or standard(num_rows, workload.experts, workload.dtype, workload.device)
+    return tuned or standard(workload, num_rows)
 
 
 @contextmanager

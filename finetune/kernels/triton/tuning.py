@@ -63,20 +63,15 @@ def prepare(
             found = _measured(workload, tokens, top_k, timer or _cuda_seconds)
             if found is not None:
                 remembered.write(path, entry_name(workload, num_rows), found)
-        shapes.TUNED[key] = found or standard(workload, num_rows)
+        shapes.TUNED[key] = found or shapes.standard(workload, num_rows)
     return shapes.TUNED[key]
 
 
 def drop(workload: Workload, tokens: int, top_k: int, *, path: Path | None = None) -> None:
     """The standard tiles for this workload, from here on and in later processes, whatever was measured."""
     workload, num_rows = workload._replace(device=_with_index(workload.device)), tokens * top_k
-    usual = shapes.TUNED[workload, bucket(num_rows)] = standard(workload, num_rows)
+    usual = shapes.TUNED[workload, bucket(num_rows)] = shapes.standard(workload, num_rows)
     remembered.write(path or remembered.default_path(), entry_name(workload, num_rows), usual)
-
-
-def standard(workload: Workload, num_rows: int) -> Shapes:
-    """Tiles without a measurement."""
-    return shapes.standard(num_rows, workload.experts, workload.dtype, workload.device)
 
 
 def entry_name(workload: Workload, num_rows: int) -> str:
@@ -98,7 +93,7 @@ def measure(workload: Workload, tokens: int, top_k: int, timer: Timer | None = N
     """Every candidate of every product, compared with the standard tiles before it is timed."""
     trial, found = _Trial(workload, tokens, top_k), []
     for product in Shapes._fields:
-        want = trial.run(product, standard(workload, tokens * top_k)[Shapes._fields.index(product)])()
+        want = trial.run(product, shapes.standard(workload, tokens * top_k)[Shapes._fields.index(product)])()
         for choice in choices(workload, tokens * top_k):
             for shape in choice[product]:
                 found.append(_one(product, shape, trial.run(product, shape), want, timer or _cuda_seconds))
@@ -131,7 +126,7 @@ def _measured(workload: Workload, tokens: int, top_k: int, timer: Timer) -> Shap
     except torch.OutOfMemoryError:
         logger.warning("no memory to measure tiles: the standard ones stay")
         return None
-    found = best(measured, options, standard(workload, tokens * top_k))
+    found = best(measured, options, shapes.standard(workload, tokens * top_k))
     logger.info("tiles chosen in %.0f s: %s", time.perf_counter() - start, found)
     return found
 
@@ -139,7 +134,7 @@ def _measured(workload: Workload, tokens: int, top_k: int, timer: Timer) -> Shap
 def _remembered(path: Path, workload: Workload, num_rows: int) -> Shapes | None:
     found, options = remembered.read(path).get(entry_name(workload, num_rows)), choices(workload, num_rows)
     known = {product: {s for option in options for s in option[product]} for product in Shapes._fields if options}
-    if found is None or found == standard(workload, num_rows):
+    if found is None or found == shapes.standard(workload, num_rows):
         return found
     rows_agree = len({shape.rows for shape in found}) == 1
     return found if rows_agree and all(s in known.get(p, ()) for p, s in found._asdict().items()) else None

@@ -47,8 +47,8 @@ POINTERS = {"bfloat16": BF16, "float16": "*fp16", "float32": FP32}
 OPTIONS = ("num_warps", "num_stages")
 
 
-def _shape(shape: shapes.Shape, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    constants = shapes.fitted(shape, dtype).gate_up.constants
+def _shape(shape: shapes.Shape, dtype: torch.dtype, rank: int) -> tuple[dict[str, int], dict[str, int]]:
+    constants = shapes.fitted(shape, dtype, rank).gate_up.constants
     experts = E if shape.programs else 0
     constants |= {"EVEN": True, "WHOLE": True, "E": experts, "E2": experts}
     return {k: v for k, v in constants.items() if k not in OPTIONS}, {k: constants[k] for k in OPTIONS}
@@ -141,7 +141,7 @@ def cases(rank: int, dtype_name: str, arch: int = 90, *, quick: bool = False) ->
     pointers = {"index_ptr": I32, "w_ptr": real, **factor, **TILES}
     for name, candidates in pickable(arch, dtype, rank, quick=quick).items():
         for candidate in candidates:
-            shape, options = _shape(candidate, dtype)
+            shape, options = _shape(candidate, dtype, rank)
             kernel, own, constants, sizes = _products(real, rank)[name]
             found[f"{name}: {candidate}"] = (kernel, pointers | own, low_rank | shape | constants, sizes, options)
     return found

@@ -13,6 +13,7 @@ MAX_SHARED = {90: 227 * 1024, 80: 99 * 1024}
 NUM_PRODUCTS = {
     (90, 16, "bfloat16", True): 16, (90, 16, "bfloat16", False): 31, (90, 8, "bfloat16", False): 31,
     (90, 64, "bfloat16", False): 26, (90, 16, "float32", False): 12,
+    (90, 64, "float32", False): 12, (80, 64, "float32", False): 12, (80, 64, "bfloat16", False): 12,
     (80, 16, "bfloat16", False): 14, (80, 16, "float32", False): 12,
 }  # fmt: skip
 """Grouped products times the tiles that each could take."""

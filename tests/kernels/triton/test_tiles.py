@@ -56,7 +56,7 @@ def test_wrong_tiles_are_dropped_with_a_warning_and_for_good(monkeypatch, caplog
     with caplog.at_level(logging.WARNING):
         tiles.choose_tiles(a_layer(), LOAD)
     assert "output is wrong by 1 with 32; the standard ones stay" in caplog.text
-    standard = tuning.standard(WORKLOAD, 48)
+    standard = shapes.standard(WORKLOAD, 48)
     assert shapes.shapes_for(48, WORKLOAD) == standard != CHOSEN
     assert remembered.read(remembered.default_path())[tuning.entry_name(WORKLOAD, 48)] == standard
 

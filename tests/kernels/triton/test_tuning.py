@@ -98,7 +98,7 @@ def test_candidates_share_their_rows_and_hold_the_standard(load, major, rank, mo
     assert [next(iter(o.values()))[0].rows for o in options] == (
         [] if load < 32 else [128, 64] if load < 256 else [128]
     )
-    standard = shapes.standard(load * 128, 128, torch.bfloat16, CPU)
+    standard = shapes.standard(QWEN3, load * 128)
     for option in options:
         assert set(option) == set(Shapes._fields)
         assert all(major == 9 or not s.programs for found in option.values() for s in found)

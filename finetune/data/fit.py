@@ -1,0 +1,76 @@
+"""Which template a row fits, found by trying it on each: what to write in a recipe whose template does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from finetune.config.schema import DataColumns
+from finetune.data.bad_rows import BadRow
+from finetune.data.columns import with_columns
+from finetune.data.json_text import structured
+from finetune.data.messages import interpret
+from finetune.data.templates import ROLES, DataTemplate, load_template, named_templates
+from finetune.data.unread import unread_columns
+
+Fields = dict[str, Any]
+SHAPE = (
+    "lacks ", "is not a text", "is not a list of messages", "is not a message", "is missing", "is not a role",
+)  # fmt: skip
+QUESTIONS = ("instruction", "question", "query", "prompt", "input", "problem", "user")
+ANSWERS = ("output", "answer", "response", "completion", "solution", "assistant", "target")
+
+
+def suggest_template(fields: Fields) -> str | None:
+    """Name of the template that reads the row, the one that leaves the fewest columns unread."""
+    fitting = []
+    for template in named_templates():
+        try:
+            found = interpret(fields, template)
+        except BadRow:
+            continue
+        fitting.append((len(unread_columns(fields, found, template)), -len(template.needs), template.name))
+    return min(fitting)[2] if fitting else None
+
+
+def suggest_columns(fields: Fields) -> str | None:
+    """What `data.columns` would make the row fit, with the template if that is not chat."""
+    for template, given in _guesses(fields):
+        columns = DataColumns.model_validate(given)
+        try:
+            interpret(fields, with_columns(load_template(template), columns))
+        except BadRow:
+            continue
+        said = ", ".join(f"{name}: {column}" for name, column in given.items())
+        return f"columns: {{{said}}}" + ("" if template == "chat" else f" and template: {template}")
+    return None
+
+
+def advice(fields: Fields, template: DataTemplate, error: BadRow) -> str | None:
+    """What to write in the recipe for a row whose shape is not the one that `template` reads; None if it is another."""
+    if not error.reason.startswith(SHAPE):
+        return None
+    other = suggest_template(fields)
+    if other is not None and other != template.name:
+        return f"the row fits template {other}: write `template: {other}` in the recipe"
+    guess = suggest_columns(fields) if other is None else None
+    return f"write `{guess}` below data in the recipe, if that is what the row means" if guess else None
+
+
+def _guesses(fields: Fields) -> Iterator[tuple[str, dict[str, str]]]:
+    for column, value in fields.items():
+        messages = structured(value)
+        if isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages):
+            yield from (("chat", {"messages": column, **keys}) for keys in _keys(messages))
+    for question in QUESTIONS:
+        for answer in ANSWERS:
+            if question != answer and isinstance(fields.get(question), str) and isinstance(fields.get(answer), str):
+                yield "instruct", {"instruction": question, "output": answer}
+
+
+def _keys(messages: list[Fields]) -> Iterator[dict[str, str]]:
+    """Which keys may hold role and text: the first has known roles, the second other texts."""
+    common = [key for key in messages[0] if all(isinstance(each.get(key), str) for each in messages)]
+    for role in common:
+        if all(each[role].strip().lower() in ROLES for each in messages):
+            yield from ({"role": role, "content": content} for content in common if content != role)
