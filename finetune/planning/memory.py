@@ -16,7 +16,7 @@ CPU_TILE_TOKENS, GPU_TILE_BYTES = 256, 320 * 2**20
 CPU_LIBRARIES = 0.6 * 2**30
 """Resident once torch, transformers, peft, trl and a run's rows are there."""
 COMPILED_PRODUCTS = 0.1 * 2**30
-"""What oneDNN keeps of 16-bit products, one for each shape; more in long runs, whose experts' loads make more shapes."""
+"""What oneDNN keeps of 16-bit products, one for each shape; more in long runs of experts."""
 GPU_LIBRARIES = 0.6 * 2**30
 """CUDA's context and its libraries' workspaces; outside torch's allocator, which does not count it."""
 

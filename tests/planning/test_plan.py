@@ -106,7 +106,7 @@ def test_cards_by_any_spelling():
     assert found_card("NVIDIA A100-SXM4-40GB", 39.4).card == "a100-40"
     assert found_card("NVIDIA GeForce RTX 4090", 23.5).card == "rtx-4090"
     assert found_card("Some Other Card", 11.0).card is None
-    with pytest.raises(UserError, match="gpu.gib"):
+    with pytest.raises(UserError, match=r"gpu.gib"):
         card_named("abacus")
 
 
