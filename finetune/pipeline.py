@@ -169,7 +169,7 @@ def train(recipe: RecipeLike, *, resume: bool = False, overwrite: bool = False, 
 def _train(
     recipe: Recipe, folder: RunFolder, files: ExpertFiles, planned: Plan | None, *, resume: bool, console: Console
 ) -> Run:
-    """The run in its folder."""
+    """The run in its folder. planned: what it was thought to take."""
     from finetune.adapters.attach import attach, save_adapter
     from finetune.adapters.trainable import render_groups, trainable_groups
     from finetune.config.steps import Steps

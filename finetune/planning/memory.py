@@ -15,8 +15,8 @@ CPU_TILE_TOKENS, GPU_TILE_BYTES = 256, 320 * 2**20
 """Of the logits that live at a time, see `kernels.log_probs`."""
 CPU_LIBRARIES = 0.6 * 2**30
 """Resident once torch, transformers, peft, trl and a run's rows are there."""
-COMPILED_PRODUCTS, COMPILED_PRODUCTS_OF_EXPERTS = 0.1 * 2**30, 0.3 * 2**30
-"""What oneDNN keeps of 16-bit products: one for each shape, of which the experts' loads make up to 1,024."""
+COMPILED_PRODUCTS = 0.1 * 2**30
+"""What oneDNN keeps of 16-bit products, one for each shape; more in long runs of experts."""
 GPU_LIBRARIES = 0.6 * 2**30
 """CUDA's context and its libraries' workspaces; outside torch's allocator, which does not count it."""
 
@@ -107,7 +107,7 @@ class _Holds:
         few = self.recipe.quantize.scheme != "none" and self.tokens >= 1024  # see training.memory
         if self.value != 2 or few:
             return CPU_LIBRARIES
-        return CPU_LIBRARIES + (COMPILED_PRODUCTS_OF_EXPERTS if self.shape.moe_layers else COMPILED_PRODUCTS)
+        return CPU_LIBRARIES + COMPILED_PRODUCTS
 
     def decoded(self) -> float:
         """The packed weights that are decoded at a time: a layer's experts on a GPU, one expert on a CPU."""
@@ -165,7 +165,7 @@ class _Holds:
         if self.on_gpu:
             return self.weights() + self.libraries()
         unpacked = self.recipe.quantize.scheme == "none"
-        return self.weights() * (2 if unpacked else 1) + self.decoded() + self.libraries()
+        return self.weights() * (2 if unpacked else 1) + self.decoded() + CPU_LIBRARIES
 
 
 def _together(layer: LayerBytes) -> int:
