@@ -193,7 +193,8 @@ def _train(
         check_same(folder.provenance, provenance)
     else:
         record(folder.provenance, provenance)
-    hold_little_memory(recipe.data.max_length * recipe.train.batch_size, packed=recipe.quantize.scheme != "none")
+    if recipe.quantize.scheme != "none":
+        hold_little_memory(recipe.data.max_length * recipe.train.batch_size)
     model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
     if recipe.data.packing:
         refuse_packed_rows(model)

@@ -21,25 +21,20 @@ def peak_memory_gib() -> float:
 CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 MANY_TOKENS = 1024
 """In a micro-batch of fewer, shapes recur often enough that forgetting them costs a fifth of the step."""
-BIG_BYTES = 2**20
-"""Of a tensor that is worth a call of the system each time."""
 
 
-def hold_little_memory(tokens: int, *, packed: bool) -> None:
-    """Let this process keep less of what nothing is stored in, from now on, on a CPU.
-
-    Tensors of a MiB and more go back to the system as soon as they are free. Left to itself the C library keeps them
-    in holes that the next step's do not fit: a step then takes up to twice the memory of what is alive in it.
+def hold_little_memory(tokens: int) -> None:
+    """Let this process keep less of what nothing is stored in, from now on; for models that hardly fit a CPU's memory.
 
     Compiled 16-bit products take 0.3 MB each and are kept for as many as 1,024 shapes; scattered over the heap, they
-    also keep it from shrinking. Few are ever asked for again where a layer has many tokens, so with packed weights,
-    for models that hardly fit a machine, few are kept, unless the environment says how many.
+    also keep it from shrinking. Few are ever asked for again where a layer has many tokens, so few are kept, unless
+    the environment says how many. Big tensors go back to the system as soon as they are free.
 
     tokens: of a micro-batch. Call it before the first product: oneDNN reads its setting once.
     """
-    if packed and tokens >= MANY_TOKENS:
+    if tokens >= MANY_TOKENS:
         os.environ.setdefault(CACHE, "32")
-    _glibc("mallopt", -3, BIG_BYTES)  # M_MMAP_THRESHOLD
+    _glibc("mallopt", -3, 16 * 2**20)  # M_MMAP_THRESHOLD
 
 
 def release_free_memory() -> None:

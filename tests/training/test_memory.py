@@ -15,14 +15,14 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize(("tokens", "kept"), [(1023, None), (1024, "32")])
 def test_compiled_products_are_forgotten_where_they_rarely_recur(calls, monkeypatch, tokens, kept):
-    memory.hold_little_memory(tokens, packed=True)
+    memory.hold_little_memory(tokens)
     assert memory.os.environ.pop(memory.CACHE, None) == kept
-    assert calls == [("mallopt", -3, 2**20)]
+    assert calls == [("mallopt", -3, 16 * 2**20)]
 
 
 def test_what_the_environment_says_stays(calls, monkeypatch):
     monkeypatch.setenv(memory.CACHE, "500")
-    memory.hold_little_memory(4096, packed=True)
+    memory.hold_little_memory(4096)
     assert memory.os.environ[memory.CACHE] == "500"
 
 
