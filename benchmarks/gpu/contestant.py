@@ -215,7 +215,7 @@ class Silent:
         """Something is done before the run begins."""
         return nullcontext()
 
-    def start(self, total_steps: int, first: str = "") -> None:
+    def start(self, total_steps: int, first: str = "", done: int = 0) -> None:
         """The run begins."""
 
     def __call__(self, row: Any) -> None:

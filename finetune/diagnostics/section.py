@@ -21,9 +21,11 @@ class Section(BaseModel):
         """A copy with some fields changed, checked like any other. Raises UserError with every problem."""
         if not update:
             return super().model_copy(deep=deep)
-        fields = {**dict(self), **update}
+        fields = {name: getattr(self, name) for name in type(self).model_fields} | dict(update)
         try:
-            return type(self).model_validate(fields)
+            made = type(self).model_validate(fields)
+            made.model_fields_set.intersection_update(self.model_fields_set | update.keys())
+            return made
         except ValidationError as refused:
             findings = findings_of(refused, fields, Schema(type(self), noun=type(self).__name__))
         raise UserError(*(finding.problem() for finding in findings))
