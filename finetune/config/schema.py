@@ -465,7 +465,7 @@ class TrainSection(Section):
         description="compute layers again in backward: all of them, or what is cheap; true means full, false off",
     )
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(as_switch)] = Field(
-        default="auto", description="compile the decoder layers; auto: on a GPU"
+        default="auto", description="compile the decoder layers; auto: on a GPU, but for models with linear attention"
     )
     activation_offload: bool = Field(
         default=False, description="keep what backward needs in host memory meanwhile (on a GPU, for long sequences)"

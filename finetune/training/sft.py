@@ -20,7 +20,7 @@ from finetune.data.blanks import with_blanks
 from finetune.data.packing import packed
 from finetune.kernels.prepare import prepare_experts, tune_experts
 from finetune.kernels.tiles import Load
-from finetune.models.live import expert_layers
+from finetune.models.live import expert_layers, has_linear_attention
 from finetune.models.text_model import text_config
 from finetune.training.arguments import sft_arguments
 from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
@@ -146,7 +146,8 @@ def _prepare_experts(model: PeftModel, recipe: Recipe, progress: Progress) -> No
 def _prepare_layers_(model: PeftModel, recipe: Recipe) -> bool:
     """Let the decoder layers run compiled, and keep for backward what the recipe says; whether they are compiled."""
     base, train = model.get_base_model(), recipe.train
-    if train.compile == "on" or (train.compile == "auto" and torch.cuda.is_available()):
+    steady = not has_linear_attention(base)  # its loop over chunks is traced anew for every length of a row
+    if train.compile == "on" or (train.compile == "auto" and torch.cuda.is_available() and steady):
         compile_layers_(base, train.gradient_checkpointing, whole=not recipe.router.has_losses)
         return True
     checkpoint_layers_(base, train.gradient_checkpointing)
