@@ -22,7 +22,7 @@ def test_the_docs_have_every_format_and_option():
         options = ", ".join(f"`{each.flag}`" for each in made.options().values())
         assert f"| `{name}` | {source} | {made.about} | {options} |" in DOCS
     for each, _ in all_options().values():
-        assert f"- `{each.flag}`: {each.told}" in DOCS
+        assert f"- `{each.flag}`: {each.full_help}" in DOCS
 
 
 def test_the_command_line_has_every_format_and_option(capsys, monkeypatch):
