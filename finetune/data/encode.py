@@ -225,11 +225,3 @@ class Encoder:
 
 class OverLong(BadRow):
     """A row has more tokens than `data.max_length`."""
-
-
-def encode_row(row: Row, template: DataTemplate, tokenizer: Any, encoding: Encoding | None = None) -> Encoded:
-    """One row as tokens; DataError says where and why it cannot be. `Encoder` does many at once, faster."""
-    answer = Encoder(tokenizer, template, encoding or Encoding()).encode([row])[0]
-    if isinstance(answer, BadRow):
-        raise DataError(answer.problem(row.where))
-    return answer

@@ -25,7 +25,7 @@ DAMAGED = "damaged.json"
 def mark_complete(checkpoint: Path) -> None:
     """Flush every file of `checkpoint` to disk, then write the marker."""
     sizes, digests = {}, {}
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER):
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (MARKER, DAMAGED)):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         name = file.relative_to(checkpoint).as_posix()

@@ -123,6 +123,8 @@ def check_same(path: Path, here: Provenance) -> None:
 def _check_same(path: Path, here: Provenance) -> None:
     try:
         before = Provenance(**json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(before.rows_per_step, int):
+            raise TypeError
         versions = {name: str(before.libraries[name]) for name in here.libraries}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         hint = "restore the file, or start anew without --resume (and with --overwrite)"

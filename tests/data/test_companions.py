@@ -5,12 +5,12 @@ import json
 import pytest
 
 from finetune.data.dataset import prepare
-from finetune.data.encode import encode_row
 from finetune.data.messages import interpret
 from finetune.data.rows import Row
 from finetune.data.templates import load_template
 from finetune.errors import DataError
 from tests.data.conftest import question, section
+from tests.data.encoding import encode_row
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 

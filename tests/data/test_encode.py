@@ -4,11 +4,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.data.bad_rows import BadRow
-from finetune.data.encode import Encoder, Encoding, OverLong, encode_row
+from finetune.data.encode import Encoder, Encoding, OverLong
 from finetune.data.rows import Row
 from finetune.data.templates import load_template
 from finetune.errors import DataError
 from tests.data.conftest import question
+from tests.data.encoding import encode_row
 
 
 def encode(fields, name, tokenizer, **options):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.data.encode import Encoder, Encoding, encode_row
+from finetune.data.encode import Encoder, Encoding
 from finetune.data.markers import CHATML, Markers, markers_of
 from finetune.data.rows import Row
 from finetune.data.show import render_tokens
 from finetune.data.templates import load_template
 from finetune.errors import DataError
+from tests.data.encoding import encode_row
 
 INSTRUCT = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"

@@ -3,12 +3,13 @@
 import pytest
 
 from finetune.data.conversation import Conversation
-from finetune.data.encode import Encoding, encode_row
+from finetune.data.encode import Encoding
 from finetune.data.messages import interpret
 from finetune.data.rows import Row
 from finetune.data.show import render_tokens
 from finetune.data.templates import load_template
 from finetune.errors import DataError
+from tests.data.encoding import encode_row
 
 WEATHER = {
     "type": "function",

@@ -6,10 +6,11 @@ import unicodedata
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from finetune.data.encode import Encoding, encode_row
+from finetune.data.encode import Encoding
 from finetune.data.rows import Row
 from finetune.data.templates import load_template
 from finetune.errors import DataError
+from tests.data.encoding import encode_row
 
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 CHAT, COMPLETION = load_template("chat"), load_template("completion")

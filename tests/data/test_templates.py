@@ -6,12 +6,12 @@ import pytest
 
 from finetune.config.data_templates import template_names
 from finetune.data.conversation import Conversation, Passage
-from finetune.data.encode import encode_row
 from finetune.data.fit import suggest_template
 from finetune.data.messages import interpret
 from finetune.data.rows import Row
 from finetune.data.templates import load_template, parse_template
 from finetune.errors import DataError
+from tests.data.encoding import encode_row
 
 NAMES = ("chat", "completion", "instruct", "sharegpt", "text")
 GOOD = """

@@ -54,6 +54,7 @@ def test_another_number_of_rows_a_step_is_refused(run, model):
         ("train", "0" * 64, "the training rows: changed since the run was started"),
         ("tokenizer", "0" * 64, "the tokenizer or its chat template: changed"),
         ("libraries", {"torch": "1.13"}, "torch: was 1.13 when the run was started"),
+        ("rows_per_step", "4", "is missing or damaged"),
         ("processes", None, None),
     ],
 )
