@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.answers import chat, evaluate
+from finetune.cli.conversion import convert
 from finetune.cli.demo import quickstart
 from finetune.cli.first_recipe import init, recipes
 from finetune.cli.machine import doctor
@@ -47,8 +48,8 @@ def _root(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    quickstart, init, recipes, check, plan, doctor, schema, prepare, quantize, profile, experts, train, resume, report,
-    merge, verify, export, import_adapter, chat,
+    quickstart, init, recipes, convert, check, plan, doctor, schema, prepare, quantize, profile, experts, train,
+    resume, report, merge, verify, export, import_adapter, chat,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -60,7 +60,7 @@ def _lines(key: str, value: Any, path: FieldPath, comments: Mapping[str, str], d
 
 
 def _field(line: str, path: FieldPath, comments: Mapping[str, str], pad: str) -> Iterator[str]:
-    comment = comments.get(dotted(path), _about(path))
+    comment = comments.get(dotted(path), about(path))
     if not comment:
         yield line
     elif max(len(line) + 2, COLUMN) + len(comment) + 2 <= WIDTH:
@@ -75,7 +75,7 @@ def _note(comment: str | None, at: int) -> str:
     return f"{' ' * max(COLUMN - at, 2)}# {comment}" if comment else ""
 
 
-def _about(path: FieldPath) -> str:
+def about(path: FieldPath) -> str:
     """What a field is, in a few words."""
     kind = RECIPE.kind_at(path)
     text = (kind.field.description or "") if kind is not None and kind.field is not None else ""

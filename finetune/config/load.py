@@ -10,6 +10,7 @@ import yaml
 
 from finetune.config.checks import quantize_findings, text_findings
 from finetune.config.files import find_in_files
+from finetune.config.foreign import foreign_problem
 from finetune.config.package_files import is_recipe_name, recipe_file, recipe_names
 from finetune.config.packed_folder import resolve_packed
 from finetune.config.recipe_document import RECIPE
@@ -40,7 +41,12 @@ def load_recipe(recipe: RecipeLike, *overrides: str, check_files: bool = True) -
             check_files,
         )
     path = recipe_file(str(recipe)) if is_recipe_name(str(recipe)) else Path(recipe)
-    return _load(_read_text(path), str(recipe), overrides, check_files)
+    try:
+        return _load(_read_text(path), str(recipe), overrides, check_files)
+    except RecipeError:
+        if (problem := foreign_problem(path)) is not None:
+            raise RecipeError(problem) from None
+        raise
 
 
 def parse_recipe(text: str, source: str, *overrides: str, check_files: bool = False) -> Recipe:
