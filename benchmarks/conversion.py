@@ -2,6 +2,7 @@
 
     python benchmarks/conversion.py FOLDER [FOLDER ...]      # such as the examples/ of a clone of Axolotl
     python benchmarks/conversion.py FOLDER --list            # a line for each file
+    python benchmarks/conversion.py FOLDER --model Qwen/Qwen3-30B-A3B     # as if all of them named this model
 
 A config that names a supported model and LoRA on rows of text has to check clean. Rows that lie nowhere here are no
 fault of a recipe, and are counted apart.
@@ -38,6 +39,7 @@ def outcome(made: Conversion) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders of configs, or files")
+    parser.add_argument("--model", help="in place of the files' own, so that those of other families convert too")
     parser.add_argument("--list", action="store_true", help="a line for each file")
     options = parser.parse_args()
     files = sorted(file for folder in options.folders for file in (folder.rglob("*") if folder.is_dir() else (folder,)))
@@ -48,7 +50,7 @@ def main() -> int:
         if file.suffix not in SUFFIXES or (tool := tool_of_file(file)) is None:
             continue
         try:
-            made = convert(file)
+            made = convert(file, options.model)
         except UserError as error:
             word, why = UNREADABLE, str(error).splitlines()[0]
         else:

@@ -19,6 +19,7 @@ def convert(
         Path, typer.Argument(metavar="FILE", help="a config of Axolotl, LLaMA-Factory or TRL, or an Unsloth script")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="recipe to write")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option("--model", help="folder or hub name, in place of the file's")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -32,7 +33,7 @@ def convert(
 
     if output.exists() and not overwrite:
         raise UserError(Problem(str(output), "exists", "name another --output, or give --overwrite"))
-    made = convert_file(file)
+    made = convert_file(file, model)
     if made.recipe is not None:
         check_target_file(output)
         write_atomic(output, made.recipe.replace("RECIPE", str(output)).encode())

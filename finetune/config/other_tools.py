@@ -170,6 +170,7 @@ _ABSENT = {
     ),
     "`finetune export` writes models for other programs, `finetune chat` and `eval` use them": (
         "export_dir export_size export_device export_legacy_format export_quantization_bit infer_backend infer_dtype "
+        "gpu_memory_utilization max_lora_rank "
         "sample_backend max_new_tokens eval_max_new_tokens eval_table_size do_causal_lm_eval eval_causal_lm_metrics"
     ),
     "a loss that is not finite stops the run": "loss_watchdog_threshold loss_watchdog_patience",

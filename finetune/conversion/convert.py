@@ -27,9 +27,15 @@ _LEAST: dict[str, dict[str, Any]] = {"model": {"path": "x"}, "data": {"train": [
 _LINEAR = "linear attention would carry its state from row to row of a block: data.packing: false"
 
 
-def convert(path: str | Path) -> Conversion:
-    """What a file of another tool is as a recipe; nothing is written. Raises UserError for one that is of no tool."""
+def convert(path: str | Path, model: str | None = None) -> Conversion:
+    """What a file of another tool is as a recipe; nothing is written. Raises UserError for one that is of no tool.
+
+    model: in place of the file's.
+    """
     settings = read_settings(Path(path))
+    if model is not None:
+        key = next((key for key in MODEL_KEYS if key in settings.values), "model_name")
+        settings.values[key] = model
     made = _Converter(settings)
     made.run()
     done = made.done
@@ -163,7 +169,7 @@ class _Converter:
         """Targets, by what the model has."""
         path = self.fields.get("model.path")
         if path is None:
-            if not any(key in self.other for key in MODEL_KEYS):
+            if not self.done.refused:
                 self._refuse("model", "is missing", "name it in the file")
             return
         model, rank = Model.of(path), int(self.fields["adapter.rank"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,16 @@ _NOT_SETTINGS = {
     "data_collator",
     "token",
 }
+
+
+_ARITHMETIC: dict[type, Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
+MOST = 1e9
 
 
 class Computed:
@@ -59,6 +70,7 @@ def read_notebook(text: str, source: str, *, is_notebook: bool) -> dict[str, Any
     calls.sort(key=lambda call: (call.lineno, call.col_offset))
     once = {name: values[0] for name, values in constants.items() if len(values) == 1}
     found: dict[str, Any] = {}
+    taken: set[str] = set()
     for call in calls:
         name, owner = _name(call.func)
         if name in OTHER_TRAINERS:
@@ -67,16 +79,31 @@ def read_notebook(text: str, source: str, *, is_notebook: bool) -> dict[str, Any
             found.setdefault(LOAD, []).append(_data_set(call, once))
         elif name == RESPONSES:
             found[RESPONSES] = True
-        elif name in _CALLS and not (name == "from_pretrained" and not owner.startswith("Fast")):
-            if owner == "FastVisionModel":
-                found["processor_type"] = owner
-            if name == LORA:
-                found[LORA] = True
-            if name == "from_pretrained" and call.args:
-                found["model_name"] = _literal(call.args[0], once)
-            given = {word.arg: _literal(word.value, once) for word in call.keywords if word.arg}
-            found |= {name: value for name, value in given.items() if name not in _NOT_SETTINGS}
+        elif name == "from_pretrained" and owner.startswith("Fast") and not _is_model(owner):
+            found[TRAINER] = owner
+        elif name in _CALLS and (name != "from_pretrained" or _is_model(owner)):
+            if name in taken:
+                continue  # such as the adapter that is loaded again after training
+            taken.add(name)
+            _take_(found, call, name, owner, once)
     return found
+
+
+def _is_model(owner: str) -> bool:
+    """Whether it is Unsloth's, of a model that writes."""
+    return owner.startswith("Fast") and owner.endswith("Model")
+
+
+def _take_(found: dict[str, Any], call: ast.Call, name: str, owner: str, constants: dict[str, Any]) -> None:
+    """Arguments of a call that sets up training."""
+    if owner == "FastVisionModel":
+        found["processor_type"] = owner
+    if name == LORA:
+        found[LORA] = True
+    if name == "from_pretrained" and call.args:
+        found["model_name"] = _literal(call.args[0], constants)
+    given = {word.arg: _literal(word.value, constants) for word in call.keywords if word.arg}
+    found |= {key: value for key, value in given.items() if key not in _NOT_SETTINGS}
 
 
 def _trees(text: str, source: str, *, is_notebook: bool) -> Iterator[ast.AST]:
@@ -118,11 +145,15 @@ def _name(node: ast.expr) -> tuple[str, str]:
 
 
 def _literal(node: ast.expr, constants: dict[str, Any]) -> Any:
-    """A literal, or a name that stands for one throughout the file; `torch.bfloat16` as its last word."""
+    """A literal, a name that stands for one throughout the file, or arithmetic of two; of `torch.bfloat16` the last word."""
     if isinstance(node, ast.Name) and node.id in constants:
         return constants[node.id]
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
         return node.attr
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        left, right = _literal(node.left, constants), _literal(node.right, constants)
+        if all(type(each) in (int, float) and 0 < abs(each) < MOST for each in (left, right)):
+            return _ARITHMETIC[type(node.op)](left, right)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.foreign import CODE, NOTEBOOK_BYTES, Tool, tool_of
-from finetune.conversion.notebook import read_notebook
+from finetune.conversion.notebook import TRAINER, read_notebook
 from finetune.diagnostics.document import MAX_BYTES, read_document
 from finetune.diagnostics.findings import Finding, Places
 from finetune.errors import Problem, UserError
@@ -37,7 +37,7 @@ def read_settings(path: Path) -> Settings:
     text = _text(path)
     if path.suffix in CODE:
         values = read_notebook(text, str(path), is_notebook=path.suffix == ".ipynb")
-        if "model_name" not in values:
+        if "model_name" not in values and TRAINER not in values:
             raise UserError(_unknown(path))
         return Settings("Unsloth", path, values, {})
     document = read_document(text)

@@ -209,6 +209,8 @@ def test_an_unsloth_script_is_read_and_never_run():
     assert recipe.data.train[0].path == "owner/rows"
     assert recipe.data.loss_on == "all"
     assert {each.key: each.reason for each in made.dropped}["output_dir"].startswith("is computed")
+    rank = UNSLOTH.replace("lora_alpha = 32", "lora_alpha = 2 * max_seq_length // 64")
+    assert recipe_of(rank + 'FastLanguageModel.from_pretrained("lora_model")\n', "again.py").adapter.alpha == 128
     answers = UNSLOTH + "trainer = train_on_responses_only(trainer)\n"
     assert recipe_of(answers, "answers.py").data.loss_on == "assistant"
 
@@ -240,6 +242,14 @@ def test_another_kind_of_run_is_refused(name, capsys):
     assert main(["convert", "theirs.yaml"]) == 2
     assert what in capsys.readouterr().err
     assert not Path("recipe.yaml").exists()
+
+
+def test_another_model_takes_the_place_of_the_file_s():
+    Path("llama.yml").write_text(AXOLOTL.replace("Qwen/Qwen3-30B-A3B", "meta-llama/Llama-3.1-8B"))
+    assert main(["convert", "llama.yml", "--model", "Qwen/Qwen3-8B"]) == 0
+    recipe = load_recipe("recipe.yaml")
+    assert (recipe.model.path, recipe.adapter.experts) == ("Qwen/Qwen3-8B", ())
+    assert recipe.adapter.mlp == ("gate_proj", "up_proj", "down_proj")
 
 
 def test_linear_attention_takes_no_packed_rows():
