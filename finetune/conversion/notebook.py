@@ -143,7 +143,7 @@ def _name(node: ast.expr) -> tuple[str, str]:
 
 
 def _literal(node: ast.expr, constants: dict[str, Any]) -> Any:
-    """A literal, a name that stands for one throughout the file, arithmetic of two; of `torch.bfloat16` the last word."""
+    """A literal, a name that stands for one in the whole file, arithmetic of two; of `torch.bfloat16` the last word."""
     if isinstance(node, ast.Name) and node.id in constants:
         return constants[node.id]
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
