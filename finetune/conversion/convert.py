@@ -17,12 +17,13 @@ from finetune.conversion.outcome import Conversion, Dropped, DroppedError, Mappe
 from finetune.conversion.rows import KEYS, rows_of
 from finetune.conversion.settings import Settings, read_settings
 from finetune.conversion.targets import TARGETS, targets
-from finetune.conversion.values import Fields, Other, Way, sets
+from finetune.conversion.values import Fields, Other, Way, drops, sets
 from finetune.conversion.written import written
 from finetune.errors import Problem, RecipeError
 
 OFF: tuple[Any, ...] = (None, False, "", "none", "no", [], {})
 """Values with which a setting asks for nothing."""
+_FILES = "data.train", "data.eval"
 _LEAST: dict[str, dict[str, Any]] = {"model": {"path": "x"}, "data": {"train": ["x"]}, "output": {"dir": "x"}}
 _LINEAR = "linear attention would carry its state from row to row of a block: data.packing: false"
 
@@ -42,7 +43,6 @@ def convert(path: str | Path, model: str | None = None) -> Conversion:
     if done.refused:
         return done
     done.recipe = written(settings, made.fields, made.from_key)
-    parse_recipe(done.recipe, "recipe")  # what is written is a recipe, whatever lies here
     try:
         parse_recipe(done.recipe, "recipe", check_files=True)
     except RecipeError as error:
@@ -58,7 +58,9 @@ class _Converter:
         self.done = Conversion(settings.tool, str(settings.path))
         self.fields: Fields = dict(DEFAULTS[settings.tool])
         self.from_key: dict[str, str] = {}
-        self.own_names = {str(path[-1]): ".".join(map(str, path)) for path, _ in RECIPE.all_fields() if len(path) == 2}
+        homes = [tuple(map(str, path)) for path, _ in RECIPE.all_fields() if len(path) == 2]
+        names = [name for _, name in homes]
+        self.own_names = {name: f"{section}.{name}" for section, name in homes if names.count(name) == 1}
 
     def run(self) -> None:
         for key, reason in self.settings.unread.items():
@@ -78,13 +80,14 @@ class _Converter:
         elif way is not None:
             self._apply(key, value, way)
         elif key in FIELDS:
-            self._apply(key, value, sets(FIELDS[key].split(" ")[0].rstrip(",")))
+            field = FIELDS[key].split(" ")[0].rstrip(",")
+            self._apply(key, value, drops(f"see {FIELDS[key]}") if field in _FILES else sets(field))
+        elif key in ABSENT and value not in OFF:
+            self._drop(key, value, ABSENT[key])
         elif key in self.own_names:
             self._apply(key, value, sets(self.own_names[key]))
         elif value in OFF:
             self.done.same.append(key)
-        elif key in ABSENT:
-            self._drop(key, value, ABSENT[key])
         else:
             self.done.unknown.append(key)
 
@@ -109,7 +112,7 @@ class _Converter:
         assert kind is not None
         if isinstance(ours, float) and ours.is_integer() and not kind.takes(float):
             ours = int(ours)
-        elif isinstance(ours, int) and not isinstance(ours, bool) and kind.takes(float):
+        elif type(ours) is int and kind.takes(float) and abs(ours) < 2**53:
             ours = float(ours)
         elif isinstance(ours, str) and kind.takes(float):
             ours = _number(ours)
@@ -188,14 +191,16 @@ class _Converter:
 
             self._apply(key, value, way)
         if model.is_linear:
-            self._unpacked()
+            if self.fields.get("data.packing") is True:
+                self._take_back("data.packing", _LINEAR)
+            self.fields["data.packing"] = False
 
-    def _unpacked(self) -> None:
-        """Linear attention takes rows one by one."""
-        if self.fields.get("data.packing") is True:
-            self.done.mapped = [each for each in self.done.mapped if each.field != "data.packing"]
-            self._drop(self.from_key.pop("data.packing", "packing"), True, _LINEAR)
-        self.fields["data.packing"] = False
+    def _take_back(self, field: str, reason: str) -> None:
+        """Drop a field that was mapped."""
+        if field in self.from_key:
+            self.done.mapped = [each for each in self.done.mapped if each.field != field]
+            self._drop(self.from_key.pop(field), self.fields[field], reason)
+        self.fields.pop(field, None)
 
     def _settle(self) -> None:
         """Fields that decide over others."""
@@ -210,6 +215,8 @@ class _Converter:
             fields.pop("quantize.scheme", None)
         if "data.eval" in fields:
             fields.pop("data.eval_fraction", None)
+        if not (fields.get("data.eval") or fields.get("data.eval_fraction")):
+            self._take_back("train.eval_every", "there is nothing to evaluate on: data.eval, or data.eval_fraction")
         fields.setdefault("output.dir", "runs/converted")
 
 

@@ -91,6 +91,9 @@ _WAYS: dict[str, v.Way] = {
     "save_steps": v.every("train.save_every"),
     "eval_strategy evaluation_strategy save_strategy": v.drops(v.IN_STEPS, "steps", "no", False),
     "evals_per_epoch saves_per_epoch": v.drops(v.IN_STEPS, 0),
+    "router_aux_loss_coef moe_aux_loss_coeff aux_loss_coef aux_loss_alpha router_z_loss_coef moe_z_loss_coeff": v.drops(
+        "routers are frozen: router.aux_loss and z_loss go with router.train", 0, False
+    ),
     "trust_remote_code": v.drops("the families here need no code from the checkpoint", False),
 }
 

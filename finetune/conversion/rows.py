@@ -93,7 +93,7 @@ def _axolotl(given: dict[str, Any], drop: Drop) -> Iterator[dict[str, Any]]:
             drop(f"datasets.{key}", value, _ABOUT.get(key, _NOT_OURS))
     paths = [path]
     if files:
-        named = [files] if isinstance(files, str) else [str(each) for each in files]
+        named = [str(each) for each in (files if isinstance(files, list) else [files])]
         local = path in ("json", "csv", "parquet", "arrow", "text") or kind_of(path) is not None
         paths = [each if path in ("json", "csv", "parquet", "arrow", "text") else f"{path}/{each}" for each in named]
         if not local:
@@ -133,7 +133,7 @@ def _axolotl_shape(kind: Any, left: dict[str, Any], drop: Drop) -> dict[str, Any
         return _shape("instruct", columns)
     name = str(kind or "").partition(".")[0].partition(":")[0]
     if name in ("chat_template", "sharegpt"):
-        mapped = left.pop("message_property_mappings", None) or {}
+        mapped = _section(left.pop("message_property_mappings", None))
         default = ("conversations", "from", "value") if name == "sharegpt" else ("messages", "role", "content")
         columns = {
             "messages": left.pop("field_messages", None) or default[0],

@@ -31,6 +31,8 @@ def targets(key: str, value: Any, model: Model, rank: int) -> Fields:
     """
     if value is True or value in _ALL or (isinstance(value, list | tuple) and any(name in _ALL for name in value)):
         return _everything(model, rank)
+    if not isinstance(value, str | list | tuple):
+        raise DroppedError("is no list of modules: see adapter.attention, adapter.experts and adapter.mlp")
     if isinstance(value, str) and any(mark in value for mark in _PATTERN):
         raise DroppedError("a pattern: name projections in adapter.attention, adapter.experts and adapter.mlp")
     names = [str(name).strip() for name in (value.split(",") if isinstance(value, str) else value)]

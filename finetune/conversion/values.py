@@ -16,6 +16,7 @@ Other = dict[str, Any]
 Way = Callable[[Any, Other], Fields]
 """Raises DroppedError for a value that a recipe has no place for, RefusedError for one of another kind of run."""
 
+MOST = 2**53
 IN_STEPS = "train.eval_every and train.save_every count steps; evaluated and saved at the end"
 
 
@@ -147,5 +148,5 @@ def max_grad_norm(value: Any, _: Other) -> Fields:
 
 
 def is_number(value: Any) -> bool:
-    """And no switch."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Such as settings are, and no switch."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST

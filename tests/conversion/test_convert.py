@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from finetune.__main__ import main
 from finetune.config.load import load_recipe, parse_recipe
@@ -326,3 +327,20 @@ def test_what_is_of_no_tool(name, text):
     Path(name).write_text(text)
     with pytest.raises(UserError):
         convert(name)
+
+
+WILD = (None, True, -1, 1e400, 10**400, "a: b # c", [["x"]], {"a": {"b": [1]}}, [{"path": 1, "type": {"format": 3}}])
+
+
+@pytest.mark.parametrize("index", range(len(WILD)))
+def test_wild_values_are_told_of(index):
+    """Whatever stands in a file, it is a recipe, a list of what is to be fixed, or a user's error."""
+    sound, value = yaml.safe_load(AXOLOTL), WILD[index]
+    for key in (*list(sound)[index % 3 :: 3], "warmup_steps", "datasets"):
+        Path("wild.yaml").write_text(yaml.safe_dump({**sound, key: value}))
+        try:
+            made = convert("wild.yaml")
+        except UserError:
+            continue
+        assert (made.recipe is None) == bool(made.refused)
+        json.dumps(made.to_dict())
