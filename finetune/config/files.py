@@ -11,8 +11,8 @@ from pathlib import Path
 
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
-from finetune.config.data_templates import template_names
 from finetune.config.model_files import embedding_problem, read_token_facts
+from finetune.config.package_files import template_names
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.sources import (

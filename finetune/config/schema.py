@@ -25,6 +25,7 @@ from finetune.architecture.names import (
 )
 from finetune.architecture.registry import FAMILIES
 from finetune.architecture.shape import ModelShape
+from finetune.config.package_files import with_examples
 from finetune.config.values import Amount, DropoutRate, as_checkpointing
 from finetune.diagnostics.section import Section
 from finetune.diagnostics.values import (
@@ -68,6 +69,10 @@ MlpTargets = Annotated[tuple[MlpProjection, ...], BeforeValidator(as_tuple), Aft
 ExpertTargets = Annotated[tuple[ExpertProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
 
 
+SourcePath = Annotated[PathName, AfterValidator(with_examples)]
+"""A path that may be one of examples/ of the package."""
+
+
 class RopeScalingSection(Section):
     """Positions beyond those a model was made for, in config.json's own words."""
 
@@ -95,7 +100,7 @@ _FAMILIES = ", ".join(family.title for family in FAMILIES.values())
 class ModelSection(Section):
     """Which frozen model to start from."""
 
-    path: PathName = Field(description=f"folder of a checkpoint, or its name on the hub; of the families {_FAMILIES}")
+    path: SourcePath = Field(description=f"folder of a checkpoint, or its name on the hub; of the families {_FAMILIES}")
     revision: Name | None = Field(default=None, description="branch, tag or commit on the hub")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="type the frozen weights are held in"
@@ -373,7 +378,7 @@ class DataColumns(Section):
 class DataFile(Section):
     """One source of rows."""
 
-    path: PathName = Field(
+    path: SourcePath = Field(
         description="file (JSONL, JSON, CSV, Parquet, Arrow, text), folder or pattern, address, or name on the hub"
     )
     template: PathName | None = Field(default=None, description="data template of this file; `data.template` when null")
@@ -409,7 +414,9 @@ class DataSection(Section):
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="share of the training rows to hold out when `eval` is empty"
     )
-    template: PathName = Field(default="chat", description="name in data_templates/, or path of a template file")
+    template: PathName = Field(
+        default="chat", description="one that comes with the package, or the path of a template file"
+    )
     columns: DataColumns | None = Field(
         default=None, description="names that the rows give to what the template reads, where they differ"
     )
