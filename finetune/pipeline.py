@@ -171,7 +171,7 @@ def _train(
     recipe: Recipe, folder: RunFolder, files: ExpertFiles, planned: Plan | None, *, resume: bool, console: Console
 ) -> Run:
     """The run in its folder. planned: what it was thought to take."""
-    from finetune.adapters.attach import attach, save_adapter
+    from finetune.adapters.attach import attach, save_adapter, start_from
     from finetune.adapters.trainable import render_groups, trainable_groups
     from finetune.config.steps import Steps
     from finetune.models.attention import explain_attention
@@ -209,6 +209,8 @@ def _train(
         expert_mode=recipe.experts.mode,
         router=recipe.router.train,
     )
+    if recipe.adapter.start is not None and not resume:
+        start_from(adapted, recipe.adapter.start)
     if is_main_process():
         if planned is not None:
             console.print("memory", verdict_line(planned))

@@ -20,6 +20,7 @@ _FIELDS = {
     "quantize.compute_dtype": "bnb_4bit_compute_dtype",
     "quantize.block": "q_group_size group_size bnb_4bit_blocksize",
     _TARGETS: "target_modules lora_target_modules lora_target lora_keys keys lora_target_linear",
+    "adapter.from": "lora_model_dir adapter_name_or_path resume_adapter_file",
     "adapter.experts": "target_parameters lora_target_parameters",
     "adapter.rank": "r lora_r lora_rank",
     "adapter.alpha": "lora_alpha lora_scale scale",
@@ -99,9 +100,7 @@ _ABSENT = {
         "use_llama_pro mixture_of_depths lisa_n_layers finetune_vision_layers finetune_language_layers "
         "finetune_attention_modules finetune_mlp_modules"
     ),
-    "a run starts from the base; merge an adapter first, and name the merged folder as model.path": (
-        "lora_model_dir adapter_name_or_path resume_adapter_file adapters ref_adapters create_new_adapter"
-    ),
+    "an adapter to train on is adapter.from": "adapters ref_adapters create_new_adapter",
     "`finetune resume RUN` continues a run": "resume_from_checkpoint auto_resume_from_checkpoints resume_only_model",
     "`finetune train RECIPE --overwrite` replaces a run": "overwrite_output_dir",
     "`finetune train` trains, and evaluates on data.eval; `finetune eval` scores any file": (

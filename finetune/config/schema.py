@@ -159,6 +159,10 @@ class QuantizeSection(Section):
 class AdapterSection(Section):
     """The trainable part: LoRA on attention, experts and dense MLPs."""
 
+    __annotations__["from"] = "PathName | None"  # a keyword of Python's
+    vars()["from"] = Field(
+        default=None, description="adapter or run to start from, with its experts; zero when null, as LoRA starts"
+    )
     attention: AttentionTargets = Field(
         default=ATTENTION_PROJECTIONS, description="attention projections that get LoRA, or all"
     )
@@ -192,6 +196,11 @@ class AdapterSection(Section):
                 f"name projections in at least one of them, such as attention: [{', '.join(ATTENTION_PROJECTIONS)}]",
             )
         return self
+
+    @property
+    def start(self) -> str | None:
+        """`from`: the adapter or run that training starts from."""
+        return getattr(self, "from")
 
     @property
     def rank_of_experts(self) -> int:
