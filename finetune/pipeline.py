@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from finetune.merging.packed_base import MergeOnto
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
     from finetune.planning.plan import Plan
+    from finetune.reports.data_report import DataReport
     from finetune.routing.expert_files import ExpertFiles
     from finetune.routing.profile import RoutingProfile
     from finetune.verification.verify import VerifyReport
@@ -102,6 +103,23 @@ def prepare(recipe: RecipeLike, *, console: Console | None = None) -> tuple[Prep
     check_embeddings(tokenizer, section.path, revision=section.revision)
     with rows_read(console or open_console(stderr=True)) as progress:
         return prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress), tokenizer
+
+
+def data_report(recipe: RecipeLike, *, eval_too: bool = False, console: Console | None = None) -> DataReport:
+    """What may be wrong with the recipe's rows, before training is paid for; reads them all, and no weights.
+
+    eval_too: look for defects in the files of `data.eval` as well; otherwise for copies of training rows alone.
+    """
+    from finetune.data.quality import measure
+    from finetune.models.loading import load_tokenizer
+    from finetune.reports.data_report import DataReport
+
+    recipe = _read(recipe)
+    section = recipe.model
+    tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    with rows_read(console or open_console(stderr=True)) as progress:
+        found = measure(recipe.data, tokenizer, seed=recipe.train.seed, eval_too=eval_too, progress=progress)
+    return DataReport(found.to_dict())
 
 
 def quantize(

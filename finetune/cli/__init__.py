@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.answers import chat, evaluate
+from finetune.cli.data import data
 from finetune.cli.machine import doctor
 from finetune.cli.planning import plan
 from finetune.cli.routing import experts, profile
@@ -46,8 +47,8 @@ def _root(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    check, plan, doctor, schema, prepare, quantize, profile, experts, train, resume, report, merge, verify, export,
-    import_adapter, chat,
+    check, plan, doctor, schema, prepare, data, quantize, profile, experts, train, resume, report, merge, verify,
+    export, import_adapter, chat,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -1,0 +1,86 @@
+"""Which scripts texts are written in, by the Unicode script of each letter; no guess at the language behind it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+
+import regex
+
+NAMES = (
+    "Latin", "Han", "Cyrillic", "Arabic", "Hiragana", "Katakana", "Hangul", "Devanagari", "Greek", "Hebrew", "Thai",
+    "Bengali", "Tamil", "Telugu", "Kannada", "Malayalam", "Gujarati", "Gurmukhi", "Oriya", "Sinhala", "Myanmar",
+    "Khmer", "Lao", "Tibetan", "Georgian", "Armenian", "Ethiopic", "Mongolian", "Syriac", "Thaana", "Nko", "Tifinagh",
+    "Cherokee", "Canadian_Aboriginal", "Bopomofo", "Yi", "Javanese", "Balinese", "Sundanese", "Cham", "Tai_Le",
+    "New_Tai_Lue", "Tai_Tham", "Tai_Viet", "Lisu", "Vai", "Bamum", "Adlam", "Osage", "Ol_Chiki", "Meetei_Mayek",
+    "Buginese", "Batak", "Lepcha", "Limbu", "Chakma", "Tagalog", "Braille", "Coptic", "Glagolitic", "Gothic", "Runic",
+    "Ogham", "Egyptian_Hieroglyphs", "Cuneiform",
+)  # fmt: skip
+"""Scripts by Unicode's names; letters of the rest are `other`."""
+_SCRIPT = regex.compile("|".join(rf"(?P<{name}>\p{{Script={name}}})" for name in NAMES))
+_EVERYWHERE = regex.compile(r"[\p{Script=Common}\p{Script=Inherited}]")
+_KANA = ("Hiragana", "Katakana")
+
+
+@lru_cache(2**16)
+def script_of(character: str) -> str | None:
+    """The script of a character; None for western digits, signs, emoji and what else stands in every script."""
+    found = _SCRIPT.match(character)
+    if found is not None:
+        return found.lastgroup
+    return "other" if character.isalpha() and not _EVERYWHERE.match(character) else None
+
+
+def count_scripts(text: str) -> Counter[str]:
+    """Letters of `text` by script.
+
+    Where a text has kana, the Han in it count with them as `Japanese`, unless kana are a rare guest; Hangul are
+    `Korean`. Those two languages alone are written so, while other scripts serve many.
+    """
+    if text.isascii():
+        letters = sum(map(str.isalpha, text))
+        return Counter({"Latin": letters} if letters else {})
+    counts: Counter[str] = Counter()
+    for character, count in Counter(text).items():
+        if (script := script_of(character)) is not None:
+            counts[script] += count
+    if kana := sum(counts.pop(name, 0) for name in _KANA):
+        counts["Japanese"] = kana
+        if kana * 20 >= counts["Han"]:
+            counts["Japanese"] += counts.pop("Han", 0)
+    if hangul := counts.pop("Hangul", 0):
+        counts["Korean"] = hangul
+    return +counts
+
+
+def shares(counts: Counter[str]) -> dict[str, float]:
+    """Share of all letters that each script has, the most frequent first."""
+    total = counts.total()
+    return {readable(name): count / total for name, count in counts.most_common()} if total else {}
+
+
+def readable(name: str) -> str:
+    """Unicode's name of a script with spaces in it."""
+    return name.replace("_", " ")
+
+
+def in_words(script_shares: dict[str, float], most: int = 6) -> str:
+    """Such as `Latin 93 %, Han 7 %`; scripts below a tenth of a percent, and those past `most`, are counted."""
+    named = [(name, share) for name, share in script_shares.items() if share >= 0.001][:most]
+    parts = [f"{name} {_percent(share)}" for name, share in named]
+    if rest := len(script_shares) - len(named):
+        parts.append(f"{rest} more")
+    return ", ".join(parts) or "no letters"
+
+
+def total(texts: Iterable[str]) -> Counter[str]:
+    """Letters of all texts by script."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(count_scripts(text))
+    return counts
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1f} %"
