@@ -56,7 +56,11 @@ _NOTHING = frozenset(
 _LOST = "\ufffd"
 _PRIVATE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010ffff]")
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060-\u2064\u202d\u202e\ufeff]")
-_MISREAD = re.compile("(?:[\xc2-\xdf][\x80-\xbf\u0152-\u2122]|\xe2[\x80-\x9f\u20ac-\u2122][\x80-\xbf\u0152-\u2122])+")
+_TRAIL = "\x80-\xbf\u0152-\u2122"
+_MISREAD = re.compile(
+    f"(?:[\xc2-\xdf][{_TRAIL}]){{2,}}|[\xc2\xc3](?![\xab\xbb])[{_TRAIL}]|\xe2[\u20ac\u201a\x80\x82][{_TRAIL}]"
+)
+"""What may be UTF-8 read one byte at a time: one accented letter or sign is enough, other letters stand in rows."""
 _LONG_QUESTION = 24
 """Characters from which on an answer that begins with its question repeats it; a shorter one may just quote it."""
 

@@ -6,7 +6,6 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -214,5 +213,15 @@ def _at_any_length(section: DataSection) -> Encoding:
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    while batch := list(islice(rows, ROWS_AT_ONCE)):
+    """The rows, also those before the place where a file breaks off."""
+    batch: list[Row] = []
+    try:
+        for row in rows:
+            batch.append(row)
+            if len(batch) == ROWS_AT_ONCE:
+                yield batch
+                batch = []
+    except DataError:
         yield batch
+        raise
+    yield batch

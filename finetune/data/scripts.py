@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import regex
+
+from finetune.data.encode import IGNORED
+
+if TYPE_CHECKING:
+    import datasets
+
+SAMPLE = 2000
 
 NAMES = (
     "Latin", "Han", "Cyrillic", "Arabic", "Hiragana", "Katakana", "Hangul", "Devanagari", "Greek", "Hebrew", "Thai",
@@ -74,12 +81,14 @@ def in_words(script_shares: dict[str, float], most: int = 6) -> str:
     return ", ".join(parts) or "no letters"
 
 
-def total(texts: Iterable[str]) -> Counter[str]:
-    """Letters of all texts by script."""
+def trained_scripts(rows: datasets.Dataset, tokenizer: Any) -> dict[str, float]:
+    """Share of each script in what carries loss, in up to `SAMPLE` rows spread over all of them."""
+    added = tokenizer.added_tokens_decoder
     counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(count_scripts(text))
-    return counts
+    for index in range(0, len(rows), max(1, len(rows) // SAMPLE)):
+        ids = [token for token in rows[index]["labels"] if token != IGNORED and token not in added]
+        counts.update(count_scripts(tokenizer.decode(ids)))
+    return shares(counts)
 
 
 def _percent(share: float) -> str:

@@ -21,7 +21,7 @@ _STYLE = """<style>
 .finetune-data { font: 14px/1.45 system-ui, sans-serif; max-width: 62rem }
 .finetune-data table { border-collapse: collapse; margin: .2rem 0 .8rem; font-size: 13px }
 .finetune-data th, .finetune-data td { padding: .15rem .9rem .15rem 0; text-align: right; vertical-align: top }
-.finetune-data th:first-child, .finetune-data td:first-child, .finetune-data td.text { text-align: left }
+.finetune-data th:first-child, .finetune-data td:first-child, .finetune-data .text { text-align: left }
 .finetune-data th { font-weight: 600; border-bottom: 1px solid #9994 }
 .finetune-data h4 { margin: .9rem 0 .1rem; font-size: 14px } .finetune-data img { max-width: 100% }
 .finetune-data .remedy { opacity: .75 }
@@ -72,7 +72,7 @@ class DataReport:
             _html_table(_FILE_COLUMNS, _file_rows(facts)),
             f'<img alt="lengths and scripts" src="data:image/png;base64,{image}">',
             "<h4>What to look at</h4>",
-            _html_table(("rows", "of", "found", "for example"), _finding_rows(facts), text_from=2),
+            _html_table(("rows", "of", "found", "for example"), _finding_rows(facts), text_from=1),
             *(f"<p>{escape(line)}</p>" for line in _closing(facts)),
         ]
         return f'{_STYLE}<div class="finetune-data">{"".join(parts)}</div>'
@@ -154,7 +154,8 @@ def _indented(text: Text, cells: int) -> Padding:
 
 def _finding_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for finding in facts["findings"]:
-        found = f"{finding['what']}\n{finding['remedy']}"
+        stops = " (training stops there)" if finding["stops"] else ""
+        found = f"{finding['what']}{stops}\n{finding['remedy']}"
         yield f"{finding['rows']:,}", finding["file"], found, _examples(finding)
 
 
@@ -192,13 +193,14 @@ def _rows(count: int) -> str:
 
 def _html_table(columns: tuple[str, ...], rows: Iterator[tuple[str, ...]], text_from: int = 99) -> str:
     """text_from: the first column that is text; those before are numbers, but for the first of all."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    kinds = [' class="text"' if index >= text_from else "" for index in range(len(columns))]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
     body = ""
     for row in rows:
         cells = ""
         for index, value in enumerate(row):
             first, _, rest = value.partition("\n")
             shown = escape(first) + (f'<br><span class="remedy">{escape(rest)}</span>' if rest else "")
-            cells += f'<td class="text">{shown}</td>' if index >= text_from else f"<td>{shown}</td>"
+            cells += f"<td{kinds[index]}>{shown}</td>"
         body += f"<tr>{cells}</tr>"
     return f"<table><tr>{head}</tr>{body}</table>" if body else ""
