@@ -78,7 +78,7 @@ class DataReport:
         return f'{_STYLE}<div class="finetune-data">{"".join(parts)}</div>'
 
 
-_FILE_COLUMNS = ("file", "rows", "tokens", "with loss", "p50", "p95", "longest", "over the limit")
+_FILE_COLUMNS = ("file", "rows", "tokens", "with loss", "p50", "p95", "longest", "too long")
 
 
 def _file_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
