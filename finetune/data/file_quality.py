@@ -15,17 +15,14 @@ from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.columns import template_of
 from finetune.data.copies import HELD_OUT, HELD_OUT_NEAR, Copies
 from finetune.data.defects import EMPTY, Defect, defects
-from finetune.data.encode import IGNORED, Encoded, Encoder, Encoding
-from finetune.data.markers import Markers
-from finetune.data.messages import interpret
+from finetune.data.encode import IGNORED
+from finetune.data.measured import Measured, reader_of
 from finetune.data.quality_report import Example, FileQuality, Finding, Lengths
-from finetune.data.row_text import RowText, row_text
 from finetune.data.rows import Row, read_rows
 from finetune.data.scripts import count_scripts, readable, shares
 from finetune.errors import DataError
 
 ROWS_AT_ONCE = 256
-LONGEST = 2**31 - 1
 COMPOSED = Defect(
     "composed_by_tokenizer",
     "letters and accents written apart, which the tokenizer joins (NFC)",
@@ -82,22 +79,22 @@ class FileLook:
         """Go through all rows. DataError when there is nothing to go through."""
         template = template_of(self.file, self._section)
         self._template = template.name
-        encoder = Encoder(self._tokenizer, template, _at_any_length(self._section))
+        measured = reader_of(template, self._section, self._tokenizer)
         try:
             for batch in _batches(read_rows(self.file, self._bad, self._remarks.append)):
-                for row, answer in zip(batch, encoder.encode(batch), strict=True):
-                    if isinstance(answer, BadRow):
-                        self._bad.add(row.where, answer)
+                for row, found in zip(batch, measured(batch), strict=True):
+                    if isinstance(found, BadRow):
+                        self._bad.add(row.where, found)
                     else:
-                        self._add(row, answer, row_text(interpret(row.fields, template)))
+                        self._add(row, found)
                 if progress is not None:
                     progress(self.file.path, len(self._lengths) + len(self._bad))
         except DataError as error:
             if not self._lengths:
                 raise
             problem = error.problems[0]
-            found = self._finding("unreadable", UNREADABLE, f"{problem.where} {problem.what}: {problem.hint}")
-            found.rows = len(self._lengths)
+            finding = self._finding("unreadable", UNREADABLE, f"{problem.where} {problem.what}: {problem.hint}")
+            finding.rows = len(self._lengths)
 
     def quality(self) -> FileQuality:
         """What there is, as facts."""
@@ -117,10 +114,10 @@ class FileLook:
             tuple(self._remarks),
         )
 
-    def _add(self, row: Row, encoded: Encoded, text: RowText) -> None:
-        length = len(encoded.input_ids)
+    def _add(self, row: Row, found: Measured) -> None:
+        length, text = found.length, found.text
         self._lengths.append(length)
-        self._loss_tokens += encoded.loss_tokens
+        self._loss_tokens += found.loss_tokens
         if length > self._longest:
             self._longest, self._longest_at = length, row.where
         letters: Counter[str] = Counter()
@@ -129,22 +126,22 @@ class FileLook:
         self.letters.update(letters)
         if letters:
             self._rows_by_script[max(letters, key=letters.__getitem__)] += 1
-        ids, kept = self._within_limit(row, encoded)
-        self._compare(row, ids, text, kept=kept)
-        for defect in (*defects(text), *self._changed(encoded, text)):
+        ids, kept = self._within_limit(row, found)
+        self._compare(row, ids, text.said, kept=kept)
+        for defect in (*defects(text), *self._changed(found)):
             self._found(row, defect.kind, defect.what, defect.remedy)
-        for column in encoded.unread:
+        for column in found.unread:
             self._found(row, f"unread {column}", f"a column that nothing reads: {column}", UNREAD)
 
-    def _within_limit(self, row: Row, encoded: Encoded) -> tuple[list[int], bool]:
+    def _within_limit(self, row: Row, found: Measured) -> tuple[list[int], bool]:
         """The tokens that the recipe leaves of a row, and whether it is trained at all."""
-        ids, limit, over_long = encoded.input_ids, self._section.max_length, self._section.over_long
-        if len(ids) <= limit:
+        ids, limit, over_long = found.ids, self._section.max_length, self._section.over_long
+        if found.length <= limit:
             return ids, True
         self._over_limit += 1
         if over_long == "truncate":
             ids = ids[:limit]
-            if encoded.labels[:limit].count(IGNORED) == limit:
+            if found.labels[:limit].count(IGNORED) == limit:
                 self._found(
                     row, "lost_answer", f"no answer left within data.max_length = {limit:,} tokens", LOST_ANSWER
                 )
@@ -152,20 +149,18 @@ class FileLook:
         self._found(row, "over_limit", f"more than data.max_length = {limit:,} tokens", OVER_LIMIT[over_long])
         return ids, over_long in ("truncate", "split")
 
-    def _compare(self, row: Row, ids: list[int], text: RowText, *, kept: bool) -> None:
+    def _compare(self, row: Row, ids: list[int], said: str, *, kept: bool) -> None:
         held = self.use == "eval"
-        found = self._copies.add(row.source, row.number, ids, text.said, trained=kept and not held, held=held)
+        found = self._copies.add(row.source, row.number, ids, said, trained=kept and not held, held=held)
         if found is not None:
             (kind, what, remedy), example = found
             if not self._quiet or kind in (HELD_OUT[0], HELD_OUT_NEAR[0]):
                 self._finding(kind, what, remedy).add(example)
 
-    def _changed(self, encoded: Encoded, text: RowText) -> Iterator[Defect]:
+    def _changed(self, found: Measured) -> Iterator[Defect]:
         """Whether what is decoded from the tokens lacks a text of the row."""
-        decoded = self._tokenizer.decode(
-            encoded.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        missing = [passage.strip() for passage in text.passages if passage.strip() not in decoded]
+        decoded = self._tokenizer.decode(found.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        missing = [passage.strip() for passage in found.text.passages if passage.strip() not in decoded]
         if not missing:
             return
         composed = all(unicodedata.normalize("NFC", passage) in decoded for passage in missing)
@@ -204,12 +199,6 @@ class _Told(BadRows):
     def add(self, where: str, row: BadRow) -> None:
         super().add(where, row)
         self._tell(where, row)
-
-
-def _at_any_length(section: DataSection) -> Encoding:
-    """How the recipe's rows become labels, but for its limit."""
-    markers = Markers(section.answers.begin, section.answers.end) if section.answers else None
-    return Encoding(LONGEST, "error", section.loss_on, section.train_empty_think, markers)
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
