@@ -65,6 +65,7 @@ def prepare(
     from finetune import pipeline
     from finetune.config.load import load_recipe
     from finetune.config.steps import Steps
+    from finetune.data.feedback.show import render_feedback
     from finetune.data.scripts import in_words, trained_scripts
     from finetune.data.show import render_rows
     from finetune.reports.tables import warnings
@@ -79,7 +80,8 @@ def prepare(
         return
     console = open_console()
     if show:
-        console.print(render_rows(prepared, tokenizer, show, color=console.is_terminal), soft_wrap=True)
+        render = render_rows if checked.train.objective == "sft" else render_feedback
+        console.print(render(prepared, tokenizer, show, color=console.is_terminal), soft_wrap=True)
     console.print(prepared.report.render(), f"scripts of what is trained: {in_words(scripts)}", sep="\n")
     console.print(steps.text(), *warnings(steps.warnings()), sep="\n")
 

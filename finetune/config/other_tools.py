@@ -46,6 +46,7 @@ _FIELDS = {
         "mask_prompt mask_history loss_scale roles_to_train"
     ),
     "data.over_long": "truncation_strategy excess_length_strategy truncation",
+    "train.objective": "stage task rlhf_type rl trainer",
     "train.steps": "max_steps iters num_iters num_steps total_steps",
     "train.epochs": "num_epochs num_train_epochs n_epochs",
     "train.batch_size": "micro_batch_size per_device_train_batch_size per_device_batch_size train_batch_size",
@@ -98,8 +99,8 @@ _ABSENT = {
     "`finetune train` trains, and evaluates on data.eval; `finetune eval` scores any file": (
         "do_train do_predict predict_with_generate train test test_batches"
     ),
-    "recipes are for supervised fine-tuning": (
-        "stage task rlhf_type rl trainer pref_loss pref_beta dpo_beta beta reward_model reward_funcs ref_model "
+    "rows of other objectives than sft are prepared, and not trained on": (
+        "pref_loss pref_beta dpo_beta beta reward_model reward_funcs ref_model "
         "num_generations orpo_alpha kto_desirable_weight vllm_mode use_vllm"
     ),
     "metrics are rows of metrics.jsonl in output.dir, and `finetune report RUN` draws them": (
