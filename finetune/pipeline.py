@@ -118,6 +118,7 @@ def data_report(recipe: RecipeLike, *, eval_too: bool = False, console: Console 
 
     eval_too: look for defects in the files of `data.eval` as well; otherwise for copies of training rows alone.
     """
+    from finetune.config.objectives import ROW_KINDS
     from finetune.data.quality import measure
     from finetune.models.loading import load_tokenizer
     from finetune.reports.data_report import DataReport
@@ -126,7 +127,8 @@ def data_report(recipe: RecipeLike, *, eval_too: bool = False, console: Console 
     section = recipe.model
     tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
     with rows_read(console or open_console(stderr=True)) as progress:
-        found = measure(recipe.data, tokenizer, seed=recipe.train.seed, eval_too=eval_too, progress=progress)
+        kind, seed = ROW_KINDS[recipe.train.objective], recipe.train.seed
+        found = measure(recipe.data, tokenizer, seed=seed, kind=kind, eval_too=eval_too, progress=progress)
     return DataReport(found.to_dict())
 
 

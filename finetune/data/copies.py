@@ -5,9 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from finetune.data.feedback.prepare import held_out as held_out_prompts
 from finetune.data.mix import hold_out
 from finetune.data.near import INSTALL, MOST_ROWS, NearCopies
 from finetune.data.quality_report import Example, Finding
@@ -42,20 +45,31 @@ class Copies:
         self.near = NearCopies() if near else None
         self._key = seed.to_bytes(8, "little")
         self._first: dict[int, int] = {}
-        self._hashes, self._alike_to = array("Q"), array("q")
+        self._hashes, self._prompts, self._alike_to = array("Q"), array("Q"), array("q")
         self._sources: list[str] = []
         self._source, self._numbers = array("i"), array("q")
         self._trained, self._held = array("b"), array("b")
 
     def add(
-        self, source: str, number: int, ids: Sequence[int], said: str, *, trained: bool, held: bool
+        self,
+        source: str,
+        number: int,
+        ids: Sequence[int],
+        said: str,
+        *,
+        trained: bool,
+        held: bool,
+        prompt: Sequence[int] | None = None,
     ) -> tuple[tuple[str, str, str], Example] | None:
         """Take a row; what it repeats and which one, if it does.
 
         ids: its tokens; rows of equal tokens are exact copies.  said: what is compared for near copies.
         trained, held: whether it is among the rows to train on, or in a file of held-out rows.
+        prompt: its tokens, where rows are held out by their prompts.
         """
         index = self._remember(source, number, ids, trained=trained, held=held)
+        if prompt is not None:
+            self._prompts.append(self._hash(np.array(prompt, np.uint64)))
         first = self._first.setdefault(self._hashes[index], index)
         share, kinds = None, (EXACT, HELD_OUT)
         if first != index:
@@ -73,13 +87,15 @@ class Copies:
     def _remember(self, source: str, number: int, ids: Sequence[int], *, trained: bool, held: bool) -> int:
         if not self._sources or self._sources[-1] != source:
             self._sources.append(source)
-        digest = blake2b(np.array(ids, np.int32).tobytes(), digest_size=8, key=self._key).digest()
-        self._hashes.append(int.from_bytes(digest, "little"))
+        self._hashes.append(self._hash(np.array(ids, np.int32)))
         self._source.append(len(self._sources) - 1)
         self._numbers.append(number)
         self._trained.append(trained)
         self._held.append(held)
         return len(self._numbers) - 1
+
+    def _hash(self, values: NDArray[Any]) -> int:
+        return int.from_bytes(blake2b(values.tobytes(), digest_size=8, key=self._key).digest(), "little")
 
     def where(self, index: int) -> str:
         """`file:line` of a row."""
@@ -88,10 +104,14 @@ class Copies:
     def held_out(self, fraction: float) -> tuple[int, Finding]:
         """How many training rows `data.eval_fraction` holds out, and those of them with near copies that are trained.
 
-        Exact copies are all on one side.
+        Exact copies, or all rows of a prompt, are on one side.
         """
         pool = np.flatnonzero(np.array(self._trained, bool))
-        left, out = (pool[side] for side in hold_out(np.array(self._hashes, np.uint64)[pool], fraction))
+        if self._prompts:
+            held = held_out_prompts(np.array(self._prompts, np.uint64)[pool], fraction)
+            left, out = pool[~held], pool[held]
+        else:
+            left, out = (pool[side] for side in hold_out(np.array(self._hashes, np.uint64)[pool], fraction))
         alike_to = np.array(self._alike_to, np.int64)
         groups, first = np.unique(alike_to[left], return_index=True)
         kind, what, remedy = HELD_OUT_NEAR

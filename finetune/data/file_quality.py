@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.config.objectives import RowKind
 from finetune.config.schema import DataFile, DataSection
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.columns import template_of
@@ -51,9 +52,17 @@ class FileLook:
     """
 
     def __init__(
-        self, file: DataFile, use: str, section: DataSection, tokenizer: Any, copies: Copies, *, quiet: bool = False
+        self,
+        file: DataFile,
+        use: str,
+        section: DataSection,
+        kind: RowKind,
+        tokenizer: Any,
+        copies: Copies,
+        *,
+        quiet: bool = False,
     ) -> None:
-        self.file, self.use, self._section, self._quiet = file, use, section, quiet
+        self.file, self.use, self._section, self._kind, self._quiet = file, use, section, kind, quiet
         self._tokenizer, self._copies = tokenizer, copies
         self._findings: dict[str, Finding] = {}
         self._lengths = array("q")
@@ -77,7 +86,7 @@ class FileLook:
 
     def read(self, progress: Callable[[str, int], None] | None) -> None:
         """Go through all rows. DataError when there is nothing to go through."""
-        template = template_of(self.file, self._section)
+        template = template_of(self.file, self._section, self._kind)
         self._template = template.name
         measured = reader_of(template, self._section, self._tokenizer)
         try:
@@ -127,7 +136,7 @@ class FileLook:
         if letters:
             self._rows_by_script[max(letters, key=letters.__getitem__)] += 1
         ids, kept = self._within_limit(row, found)
-        self._compare(row, ids, text.said, kept=kept)
+        self._compare(row, ids, found, kept=kept)
         for defect in (*defects(text), *self._changed(found)):
             self._found(row, defect.kind, defect.what, defect.remedy)
         for column in found.unread:
@@ -149,9 +158,10 @@ class FileLook:
         self._found(row, "over_limit", f"more than data.max_length = {limit:,} tokens", OVER_LIMIT[over_long])
         return ids, over_long in ("truncate", "split")
 
-    def _compare(self, row: Row, ids: list[int], said: str, *, kept: bool) -> None:
+    def _compare(self, row: Row, ids: list[int], measured: Measured, *, kept: bool) -> None:
         held = self.use == "eval"
-        found = self._copies.add(row.source, row.number, ids, said, trained=kept and not held, held=held)
+        said, prompt = measured.text.said, measured.prompt
+        found = self._copies.add(row.source, row.number, ids, said, trained=kept and not held, held=held, prompt=prompt)
         if found is not None:
             (kind, what, remedy), example = found
             if not self._quiet or kind in (HELD_OUT[0], HELD_OUT_NEAR[0]):

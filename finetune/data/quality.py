@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.config.objectives import RowKind
 from finetune.config.schema import DataSection
 from finetune.data.copies import Copies
 from finetune.data.file_quality import FileLook
@@ -24,6 +25,7 @@ def measure(
     tokenizer: Any,
     *,
     seed: int,
+    kind: RowKind = "supervised",
     eval_too: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> QualityReport:
@@ -31,13 +33,16 @@ def measure(
 
     Bad rows are findings too. Weights and packing make no difference: each row of each file counts once.
     seed: the recipe's, which decides which rows `data.eval_fraction` holds out.
+    kind: of the rows, which follows from the recipe's objective.
     eval_too: look for defects in the files of `data.eval` as well; otherwise for copies of training rows alone.
     Raises DataError for files and templates that cannot be read at all.
     """
     copies = Copies(seed, near=can_compare())
-    files = [FileLook(file, "train", section, tokenizer, copies) for file in section.train if not file.skip]
+    files = [FileLook(file, "train", section, kind, tokenizer, copies) for file in section.train if not file.skip]
     files += [
-        FileLook(file, "eval", section, tokenizer, copies, quiet=not eval_too) for file in section.eval if not file.skip
+        FileLook(file, "eval", section, kind, tokenizer, copies, quiet=not eval_too)
+        for file in section.eval
+        if not file.skip
     ]
     problems: list[Problem] = []
     for file in files:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.data.conversation import Conversation, Passage
+from finetune.data.feedback.rows import Feedback
 from finetune.data.mask import split_reasoning
 
 
@@ -44,3 +46,16 @@ def row_text(found: Conversation | Passage) -> RowText:
         if message["role"] != "system":
             said.append(content)
     return RowText(asked, tuple(answers), "\n".join(said), tuple(filter(None, texts)))
+
+
+def feedback_text(found: Feedback) -> RowText:
+    """The texts of a prompt with the completions that are compared, labeled, or yet to be written."""
+    texts: Sequence[Conversation | Passage]
+    if isinstance(found.prompt, str):
+        texts = [Passage(found.prompt, str(each)) for each in found.completions] or [Passage(found.prompt, "")]
+    else:
+        texts = [each for each in found.completions if isinstance(each, Conversation)] or [found.prompt]
+    parts = [row_text(each) for each in texts]
+    passages = dict.fromkeys(passage for part in parts for passage in part.passages)
+    answers = tuple(part.answers[-1] for part in parts if part.answers and found.completions)
+    return RowText(parts[0].question, answers, "\n".join(part.said for part in parts), tuple(passages))

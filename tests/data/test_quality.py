@@ -15,6 +15,7 @@ from finetune.data import near
 from finetune.data.copies import Copies
 from finetune.data.dataset import prepare
 from finetune.data.defects import defects
+from finetune.data.feedback.prepare import prepare_feedback
 from finetune.data.near import NearCopies, runs_of_words
 from finetune.data.quality import measure
 from finetune.data.quality_report import Lengths
@@ -288,3 +289,35 @@ def test_a_notebook_gets_tables_and_a_plot(recipe):
     lengths, scripts = report.plot().axes
     assert sum(bar.get_height() for bar in lengths.patches) == 33
     assert [label.get_text() for label in scripts.get_yticklabels()] == ["Latin", "Cyrillic"]
+
+
+def test_rows_with_feedback_are_looked_at_too(tiny_tokenizer, write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"{words(30)} {n}", "chosen": words(30), "rejected": words(30)} for n in range(12)]
+    rows = [*pairs, pairs[3], {**pairs[5], "chosen": f"{pairs[5]['chosen']} more"}, {**pairs[1], "rejected": "N/A"}]
+    write_jsonl([*rows, {**pairs[2], "chosen": " "}, {"prompt": "a"}], "rows.jsonl")
+    write_jsonl([pairs[4], {"prompt": "x", "chosen": "y", "rejected": "z"}], "eval.jsonl")
+    files = section("rows.jsonl", template="preference", eval=(DataFile(path="eval.jsonl"),))
+    report = measure(files, tiny_tokenizer, seed=0, kind="preference")
+    found = {
+        finding.kind: [int(example.row.rpartition(":")[2]) for example in finding.examples]
+        for finding in report.findings
+    }
+    assert found == {
+        "empty_answer": [16], "bad_row": [17], "exact_copy": [13], "near_copy": [14], "placeholder_answer": [15],
+        "held_out_copy": [1],
+    }  # fmt: skip
+    assert report.files[0].loss_tokens < report.files[0].tokens
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("labeled", {"completion": "c", "label": True}), ("prompt", {})])
+def test_other_kinds_of_rows_are_held_out_by_their_prompts(kind, extra, tiny_tokenizer, write_jsonl):
+    rows = [{"prompt": f"{words(40)} {n}", **extra} for n in range(10)]
+    rows += [{**row, "prompt": f"{row['prompt']} please"} for row in rows]
+    files = section(write_jsonl(rows), template=kind, eval_fraction=0.5)
+    report = measure(files, tiny_tokenizer, seed=0, kind=kind)
+    places = prepare_feedback(files, kind, tiny_tokenizer, seed=0).eval_places
+    held = {int(line) for line in places[:, 1]}
+    finding = next(finding for finding in report.findings if finding.kind == "held_out_near_copy")
+    assert report.held_out_rows == len(held) == 10
+    assert finding.rows == sum((line + 10 if line <= 10 else line - 10) not in held for line in held)
