@@ -83,11 +83,14 @@ def in_words(script_shares: dict[str, float], most: int = 6) -> str:
 
 def trained_scripts(rows: datasets.Dataset, tokenizer: Any) -> dict[str, float]:
     """Share of each script in what carries loss, in up to `SAMPLE` rows spread over all of them."""
+    columns = [name for name in rows.column_names if name.endswith("labels")]
     added = tokenizer.added_tokens_decoder
     counts: Counter[str] = Counter()
     for index in range(0, len(rows), max(1, len(rows) // SAMPLE)):
-        ids = [token for token in rows[index]["labels"] if token != IGNORED and token not in added]
-        counts.update(count_scripts(tokenizer.decode(ids)))
+        row = rows[index]
+        for column in columns:
+            ids = [token for token in row[column] if token != IGNORED and token not in added]
+            counts.update(count_scripts(tokenizer.decode(ids)))
     return shares(counts)
 
 
