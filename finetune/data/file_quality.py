@@ -66,7 +66,7 @@ class FileLook:
         self._tokenizer, self._copies = tokenizer, copies
         self._findings: dict[str, Finding] = {}
         self._lengths = array("q")
-        self._loss_tokens, self._over_limit = 0, 0
+        self._tokens, self._loss_tokens, self._over_limit = 0, 0, 0
         self._longest, self._longest_at = 0, ""
         self.letters: Counter[str] = Counter()
         self._rows_by_script: Counter[str] = Counter()
@@ -113,7 +113,7 @@ class FileLook:
             self.use,
             len(self._lengths) + len(self._bad),
             len(self._lengths),
-            int(self.lengths.sum()),
+            self._tokens,
             self._loss_tokens,
             Lengths.of(self.lengths),
             self._longest_at,
@@ -126,6 +126,7 @@ class FileLook:
     def _add(self, row: Row, found: Measured) -> None:
         length, text = found.length, found.text
         self._lengths.append(length)
+        self._tokens += len(found.ids)
         self._loss_tokens += found.loss_tokens
         if length > self._longest:
             self._longest, self._longest_at = length, row.where

@@ -21,9 +21,10 @@ PERMUTATIONS, BANDS = 128, (10, 8)
 """10 bands of 8: the index brings up 4 of 5 pairs that are 0.8 alike, and all but 1 in 200 that are 0.9 alike."""
 INSTALL = "pip install 'finetune-moe[data]'"
 _FACTOR = np.uint32(0x9E3779B1)
-_ASCII_WORD = re.compile(r"[A-Za-z0-9]+")
+_SIGNS = r"()\[\]{}<>=+*/%&|^~@#$\\-"
+_ASCII_WORD = re.compile(rf"[a-z0-9]+|[{_SIGNS}]")
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-_WORD = regex.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+")
+_WORD = regex.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+|[{_SIGNS}\p{{S}}]")
 
 
 def can_compare() -> bool:
@@ -66,9 +67,10 @@ class NearCopies:
 
 
 def runs_of_words(text: str) -> list[int]:
-    """Hashes of all runs of five words; case, punctuation and spaces do not count.
+    """Hashes of all runs of five words; case, spaces, and punctuation of sentences do not count.
 
-    Characters of scripts without spaces between words are words. A text of fewer words is one run.
+    Brackets, operators and symbols are words, and so are characters of scripts without spaces between words. A text of
+    fewer words is one run.
     """
     text = text.casefold()
     words = (_ASCII_WORD.findall(text) if text.isascii() else _WORD.findall(text)) or [text]

@@ -216,6 +216,8 @@ def test_runs_of_words():
     assert len(runs_of_words("天地玄黃宇宙洪荒")) == 4
     assert len(runs_of_words("😀")) == 1
     assert runs_of_words("😀") != runs_of_words("👍")
+    assert runs_of_words("close: [ [ {") != runs_of_words("close: [ ( {")
+    assert runs_of_words("12 + 7 é") != runs_of_words("12 - 7 é")
     assert len(runs_of_words(" ".join(map(str, range(9000))))) == near.MOST_RUNS
 
 
