@@ -170,7 +170,7 @@ class FileLook:
 
     def _changed(self, found: Measured) -> Iterator[Defect]:
         """Whether what is decoded from the tokens lacks a text of the row."""
-        decoded = self._tokenizer.decode(found.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        decoded = self._tokenizer.backend_tokenizer.decode(found.ids, skip_special_tokens=False)
         missing = [passage.strip() for passage in found.text.passages if passage.strip() not in decoded]
         if not missing:
             return

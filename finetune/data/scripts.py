@@ -95,4 +95,6 @@ def trained_scripts(rows: datasets.Dataset, tokenizer: Any) -> dict[str, float]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1f} %"
+    """Neither nothing nor all where it is neither."""
+    digits = 1 if share < 0.01 or 0.995 <= share < 1 else 0
+    return f"{min(100 * share, 100 if share == 1 else 99.9):.{digits}f} %"

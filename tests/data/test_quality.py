@@ -274,6 +274,8 @@ def test_the_command_prints_tables_or_json_and_exits_0(recipe, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert {finding["kind"] for finding in facts["findings"]} >= {"exact_copy", "placeholder_answer", "over_limit"}
     assert facts["findings"][0]["examples"][0]["row"].startswith("train.jsonl:")
+    assert main(["prepare", recipe, "--show", "0"]) == 0
+    assert "scripts of what is trained: Latin 99" in capsys.readouterr().out
     assert main(["data", recipe, "data.train=none.jsonl"]) == 2
     assert main(["data", recipe, "data.max_length=2"]) == 2
 

@@ -113,7 +113,8 @@ def test_scripts_that_stand_together():
 
 def test_shares_in_words():
     assert in_words(shares(Counter(Latin=930, Han=69, Thai=1))) == "Latin 93 %, Han 7 %, Thai 0.1 %"
-    assert in_words(shares(Counter(Latin=99999, Canadian_Aboriginal=1))) == "Latin 100 %, 1 more"
+    assert in_words(shares(Counter(Latin=99999, Canadian_Aboriginal=1))) == "Latin 99.9 %, 1 more"
+    assert in_words({"Latin": 1.0}) == "Latin 100 %"
     assert in_words({}) == "no letters"
 
 
