@@ -49,6 +49,7 @@ _FIELDS = {
     "data.shuffle": "shuffle_merged_datasets shuffle_dataset",
     "quantize.experts": "quantize_moe_experts",
     "data.over_long": "truncation_strategy excess_length_strategy truncation",
+    "train.objective": "stage task rlhf_type rl trainer",
     "train.steps": "max_steps iters num_iters num_steps total_steps",
     "train.epochs": "num_epochs num_train_epochs n_epochs",
     "train.batch_size": "micro_batch_size per_device_train_batch_size per_device_batch_size train_batch_size",
@@ -106,8 +107,8 @@ _ABSENT = {
     "`finetune train` trains, and evaluates on data.eval; `finetune eval` scores any file": (
         "do_train do_predict predict_with_generate train test test_batches"
     ),
-    "recipes are for supervised fine-tuning": (
-        "stage task rlhf_type rl trainer pref_loss pref_beta dpo_beta beta reward_model reward_funcs ref_model "
+    "rows of other objectives than sft are prepared, and not trained on": (
+        "pref_loss pref_beta dpo_beta beta reward_model reward_funcs ref_model "
         "num_generations orpo_alpha kto_desirable_weight vllm_mode use_vllm"
     ),
     "trackers are named in train.report_to and set up by their environment variables; `finetune report RUN` draws": (
