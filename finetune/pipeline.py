@@ -222,14 +222,14 @@ def _train(
             recipe.model.attention_implementation, text_config(model), model.device, precision or model.dtype
         )
         console.print(f"attention: {attention}", highlight=False)
-    rows = Rows(prepared.train, prepared.eval)
+    rows = Rows(prepared.train, prepared.eval, prepared.report.thinking)
     progress_line = TrainingProgress(console)
     train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
     if is_main_process():
         notes = save_adapter(adapted, folder.adapter, thinking=prepared.report.thinking, ends=prepared.report.ends)
         for note in notes:
             console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    return Run(folder.path, summarize(folder, adapted, None if planned is None else planned.measurable_gib))
+    return Run(folder.path, summarize(recipe, folder, adapted, None if planned is None else planned.measurable_gib))
 
 
 def resume(run: str | Path, *overrides: str, console: Console | None = None) -> Run:

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
@@ -43,6 +44,9 @@ def find_in_files(recipe: Recipe) -> Iterator[Finding]:
         for index, file in enumerate(getattr(recipe.data, name)):
             yield from _data_file(("data", name, index), file)
     yield from _output(recipe)
+    for tracker in recipe.train.report_to:
+        if find_spec(tracker) is None:
+            yield Finding(("train", "report_to"), f"names {tracker}, which is not installed", f"pip install {tracker}")
 
 
 def _expert_files(recipe: Recipe) -> Iterator[Finding]:

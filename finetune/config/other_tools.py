@@ -66,6 +66,9 @@ _FIELDS = {
     "train.log_every": "logging_steps steps_per_report logging_interval log_interval",
     "train.eval_every": "eval_steps steps_per_eval evals_per_epoch eval_strategy evaluation_strategy do_eval",
     "train.save_every": "save_steps saves_per_epoch save_strategy save_interval checkpoint_every",
+    "train.keep_best": "load_best_model_at_end metric_for_best_model greater_is_better",
+    "train.patience": "early_stopping_patience early_stopping early_stopping_steps",
+    "train.report_to": "wandb use_wandb use_mlflow mlflow use_tensorboard tensorboard trackio",
     "train.keep": "save_total_limit keep_checkpoints max_checkpoints",
     "output.dir": "output_dir adapter_path save_path save_dir logging_dir checkpoint_dir",
 }
@@ -108,14 +111,14 @@ _ABSENT = {
         "stage task rlhf_type rl trainer pref_loss pref_beta dpo_beta beta reward_model reward_funcs ref_model "
         "num_generations orpo_alpha kto_desirable_weight vllm_mode use_vllm"
     ),
-    "metrics are rows of metrics.jsonl in output.dir, and `finetune report RUN` draws them": (
-        "report_to report wandb wandb_project wandb_name wandb_entity wandb_run_id wandb_watch wandb_log_model "
-        "wandb_mode use_wandb use_swanlab swanlab_project swanlab_run_name mlflow_experiment_name "
-        "mlflow_tracking_uri use_mlflow use_comet comet_project_name use_tensorboard tensorboard run_name "
+    "trackers are named in train.report_to and set up by their environment variables; `finetune report RUN` draws": (
+        "report wandb_project wandb_name wandb_entity wandb_run_id wandb_watch wandb_log_model "
+        "wandb_mode use_swanlab swanlab_project swanlab_run_name mlflow_experiment_name "
+        "mlflow_tracking_uri use_comet comet_project_name run_name "
         "project_name plot_loss "
         "swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace swanlab_log_model "
-        "trackio_project_name trackio_run_name trackio_space_id trackio use_otel_metrics otel_metrics_host "
-        "otel_metrics_port use_trackio include_tokens_per_second include_num_input_tokens_seen"
+        "trackio_project_name trackio_run_name trackio_space_id use_otel_metrics otel_metrics_host "
+        "otel_metrics_port include_tokens_per_second include_num_input_tokens_seen"
     ),
     "processes are started by `accelerate launch` or `torchrun`, and its settings are theirs": (
         "deepspeed fsdp fsdp_config fsdp_version ddp ddp_timeout ddp_find_unused_parameters ddp_backend "
@@ -135,14 +138,11 @@ _ABSENT = {
     ),
     "cut the file, or write train.steps": "max_samples max_train_samples num_train_examples",
     "held-out rows are batched by their length": "per_device_eval_batch_size eval_batch_size eval_accumulation_steps",
-    "the last adapter is kept, and checkpoints hold those before": (
-        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience early_stopping "
-        "early_stopping_steps"
+    "AdamW's betas and epsilon are torch's": (
+        "adam_beta1 adam_beta2 adam_epsilon betas optim_args optimizer_args adam_eps optim_config"
     ),
-    "AdamW's betas and epsilon are torch's": "adam_beta1 adam_beta2 adam_epsilon betas optim_args optimizer_args",
     "schedules are cosine, linear and constant": (
-        "cosine_min_lr_ratio cosine_constant_lr_ratio min_lr lr_scheduler_kwargs lr_decay relora_steps relora "
-        "adam_eps optim_config"
+        "cosine_min_lr_ratio cosine_constant_lr_ratio min_lr lr_scheduler_kwargs lr_decay relora_steps relora"
     ),
     "the loss is the mean over all tokens that carry it": "label_smoothing_factor neftune_noise_alpha use_dft_loss",
     "the tokenizer is the model's own": (

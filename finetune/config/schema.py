@@ -446,6 +446,21 @@ class DataSection(Section):
     )
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
+Prompts = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=32)
+]
+
+
+class SamplesSection(Section):
+    """Prompts that the model answers while it trains."""
+
+    prompts: Prompts = Field(description="what a user asks, each in a conversation of its own")
+    every: Count | None = Field(default=None, description="steps between; those of `eval_every` when null")
+    max_new_tokens: Count = Field(default=128, description="tokens of an answer at most")
+
+
 class TrainSection(Section):
     """The optimization."""
 
@@ -488,6 +503,15 @@ class TrainSection(Section):
     )
     log_every: Count = Field(default=1, description="steps between rows of metrics.jsonl")
     eval_every: Count | None = Field(default=None, description="steps between evaluations; only at the end when null")
+    eval_first: bool = Field(default=True, description="evaluate before the first step as well")
+    keep_best: Literal["loss", "exact_match"] | None = Field(
+        default=None, description="keep the checkpoint whose evaluation is best by this, and use it; the last when null"
+    )
+    patience: Count | None = Field(
+        default=None, description="evaluations behind the best one after which a run ends early; never when null"
+    )
+    samples: SamplesSection | None = Field(default=None, description="prompts answered on the way; none when null")
+    report_to: Trackers = Field(default=(), description="experiment trackers that get the metrics too")
     save_every: Count | None = Field(default=None, description="steps between checkpoints; only at the end when null")
     keep: Count = Field(default=2, description="checkpoints to keep")
 

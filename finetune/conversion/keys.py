@@ -94,6 +94,14 @@ _WAYS: dict[str, v.Way] = {
     "router_aux_loss_coef moe_aux_loss_coeff aux_loss_coef aux_loss_alpha router_z_loss_coef moe_z_loss_coeff": v.drops(
         "routers are frozen: router.aux_loss and z_loss go with router.train", 0, False
     ),
+    "report_to": v.trackers,
+    "use_wandb": v.chooses({True: {"train.report_to": ["wandb"]}}),
+    "use_tensorboard": v.chooses({True: {"train.report_to": ["tensorboard"]}}),
+    "use_mlflow": v.chooses({True: {"train.report_to": ["mlflow"]}}),
+    "use_trackio": v.chooses({True: {"train.report_to": ["trackio"]}}),
+    "load_best_model_at_end": v.chooses({True: {"train.keep_best": "loss"}}),
+    "metric_for_best_model": v.drops("train.keep_best is loss or exact_match", "loss", "eval_loss"),
+    "greater_is_better": v.drops("train.keep_best is loss or exact_match", False),
     "trust_remote_code": v.drops("the families here need no code from the checkpoint", False),
 }
 
