@@ -253,6 +253,15 @@ def test_another_model_takes_the_place_of_the_file_s():
     assert recipe.adapter.mlp == ("gate_proj", "up_proj", "down_proj")
 
 
+def test_early_stopping_needs_evaluations():
+    early = AXOLOTL + "early_stopping_patience: 3\n"
+    assert "early_stopping_patience" in {each.key for each in converted(early).dropped}
+    recipe = recipe_of(early.replace("evals_per_epoch: 2", "eval_steps: 20"))
+    assert (recipe.train.patience, recipe.train.keep_best, recipe.train.eval_every) == (3, "loss", 20)
+    recipe = recipe_of(FACTORY.replace("report_to: none", "report_to: [wandb]"))
+    assert recipe.train.report_to == ("wandb",)
+
+
 def test_linear_attention_takes_no_packed_rows():
     made = converted(AXOLOTL.replace("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-Next-80B-A3B-Instruct"))
     recipe = parse_recipe(made.recipe, "recipe")
