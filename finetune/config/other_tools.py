@@ -180,6 +180,9 @@ _ABSENT = {
     ),
     "settings of the model are those of its config.json": "model_config cls_model_config hf_use_auth_token token",
     "problems of a config are errors": "strict debug",
+    "train.log_every says which steps are rows of metrics.jsonl": (
+        "log_level logging_strategy logging_first_step logging_nan_inf_filter disable_tqdm log_on_each_node"
+    ),
 }
 
 FIELDS = {word: field for field, words in _FIELDS.items() for word in words.split()}

@@ -115,7 +115,9 @@ WAYS: dict[str, v.Way] = _spread(_WAYS.items())
 OF_TOOL: dict[Tool, dict[str, v.Way]] = {
     "Axolotl": {"adapter": v.chooses({"lora": {}, "qlora": _NF4}, "adapters are LoRA")},
     "LLaMA-Factory": {"model": v.model_path, "peft_config": v.refuses("is no LoRA", LORA_ONLY, "lora")},
-    "TRL": {},
+    "TRL": dict.fromkeys(
+        ("beta", "max_prompt_length", "reward_funcs", "num_generations", "reward_model_path"), v.refuses(*_OTHER_METHOD)
+    ),
     "Unsloth": {},
 }
 """The same for keys that mean something else elsewhere."""

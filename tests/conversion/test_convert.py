@@ -200,6 +200,19 @@ def test_trl():
     assert recipe_of(TRL.replace("assistant_only_loss: true", "")).data.loss_on == "all"
 
 
+def test_trl_s_mixtures():
+    listed = "datasets: [{path: a/b, name: en, split: train_sft}, {path: c/d}]"
+    recipe = recipe_of(TRL.replace("dataset_name: owner/rows", listed))
+    assert [(file.path, file.config, file.split) for file in recipe.data.train] == [
+        ("a/b", "en", "train_sft"),
+        ("c/d", None, "train"),
+    ]
+    mixed = "dataset_mixture: {datasets: [{id: a/b, split: train_sft, weight: 0.5}], seed: 0}"
+    made = converted(TRL.replace("dataset_name: owner/rows", mixed))
+    assert {"datasets.weight", "dataset_mixture.seed"} <= {each.key for each in made.dropped}
+    assert converted(TRL + "beta: 0.1\n").refused
+
+
 def test_an_unsloth_script_is_read_and_never_run():
     made = converted(UNSLOTH, "train.py")
     recipe = parse_recipe(made.recipe, "recipe")
