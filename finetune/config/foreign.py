@@ -26,7 +26,8 @@ _MARKS: dict[Tool, str] = {
     ),
     "TRL": (
         "dataset_name dataset_mixture dataset_mixer dataset_train_split dataset_config use_peft lora_r "
-        "lora_target_modules max_length datasets per_device_train_batch_size num_train_epochs assistant_only_loss dataset_text_field"
+        "lora_target_modules max_length datasets per_device_train_batch_size num_train_epochs "
+        "assistant_only_loss dataset_text_field"
     ),
 }
 """Words of which one at least stands beside the model's."""

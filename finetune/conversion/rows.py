@@ -37,7 +37,8 @@ class Rows:
 KEYS = (
     LOAD,
     "datasets", "test_datasets", "pretraining_dataset", "dataset", "eval_dataset", "dataset_dir", "train_dataset",
-    "dataset_name", "dataset_mixture", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_text_field",
+    "dataset_name", "dataset_mixture", "dataset_config", "dataset_train_split", "dataset_test_split",
+    "dataset_text_field",
 )  # fmt: skip
 """Settings that name them."""
 
