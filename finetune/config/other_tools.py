@@ -68,7 +68,7 @@ _FIELDS = {
     "train.save_every": "save_steps saves_per_epoch save_strategy save_interval checkpoint_every",
     "train.keep_best": "load_best_model_at_end metric_for_best_model greater_is_better",
     "train.patience": "early_stopping_patience early_stopping early_stopping_steps",
-    "train.report_to": "wandb use_wandb use_mlflow mlflow use_tensorboard tensorboard trackio",
+    "train.report_to": "wandb use_wandb use_mlflow mlflow use_tensorboard tensorboard trackio use_trackio",
     "train.keep": "save_total_limit keep_checkpoints max_checkpoints",
     "output.dir": "output_dir adapter_path save_path save_dir logging_dir checkpoint_dir",
 }
