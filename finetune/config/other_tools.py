@@ -138,10 +138,11 @@ _ABSENT = {
     ),
     "cut the file, or write train.steps": "max_samples max_train_samples num_train_examples",
     "held-out rows are batched by their length": "per_device_eval_batch_size eval_batch_size eval_accumulation_steps",
-    "AdamW's betas and epsilon are torch's": "adam_beta1 adam_beta2 adam_epsilon betas optim_args optimizer_args",
+    "AdamW's betas and epsilon are torch's": (
+        "adam_beta1 adam_beta2 adam_epsilon betas optim_args optimizer_args adam_eps optim_config"
+    ),
     "schedules are cosine, linear and constant": (
-        "cosine_min_lr_ratio cosine_constant_lr_ratio min_lr lr_scheduler_kwargs lr_decay relora_steps relora "
-        "adam_eps optim_config"
+        "cosine_min_lr_ratio cosine_constant_lr_ratio min_lr lr_scheduler_kwargs lr_decay relora_steps relora"
     ),
     "the loss is the mean over all tokens that carry it": "label_smoothing_factor neftune_noise_alpha use_dft_loss",
     "the tokenizer is the model's own": (
@@ -179,6 +180,9 @@ _ABSENT = {
     ),
     "settings of the model are those of its config.json": "model_config cls_model_config hf_use_auth_token token",
     "problems of a config are errors": "strict debug",
+    "train.log_every says which steps are rows of metrics.jsonl": (
+        "log_level logging_strategy logging_first_step logging_nan_inf_filter disable_tqdm log_on_each_node"
+    ),
 }
 
 FIELDS = {word: field for field, words in _FIELDS.items() for word in words.split()}
