@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
 from finetune.config.data_templates import template_names
-from finetune.config.model_files import embedding_problem, read_token_facts
+from finetune.config.model_files import embedding_problem, foreign_code, read_token_facts
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.sources import (
@@ -121,6 +121,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         hint = "remove the line; revisions are for models on the hub"
         yield Finding(("model", "revision"), "is given, but model.path is a folder", hint, recipe.model.revision)
     try:
+        yield from _code(recipe)
         shape = read_model_shape(path)
         yield from _targets(recipe, shape)
         yield from _ranks(recipe, shape)
@@ -133,6 +134,14 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(
                 where, f"names a model whose {_relative(problem.where, path)} {problem.what}", problem.hint, path
             )
+
+
+def _code(recipe: Recipe) -> Iterator[Finding]:
+    """Files of the model that would decide what code runs."""
+    path, trusted = recipe.model.path, recipe.model.trust_remote_code
+    for problem in foreign_code(path, trusted=trusted):
+        what = f"names a model whose {_relative(problem.where, path)} {problem.what}"
+        yield Finding(("model", "path"), what, problem.hint, path)
 
 
 def _relative(where: str, folder: str) -> str:
