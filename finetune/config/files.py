@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
 from finetune.config.data_templates import template_names
-from finetune.config.model_files import embedding_problem, foreign_code, read_token_facts
+from finetune.config.model_files import embedding_problem, foreign_code, read_token_facts, size_problem
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.sources import (
@@ -123,6 +123,8 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     try:
         yield from _code(recipe)
         shape = read_model_shape(path)
+        if (problem := size_problem(path, shape)) is not None:
+            raise ModelError(problem)
         yield from _targets(recipe, shape)
         yield from _ranks(recipe, shape)
         yield from _budget(recipe, shape)

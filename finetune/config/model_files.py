@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.architecture.plain_file import read_plain
+from finetune.architecture.shape import CONFIG, ModelShape
 from finetune.config.foreign_code import code_problems
 from finetune.errors import Problem
 
@@ -73,6 +74,19 @@ def foreign_code(folder: str | Path, *, trusted: bool) -> list[Problem]:
         for path in (Path(folder) / name for name in names)
         for problem in code_problems(_read_object(path), str(path), trusted=trusted)
     ]
+
+
+def size_problem(folder: str | Path, shape: ModelShape) -> Problem | None:
+    """What is wrong with a config.json of `shape` that calls for far more weights than the files beside it hold.
+
+    Every weight takes 4 bits at least. What is near enough is compared tensor by tensor when it is loaded.
+    """
+    wanted, stored = shape.parameters(), sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    if not wanted > 2 * stored > 0:
+        return None
+    what = f"calls for {wanted:,} weights, and the files beside it have {stored:,} bytes"
+    hint = "config.json and weights do not belong together; download the checkpoint again"
+    return Problem(str(Path(folder) / CONFIG), what, hint)
 
 
 def stop_ids(folder: str | Path) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from finetune.architecture.registry import family_of, find_family, is_moe, unkno
 from finetune.architecture.shape import CONFIG, MAX_CONFIG_BYTES, shape_of
 from finetune.config.files import did_you_mean_path, is_model_name
 from finetune.config.foreign_code import code_problems
-from finetune.config.model_files import TOKENIZER_CONFIG, embedding_problem
+from finetune.config.model_files import TOKENIZER_CONFIG, embedding_problem, size_problem
 from finetune.config.rope import RopeScaling, rescaled
 from finetune.diagnostics.advice import sentence
 from finetune.errors import DataError, ModelError, Problem, first_of
@@ -224,19 +224,13 @@ def check_config(path: str | Path, config: dict[str, Any], trust_remote_code: bo
 
 
 def check_size(path: str | Path, config: dict[str, Any]) -> None:
-    """Raises ModelError for a local config.json that calls for far more weights than the files beside it hold.
-
-    Every weight takes 4 bits at least. What is near enough is compared tensor by tensor when it is loaded.
-    """
+    """Raises ModelError for a local config.json that calls for far more weights than the files beside it hold."""
     folder = Path(path)
     if find_family(config) is None or not folder.is_dir():
         return
-    wanted = shape_of(config, str(folder / CONFIG)).parameters()
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if wanted > 2 * stored > 0:
-        what = f"calls for {wanted:,} weights, and the files beside it have {stored:,} bytes"
-        hint = "config.json and weights do not belong together; download the checkpoint again"
-        raise ModelError(Problem(str(folder / CONFIG), what, hint))
+    problem = size_problem(folder, shape_of(config, str(folder / CONFIG)))
+    if problem is not None:
+        raise ModelError(problem)
 
 
 def _check_complete(path: str | Path, info: dict[str, Any], config: Any) -> None:
