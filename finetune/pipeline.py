@@ -5,6 +5,7 @@ Each function is one command of the command line and one call of the notebook AP
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from finetune.config.schema import QuantizeSection, Recipe
+from finetune.io.disk import disk_named
 from finetune.reports.console import open_console
 from finetune.reports.progress import TrainingProgress, bytes_done, rows_done, rows_read
 from finetune.training.run_folder import RunFolder
@@ -107,7 +109,11 @@ def prepare(recipe: RecipeLike, *, console: Console | None = None) -> tuple[Prep
     tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
     check_embeddings(tokenizer, section.path, revision=section.revision)
     kind, seed = ROW_KINDS[recipe.train.objective], recipe.train.seed
-    with rows_read(console or open_console(stderr=True)) as progress:
+    cache = os.environ.get("HF_DATASETS_CACHE", "the cache of datasets")
+    with (
+        disk_named(cache, "run it again; HF_DATASETS_CACHE=DIR names a cache on another disk"),
+        rows_read(console or open_console(stderr=True)) as progress,
+    ):
         if kind == "supervised":
             return prepare_data(recipe.data, tokenizer, seed=seed, progress=progress), tokenizer
         return prepare_feedback(recipe.data, kind, tokenizer, seed=seed, progress=progress), tokenizer
@@ -150,7 +156,10 @@ def quantize(
 
     section = parse_quantize(settings)
 
-    with bytes_done(console or open_console(stderr=True), "quantizing") as progress:
+    with (
+        disk_named(output, "run the same command again"),
+        bytes_done(console or open_console(stderr=True), "quantizing") as progress,
+    ):
         return quantize_model(with_examples(str(model)), output, section, revision=revision, progress=progress)
 
 
@@ -174,7 +183,8 @@ def profile(recipe: RecipeLike, *, output: str | Path | None = None, console: Co
     with rows_done(console, "profiling") as progress:
         measured = profile_for(recipe, model, rows, thorough=True, progress=progress)
     if output is not None:
-        write_profile(output, measured)
+        with disk_named(output, "run the same command again"):
+            write_profile(output, measured)
     console.print(render_profile(measured, split_half_stability(measured, recipe.experts.select)))
     return measured
 
@@ -196,7 +206,8 @@ def train(recipe: RecipeLike, *, resume: bool = False, overwrite: bool = False, 
     planned = _plan_here(recipe)  # before anything is fetched
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
-    with open_run(recipe, resume=resume, overwrite=overwrite) as folder:
+    goes_on = f"continue: finetune resume {recipe.output.dir}; where it has no checkpoint yet, start it again"
+    with disk_named(recipe.output.dir, goes_on), open_run(recipe, resume=resume, overwrite=overwrite) as folder:
         return _train(recipe, folder, files, planned, resume=resume, console=console)
 
 
@@ -305,7 +316,10 @@ def merge(
     """
     from finetune.merging.merge import merge as merge_weights
 
-    with bytes_done(console or open_console(stderr=True), "merging") as progress:
+    with (
+        disk_named(output, "run the same command again"),
+        bytes_done(console or open_console(stderr=True), "merging") as progress,
+    ):
         return merge_weights(
             adapter,
             output,
@@ -353,7 +367,10 @@ def export(
     """
     from finetune.formats.export import export as write_exported
 
-    with bytes_done(console or open_console(stderr=True), "exporting") as progress:
+    with (
+        disk_named(output, "run the same command again"),
+        bytes_done(console or open_console(stderr=True), "exporting") as progress,
+    ):
         return write_exported(source, output, to, base=base, resume=resume, progress=progress)
 
 
@@ -363,7 +380,8 @@ def import_adapter(
     """Write an adapter made elsewhere as PEFT 0.19 and later have it; `packing` where its file does not tell."""
     from finetune.formats.import_adapter import import_adapter as write_imported
 
-    return write_imported(adapter, output, packing=packing, base=base)
+    with disk_named(output, "run the same command again"):
+        return write_imported(adapter, output, packing=packing, base=base)
 
 
 def report(run: str | Path, output: str | Path | None = None) -> Path:
@@ -389,7 +407,8 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
     )
     path = Path(output) if output is not None else folder.report
     check_target_file(path)
-    write_atomic(path, render_run(facts).encode())
+    with disk_named(path, "run the same command again"):
+        write_atomic(path, render_run(facts).encode())
     return path
 
 

@@ -25,6 +25,7 @@ from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.kernels.prepare import prepare_experts
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
+from finetune.models.digests import write_marker
 from finetune.models.files import finished_folder, write_atomic
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.models.loading import load_tokenizer
@@ -88,6 +89,7 @@ def save_adapter(
         if missing:
             named = json.dumps({"eos_token_id": list(_stops_of(model))}).encode()
             write_atomic(building / GENERATION_CONFIG, with_stops(named, missing))
+        write_marker(building)
     if not missing:
         return []
     tokens = ", ".join(map(str, missing))

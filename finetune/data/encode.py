@@ -19,6 +19,7 @@ from finetune.data.templates import DataTemplate, MessagesTemplate, TurnsTemplat
 from finetune.data.tool_calls import argument_texts, with_parsed_arguments
 from finetune.data.unread import unread_columns
 from finetune.errors import DataError, Problem
+from finetune.models.generation import render_chat
 
 IGNORED = -100
 MOST_ADVICE = 20
@@ -139,18 +140,22 @@ class Encoder:
             if all(arguments in text for arguments in argument_texts(chat.messages)):
                 return chat, text
             error = ValueError("arguments of a call are not shown")
+        except DataError:
+            raise
         except Exception as raised:  # templates fail with whatever Python raises
             error = raised
         try:
             chat = replace(chat, messages=with_parsed_arguments(chat.messages))
             return chat, self._apply(chat.messages, chat.tools, chat.settings)
+        except DataError:
+            raise
         except Exception:
             what = f"makes the model's chat template fail: {type(error).__name__}: {error}"
             hint = "bring the messages into the shape that the model card shows"
             raise BadRow("", what, hint, reason="makes the model's chat template fail") from None
 
     def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, settings: dict[str, Any]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **settings)
+        return render_chat(self.tokenizer, messages, tools=tools, **settings)
 
     def _finish_chat(self, chat: Conversation, text: str, tokens: Any) -> Encoded:
         ids = list(tokens.ids)

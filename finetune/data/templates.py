@@ -27,11 +27,21 @@ from finetune.diagnostics.findings import Finding, Places
 from finetune.diagnostics.section import Section
 from finetune.diagnostics.values import Name
 from finetune.errors import DataError, Problem
+from finetune.models.template_budget import check_template, template_budget
 
 JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
 
 KINDS = ("messages", "turns", "completion", "text", "preference", "labeled", "prompt")
 HINT = "compare with what `finetune template new chat` prints"
+
+
+def undeclared(text: str, where: str) -> set[str]:
+    """Names that a Jinja string reads. Raises TemplateError or SyntaxError, and DataError for one without bounds."""
+    check_template(text, where)
+    with template_budget(where):
+        JINJA.from_string(text)
+        return meta.find_undeclared_variables(JINJA.parse(text))
+
 
 Names = tuple[Name, ...]
 Strings = dict[str, Any]
@@ -186,9 +196,11 @@ class FieldsTemplate(Template):
     def _strings_compile(self) -> FieldsTemplate:
         for place, text in self.strings().items():
             try:
-                unknown = meta.find_undeclared_variables(JINJA.parse(text)) - {*self.required, *self.optional}
-            except TemplateError as error:
+                unknown = undeclared(text, place) - {*self.required, *self.optional}
+            except (TemplateError, SyntaxError) as error:
                 raise ValueError(f"{place} is not valid Jinja: {error}") from None
+            except DataError as error:
+                raise ValueError(f"{place} {error.problems[0].what}") from None
             if unknown:
                 raise ValueError(f"{place} uses {', '.join(sorted(unknown))}, in neither `required` nor `optional`")
         return self
