@@ -225,6 +225,7 @@ def _train(
     from finetune.reports.routing_table import render_choice
     from finetune.reports.tables import warnings
     from finetune.training.experts import choose_experts
+    from finetune.training.facts import record_facts
     from finetune.training.memory import hold_little_memory
     from finetune.training.processes import is_main_process, load_device, processes
     from finetune.training.provenance import Provenance, check_processes_agree, check_same, record
@@ -260,6 +261,7 @@ def _train(
             console.print("memory", verdict_line(planned))
         console.print(prepared.report.render())
         steps = Steps.of(recipe, prepared.report.train.blocks, processes().num_processes)
+        record_facts(folder, prepared.report, steps, planned)
         console.print(steps.text(), *warnings(steps.warnings()), sep="\n", highlight=False)
         console.print(render_choice(choice.plan, choice.profile, recipe.experts.select))
         console.print(render_groups(trainable_groups(adapted)))
@@ -386,8 +388,6 @@ def import_adapter(
 
 def report(run: str | Path, output: str | Path | None = None) -> Path:
     """Write one HTML page about a run, `report.html` in its folder when `output` is None; returns its path."""
-    import json
-
     from finetune.errors import Problem, UserError
     from finetune.models.files import check_target_file, write_atomic
     from finetune.reports.run_report import RunFacts, render_run
@@ -400,8 +400,9 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
     facts = RunFacts(
         name=folder.path.resolve().name,
         recipe=folder.recipe.read_text(encoding="utf-8"),
-        summary=json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.is_file() else None,
+        summary=folder.read_summary(),
         rows=folder.read_metrics(),
+        facts=folder.read_facts(),
         profile=read_profile(folder.routing) if folder.routing.is_file() else None,
         plan=read_plan(folder.plan) if folder.plan.is_file() else None,
     )

@@ -75,7 +75,7 @@ def plot_routing(rows: Sequence[dict[str, Any]], title: str = "") -> Any:
 
 def _drift(axes: Any, looks: list[dict[str, Any]]) -> None:
     """Overlap with the base model's choices: of every layer, dark to light with depth, and the mean."""
-    from matplotlib import colormaps
+    from matplotlib import colormaps, rcParams
 
     steps, layers, shades = [look["step"] for look in looks], looks[0]["routing"]["layers"], colormaps["viridis"]
     for row, layer in enumerate(layers):
@@ -83,7 +83,9 @@ def _drift(axes: Any, looks: list[dict[str, Any]]) -> None:
         labelled = len(layers) <= 8 or row in (0, len(layers) - 1)
         color = shades(0.9 * row / max(len(layers) - 1, 1))
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.8, label=f"layer {layer}" if labelled else None)
-    axes.plot(steps, [look["router_overlap"] for look in looks], color="black", linewidth=2, label="mean")
+    axes.plot(
+        steps, [look["router_overlap"] for look in looks], color=rcParams["text.color"], linewidth=2, label="mean"
+    )
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("choices as\nthe base model's")

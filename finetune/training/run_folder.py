@@ -1,4 +1,4 @@
-"""The folder of one run: recipe.yaml, routing.json, plan.json, metrics.jsonl, checkpoints/, adapter/."""
+"""The folder of one run: recipe.yaml, facts.json, routing.json, plan.json, metrics.jsonl, checkpoints/, adapter/."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ class RunFolder:
     def provenance(self) -> Path:
         """What the run was started with beside its recipe."""
         return self.path / "provenance.json"
+
+    @property
+    def facts(self) -> Path:
+        """Day, machine, rows and plan of the run, for its report."""
+        return self.path / "facts.json"
 
     @property
     def routing(self) -> Path:
@@ -99,9 +104,17 @@ class RunFolder:
         for folder in (self.checkpoints, self.adapter, self.path / "tensorboard", self.path / "wandb"):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        files = (self.provenance, self.routing, self.plan, self.metrics, self.summary, self.report, self.recipe)
-        for file in files:
+        told = (self.provenance, self.facts, self.metrics, self.summary, self.report)
+        for file in (*told, self.routing, self.plan, self.recipe):
             file.unlink(missing_ok=True)
+
+    def read_facts(self) -> dict[str, Any]:
+        """Content of facts.json; nothing where it is missing or damaged."""
+        return _read_object(self.facts)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Content of summary.json; None for a run that is not complete."""
+        return _read_object(self.summary) or None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The logged rows; a last line cut short by a crash is left out."""
@@ -119,3 +132,11 @@ class RunFolder:
         """Drop the rows after `step`, so that a resumed run does not log a step twice."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -6,6 +6,7 @@ import pytest
 
 from finetune import pipeline
 from finetune.errors import UserError
+from finetune.reports.figure import INK
 from finetune.routing.plan import ExpertPlan
 from finetune.routing.plan_file import write_plan
 from finetune.routing.profile_file import write_profile
@@ -37,8 +38,11 @@ def run(tmp_path):
 
 def test_one_page_with_everything(run):
     page = pipeline.report(run.path).read_text()
-    assert page.count("<img ") == 3
-    assert page.count("src=") == page.count('src="data:image/png;base64,')
+    assert page.count("<svg ") == 3
+    assert page.count("href=") == page.count('href="data:image/png;base64,') + page.count('href="#')
+    assert "src=" not in page
+    assert "currentColor" in page
+    assert INK not in page
     for text in (
         "1,200",
         "loss 0.5123",
@@ -58,7 +62,7 @@ def test_a_run_of_a_dense_model_that_was_killed(run, tmp_path):
     run.plan.unlink()
     run.metrics.write_text('{"step": 1, "loss": 2.0}\n')
     page = pipeline.report(run.path, tmp_path / "page.html").read_text()
-    assert page.count("<img ") == 1
+    assert page.count("<svg ") == 1
     assert "not complete" in page
 
 
