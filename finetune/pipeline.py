@@ -219,13 +219,14 @@ def _train(
     from finetune.adapters.trainable import render_groups, trainable_groups
     from finetune.config.steps import Steps
     from finetune.models.attention import explain_attention
+    from finetune.models.files import write_json_atomic
     from finetune.models.live import refuse_packed_rows
     from finetune.models.text_model import text_config
     from finetune.reports.plan_table import verdict_line
     from finetune.reports.routing_table import render_choice
     from finetune.reports.tables import warnings
     from finetune.training.experts import choose_experts
-    from finetune.training.facts import record_facts
+    from finetune.training.facts import card_facts, record_facts
     from finetune.training.memory import hold_little_memory
     from finetune.training.processes import is_main_process, load_device, processes
     from finetune.training.provenance import Provenance, check_processes_agree, check_same, record
@@ -273,11 +274,15 @@ def _train(
     rows = Rows(prepared.train, prepared.eval, prepared.report.thinking)
     progress_line = TrainingProgress(console)
     train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
+    summary = summarize(recipe, folder, adapted, None if planned is None else planned.measurable_gib)
     if is_main_process():
-        notes = save_adapter(adapted, folder.adapter, thinking=prepared.report.thinking, ends=prepared.report.ends)
+        report = prepared.report
+        told = card_facts(folder, recipe, report, summary)
+        notes = save_adapter(adapted, folder.adapter, thinking=report.thinking, ends=report.ends, training=told)
+        write_json_atomic(folder.summary, summary)  # the run is complete
         for note in notes:
             console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    return Run(folder.path, summarize(recipe, folder, adapted, None if planned is None else planned.measurable_gib))
+    return Run(folder.path, summary)
 
 
 def resume(run: str | Path, *overrides: str, console: Console | None = None) -> Run:

@@ -13,11 +13,13 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from finetune.adapters.agreement import check_consumed, check_same_plan
+from finetune.adapters.card import CARD, CardFacts, adapter_card
 from finetune.adapters.config import ExpertLoraConfig
 from finetune.adapters.files import AdapterFiles, adapter_folder
 from finetune.adapters.frozen import LoadedWeights, choose_base, frozen_text, refuse_to_merge_packed
 from finetune.adapters.hosting import with_our_layers
-from finetune.adapters.stock_config import ADAPTER_CONFIG
+from finetune.adapters.sidecar import read_sidecar
+from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig
 from finetune.adapters.targets import ExpertMode, Router, lora_config, parse_adapter
 from finetune.config.model_files import GENERATION_CONFIG, stop_ids, with_stops
 from finetune.config.rope import has_scaling
@@ -66,13 +68,18 @@ def attach(
 
 
 def save_adapter(
-    model: PeftModel, path: str | Path, *, thinking: bool | None = None, ends: Sequence[int] = ()
+    model: PeftModel,
+    path: str | Path,
+    *,
+    thinking: bool | None = None,
+    ends: Sequence[int] = (),
+    training: dict[str, Any] | None = None,
 ) -> list[str]:
     """Write the adapters of `model` to folder `path` in the standard PEFT layout plus our sidecar, all or nothing.
 
     thinking: the `enable_thinking` that leads to what it was trained on, for the notes beside exports; None to leave
     it open.  ends: tokens it was trained to end with; a generation_config.json beside the adapter names those at which
-    the base does not stop. Returns notes about that.
+    the base does not stop.  training: what the run did and measured, for README.md. Returns notes about the ends.
     An adapter that is there already is replaced. Raises AdapterError when anything else is there.
     """
     if not isinstance(model, PeftModel):
@@ -82,10 +89,15 @@ def save_adapter(
     for config in model.peft_config.values():
         config.thinking = config.thinking if thinking is None else thinking
         config.ends = tuple(ends) or config.ends
+        config.training = training
     missing = [end for end in ends if end not in _stops_of(model)]
     overwrite = (path / ADAPTER_CONFIG).is_file()
     with finished_folder(path, overwrite=overwrite) as building:
         model.save_pretrained(str(building), save_embedding_layers=False)
+        for folder in sorted(
+            file.parent for file in building.rglob(ADAPTER_CONFIG)
+        ):  # each further adapter has its own
+            write_atomic(folder / CARD, _card(folder).encode())
         if missing:
             named = json.dumps({"eos_token_id": list(_stops_of(model))}).encode()
             write_atomic(building / GENERATION_CONFIG, with_stops(named, missing))
@@ -94,6 +106,15 @@ def save_adapter(
         return []
     tokens = ", ".join(map(str, missing))
     return [f"{path / GENERATION_CONFIG} names {tokens}, which training taught as the end and where the base goes on"]
+
+
+def _card(folder: Path) -> str:
+    facts = CardFacts.of(StockConfig.open(folder), read_sidecar(folder))
+    try:
+        base: Path | None = find_checkpoint(facts.config.base_model or "", facts.config.revision)
+    except ModelError:
+        base = None  # nowhere on disk
+    return adapter_card(facts, base)
 
 
 def _stops_of(model: PeftModel) -> tuple[int, ...]:

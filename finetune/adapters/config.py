@@ -76,6 +76,7 @@ class ExpertLoraConfig(LoraConfig):
     quantize: the recipe's quantize section with which the base was packed; None for a base in 16 bit.
     packed_in: folder of that packed base, where it came from one.
     rope_scaling: in the place of what the base's config.json says about positions; None to leave that.
+    training: steps, rows and scores of the run, for the card; not read back, since training on makes others.
 
     rank_pattern and alpha_pattern match the projections of banks by name, as stock PEFT's do.
     """
@@ -92,6 +93,7 @@ class ExpertLoraConfig(LoraConfig):
     rope_scaling: dict[str, Any] | None = field(default=None)
     thinking: bool | None = field(default=None)
     ends: tuple[int, ...] = ()
+    training: dict[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,6 +180,7 @@ class ExpertLoraConfig(LoraConfig):
             "router": self.router,
             "experts": None if self.expert_plan is None else self.expert_plan.to_dict(),
             "adapter": self.section,
+            "training": self.training,
         }
 
     @classmethod

@@ -101,4 +101,5 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "router": (lambda value: value in ("frozen", "lora", "full"), "frozen, lora or full"),
     "adapter": (_optional(dict), "the fields of an adapter section"),
+    "training": (_optional(dict), "what the run measured"),
 }

@@ -13,12 +13,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from finetune.adapters.card import CARD
 from finetune.config.model_files import GENERATION_CONFIG
 from finetune.config.rope import with_scaling
 from finetune.errors import Problem, UserError
 from finetune.io.dtypes import CONFIG_DTYPES, SAFETENSORS_DTYPES, StorageDtype
 from finetune.io.folder import Progress, Work, describe_job, side_contents, write_folder
 from finetune.io.sizes import size_text
+from finetune.merging.card import merged_card
 from finetune.merging.packed_base import MergeOnto, QuantizationError, quantization_errors
 from finetune.merging.packed_base import advice as advice_on_base
 from finetune.merging.plan import Adapters, MergePlan, generation_config, plan_merge, taught_ends
@@ -111,7 +113,8 @@ def merge(
     kept = SAFETENSORS_DTYPES[dtype] if dtype else None
     stored, files = stored_dtypes(plan, kept), plan_files(plan, kept)
     config = with_scaling((plan.base.path / CONFIG).read_bytes(), plan.rope_scaling)
-    side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None, config) | _index(plan, stored)
+    side = side_contents(plan.base, CONFIG_DTYPES[dtype] if dtype else None, config)
+    side |= {CARD: merged_card(plan, dtype).encode()} | _index(plan, stored)
     ends = taught_ends(plan)
     if ends:
         side[GENERATION_CONFIG] = generation_config(plan, ends)

@@ -36,5 +36,5 @@ class Plot(Figure):
 @contextmanager
 def page_colors() -> Iterator[None]:
     """Figures made inside take text, axes and ticks from the page, light or dark."""
-    with rc_context({**dict.fromkeys(_INKED, INK), "grid.color": "#808080", "font.size": 10.0}):
+    with rc_context({**dict.fromkeys(_INKED, INK), "grid.color": "#808080", "font.size": 11.0}):
         yield

@@ -24,7 +24,8 @@ h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.1
 .tiles div { background: var(--card); border-radius: 8px; padding: .6rem .8rem }
 .tiles strong { display: block; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums }
 .tiles span { color: var(--quiet); font-size: .85rem; display: block }
-.figure, .wide { overflow-x: auto } .figure svg { width: 100%; min-width: 34rem; height: auto; display: block }
+.figure, .wide { overflow-x: auto } .figure svg { width: 100%; max-width: 46rem; height: auto; display: block }
+.figure.broad svg { min-width: 34rem; max-width: none }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem 1rem .25rem 0; text-align: left; vertical-align: top }
 th { font-weight: normal; color: var(--quiet) } td { overflow-wrap: anywhere }

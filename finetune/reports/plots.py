@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.errors import Problem, UserError
 
-BLUE, RED, GREEN, GRAY = "#3f83c4", "#d9623f", "#2f9e6e", "#8a8a8a"
+BLUE, RED, GREEN = "#3f83c4", "#d9623f", "#2f9e6e"
 """Read on white and on black alike."""
 
 
@@ -59,7 +59,7 @@ def plot_training(rows: Sequence[dict[str, Any]]) -> Any:
     steps, losses, rates = zip(*_trained(rows), strict=True)
     figure = Plot(figsize=(7.6, 4.2), layout="constrained")
     loss, rate = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    loss.plot(steps, losses, color=BLUE, linewidth=1, alpha=0.45, label="each logged step")
+    loss.plot(steps, losses, color=BLUE, linewidth=1, alpha=0.6, label="each logged step")
     loss.plot(steps, smooth(losses), color=BLUE, linewidth=2, label="smoothed")
     loss.set_ylabel("loss (nats per token)")
     loss.legend(frameon=False)
@@ -74,7 +74,7 @@ def plot_training(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def plot_evaluation(rows: Sequence[dict[str, Any]], best_step: int | None = None) -> Any:
-    """Held-out loss and exact match against steps: the base before step one, the best marked. Returns a Figure.
+    """Held-out loss and exact match against steps: from the base on, the best marked. Returns a Figure.
 
     best_step: whose checkpoint was kept; that of the lowest loss when None.
     """
@@ -84,39 +84,41 @@ def plot_evaluation(rows: Sequence[dict[str, Any]], best_step: int | None = None
     evals = [row for row in rows if "eval_loss" in row]
     best = next((row for row in evals if row["step"] == best_step), min(evals, key=lambda row: row["eval_loss"]))
     figure = Plot(figsize=(7.6, 3.0), layout="constrained")
-    for axes, name, title in zip(
-        figure.subplots(1, 2), ("eval_loss", "eval_exact_match"), ("held-out loss", "exact match"), strict=True
-    ):
-        scale, unit = (100, " %") if name == "eval_exact_match" else (1, "")
-        values = [row[name] * scale for row in evals]
-        axes.plot([row["step"] for row in evals], values, color=RED, marker="o", markersize=4, linewidth=1.6)
-        axes.plot(best["step"], best[name] * scale, "o", color=GREEN, markersize=9, label=f"best, step {best['step']}")
-        axes.set_title(f"{title}{' (%)' if unit else ''}", loc="left")
+    for axes, name in zip(figure.subplots(1, 2), ("eval_loss", "eval_exact_match"), strict=True):
+        title, scale, form = ("held-out loss", 1, "{:.4g}") if name == "eval_loss" else ("exact match", 100, "{:.1f} %")
+        axes.plot(
+            [row["step"] for row in evals],
+            [row[name] * scale for row in evals],
+            color=RED,
+            marker="o",
+            markersize=4,
+            linewidth=1.6,
+        )
+        axes.plot(best["step"], best[name] * scale, "o", color=GREEN, markersize=9)
+        axes.set_title(f"{title}: {form.format(best[name] * scale)} at step {best['step']:,}", loc="left", fontsize=11)
         axes.set_xlabel("optimizer step")
         _plain(axes)
-        _fit_axis(axes, evals, name, scale, unit)
-        axes.legend(frameon=False, loc="best")
+        if name == "eval_exact_match":
+            axes.yaxis.set_major_formatter("{x:.4g} %")
+            most = max([row[name] * scale for row in evals] + [1.0])
+            axes.set_ylim(-0.03 * most, 1.1 * most)
+        else:
+            _fit_losses(axes, evals)
     return figure
 
 
-def _fit_axis(axes: Any, evals: Sequence[dict[str, Any]], name: str, scale: float, unit: str) -> None:
-    """Show the trained scores at full height; a base that is far above them is told at the edge."""
-    base = next((row[name] * scale for row in evals if row["step"] == 0), None)
-    trained = [row[name] * scale for row in evals if row["step"] > 0]
-    if unit:
-        axes.set_ylim(bottom=-0.02 * max([*trained, base or 0.0, 1.0]))
+def _fit_losses(axes: Any, evals: Sequence[dict[str, Any]]) -> None:
+    """Show the trained losses at full height; a base that is far above them is told at the edge."""
+    base = next((row["eval_loss"] for row in evals if row["step"] == 0), None)
+    trained = [row["eval_loss"] for row in evals if row["step"] > 0]
     if base is None or not trained:
         return
-    spread = max(trained) - min(trained)
-    if not unit and base > max(trained) + 2 * max(spread, 0.05 * max(trained)):
-        margin = 0.15 * max(spread, 0.05 * max(trained))
-        top = max(trained) + 3 * margin
-        axes.set_ylim(min(trained) - margin, top)
-        axes.annotate(f"base: {base:.2f}, off the scale", (0, top), (6, -4), textcoords="offset points", va="top")
-    else:
-        axes.axhline(base, color=GRAY, linewidth=1, linestyle=":")
-        axes.annotate(f"base: {base:.4g}{unit}", (1, base), (-2, 3), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", ha="right")  # fmt: skip
+    spread = max(max(trained) - min(trained), 0.05 * max(trained))
+    above = base > max(trained) + 2 * spread
+    if above:
+        axes.set_ylim(min(trained) - 0.15 * spread, max(trained) + 0.4 * spread)
+    told = f"before: {base:.4g}" + (", above the scale" if above else "")
+    axes.annotate(told, (0.98, 0.96), xycoords="axes fraction", ha="right", va="top")
 
 
 def _trained(rows: Sequence[dict[str, Any]]) -> list[tuple[int, float, float | None]]:

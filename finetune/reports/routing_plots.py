@@ -77,11 +77,11 @@ def _drift(axes: Any, looks: list[dict[str, Any]]) -> None:
     """Overlap with the base model's choices: of every layer, dark to light with depth, and the mean."""
     from matplotlib import colormaps, rcParams
 
-    steps, layers, shades = [look["step"] for look in looks], looks[0]["routing"]["layers"], colormaps["viridis"]
+    steps, layers, shades = [look["step"] for look in looks], looks[0]["routing"]["layers"], colormaps["plasma"]
     for row, layer in enumerate(layers):
         values = [look["routing"]["overlap"][row] for look in looks]
         labelled = len(layers) <= 8 or row in (0, len(layers) - 1)
-        color = shades(0.9 * row / max(len(layers) - 1, 1))
+        color = shades(0.3 + 0.5 * row / max(len(layers) - 1, 1))
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.8, label=f"layer {layer}" if labelled else None)
     axes.plot(
         steps, [look["router_overlap"] for look in looks], color=rcParams["text.color"], linewidth=2, label="mean"

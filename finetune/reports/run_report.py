@@ -61,7 +61,7 @@ def _head(run: RunFacts) -> str:
     base, facts = run.facts.get("base") or {}, run.facts
     told = []
     if base.get("name"):
-        told.append(f"{_last(base['name'])}, held in {base.get('storage', 'its own type')}")
+        told.append(f"{base['name']}, held in {base.get('storage', 'its own type')}")
     total = ((facts.get("plan") or {}).get("parameters") or {}).get("total")
     if total:
         told.append(f"{total:,} parameters")
@@ -125,7 +125,8 @@ def _experts(run: RunFacts) -> list[str]:
 
 
 def _figure(title: str, figure: Any, note: str = "") -> str:
-    return section(title, f'<div class="figure">{figure.to_svg(title)}</div>{note}')
+    broad = " broad" if figure.get_figwidth() > 8 else ""
+    return section(title, f'<div class="figure{broad}">{figure.to_svg(title)}</div>{note}')
 
 
 def _samples(rows: Sequence[dict[str, Any]]) -> str:
@@ -150,7 +151,7 @@ def _data(data: Mapping[str, Any]) -> str:
         mean = file["tokens"] / file["kept"] if file["kept"] else 0
         drawn = f"{file['drawn']:,}" if file["use"] == "train" else "held out"
         numbers = [f"{file[name]:,}" for name in ("kept", "tokens", "loss_tokens")]
-        rows.append((_last(file["path"]), *numbers, f"{mean:,.0f}", f"{file['longest']:,}", drawn))
+        rows.append((file["path"], *numbers, f"{mean:,.0f}", f"{file['longest']:,}", drawn))
     names = ("file", "rows", "tokens", "with loss", "mean length", "longest", "drawn")
     notes = [*(_split(name, data[name]) for name in ("train", "eval") if data.get(name)), *data.get("notes", ())]
     return section("Data", grid_table(names, rows) + bullets(notes))
@@ -171,7 +172,7 @@ def _plan(plan: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str
     hours, seconds = (plan.get("work") or {}).get("hours"), summary.get("seconds")
     if hours and seconds:
         rows.append(("time", f"{_time(hours * 3600)} planned, {_time(seconds)} measured, evaluation included"))
-    memory = {name: size for name, size in (plan.get("memory_gib") or {}).items() if size and name != "total"}
+    memory = {name: size for name, size in (plan.get("memory_gib") or {}).items() if size >= 0.005}
     if memory:
         rows.append(("memory by the plan", ", ".join(f"{_words(name)} {size:.2f}" for name, size in memory.items())))
     return rows
@@ -210,11 +211,6 @@ def _ids(experts: list[int]) -> str:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _last(path: str) -> str:
-    """A name on the hub as it is, a path here by its last part."""
-    return path if path.count("/") == 1 and not path.startswith((".", "/")) else path.rstrip("/").rpartition("/")[2]
 
 
 def _time(seconds: float) -> str:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.config.files import is_model_name
 from finetune.config.schema import Recipe
+from finetune.config.sources import can_be_read
 from finetune.config.steps import Steps
 from finetune.models.files import write_json_atomic
 from finetune.planning.device import GIB, machine_memory_gib
@@ -29,7 +31,7 @@ def record_facts(folder: RunFolder, report: PrepareReport, steps: Steps, planned
     now = datetime.now().isoformat(" ", "seconds")
     content = {
         "started": folder.read_facts().get("started", now),
-        "base": {"name": steps.recipe.model.path, "storage": _storage(steps.recipe)},
+        "base": {"name": _base_name(steps.recipe.model.path), "storage": _storage(steps.recipe)},
         "machine": machine_facts(),
         "libraries": library_versions(),
         "steps": {"total": steps.total, "warmup": steps.warmup, "text": steps.text()},
@@ -37,6 +39,27 @@ def record_facts(folder: RunFolder, report: PrepareReport, steps: Steps, planned
         "plan": None if planned is None else planned.to_dict(),
     }
     write_json_atomic(folder.facts, json.loads(json.dumps(content)))
+
+
+def card_facts(folder: RunFolder, recipe: Recipe, report: PrepareReport, summary: dict[str, Any]) -> dict[str, Any]:
+    """What the adapter's README.md tells of the run: nothing of its speed, its day or this machine."""
+    seen = [row for row in folder.read_metrics() if "tokens" in row]
+    facts = {name: summary[name] for name in ("steps", "best_step", "train_loss_first", "train_loss_last")}
+    facts |= {"rows": report.train.rows, "tokens": report.train.tokens, "loss_tokens": report.train.loss_tokens}
+    facts |= {"trained_parameters": summary["trainable_parameters"], "eval_rows": report.eval and report.eval.rows}
+    facts |= {"tokens_seen": seen[-1]["tokens"] if seen else None}
+    for name in ("loss", "exact_match"):
+        facts[f"eval_{name}"] = (summary["eval"] or {}).get(name)
+        facts[f"eval_{name}_before"] = (summary["eval_before"] or {}).get(name)
+    facts["datasets"] = _on_hub(recipe)
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in facts.items()}
+
+
+def _on_hub(recipe: Recipe) -> list[str]:
+    """Names of the data sets of the hub among what was trained on."""
+    paths = (source.path for source in recipe.data.train)
+    named = (path for path in paths if is_model_name(path) and not can_be_read(path) and not Path(path).exists())
+    return list(dict.fromkeys(named))
 
 
 def machine_facts() -> dict[str, Any]:
@@ -52,6 +75,11 @@ def machine_facts() -> dict[str, Any]:
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         facts |= {"device": card.name, "device_memory_gib": card.total_memory / GIB, "cuda": torch.version.cuda}
     return facts
+
+
+def _base_name(path: str) -> str:
+    """Of a folder here its last part."""
+    return Path(path).resolve().name if Path(path).is_dir() else path
 
 
 def _storage(recipe: Recipe) -> str:

@@ -15,12 +15,11 @@ from finetune.config.load import load_recipe, recipe_to_yaml
 from finetune.config.schema import Recipe
 from finetune.config.steps import FEW
 from finetune.errors import Problem, UserError
-from finetune.models.files import write_json_atomic
 from finetune.quant.experts import count_weights
 from finetune.routing.plan_file import read_plan
 from finetune.training.checkpoints import newest_complete, set_damaged_aside
 from finetune.training.evaluation import Evaluations
-from finetune.training.processes import is_main_process, on_main_process
+from finetune.training.processes import on_main_process
 from finetune.training.provenance import library_versions
 from finetune.training.run_folder import RunFolder
 from finetune.training.run_lock import owned
@@ -95,7 +94,7 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def summarize(recipe: Recipe, folder: RunFolder, model: PeftModel, planned_gib: float | None = None) -> dict[str, Any]:
-    """What came of a run, also written to summary.json. planned_gib: what its peak was thought to be."""
+    """What came of a run, for summary.json. planned_gib: what its peak was thought to be."""
     rows = folder.read_metrics()
     steps = [row for row in rows if "loss" in row]
     evals = [row for row in rows if "eval_loss" in row]
@@ -127,8 +126,6 @@ def summarize(recipe: Recipe, folder: RunFolder, model: PeftModel, planned_gib: 
         )
     if folder.plan.is_file():
         summary["trained_experts"] = read_plan(folder.plan).num_trained
-    if is_main_process():
-        write_json_atomic(folder.summary, summary)
     return summary
 
 

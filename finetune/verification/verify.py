@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from finetune.adapters.card import CARD
 from finetune.config.model_files import GENERATION_CONFIG
 from finetune.errors import Problem, VerifyError, first_of
 from finetune.merging.packed_base import MergeOnto, packing_of
@@ -185,7 +186,7 @@ def _notes(plan: MergePlan, merged: Checkpoint) -> list[str]:
             notes.append(f"{name} of the base is not in {merged.path}")
         elif name == GENERATION_CONFIG and ends and ours.read_bytes() == generation_config(plan, ends):
             continue
-        elif name != CONFIG and ours.read_bytes() != theirs.read_bytes():
+        elif name not in (CONFIG, CARD) and ours.read_bytes() != theirs.read_bytes():
             notes.append(f"{name} differs from the base's")
     if {name: info.shard for name, info in merged.tensors.items()} != {
         name: info.shard for name, info in plan.base.tensors.items()

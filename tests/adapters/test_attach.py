@@ -166,7 +166,7 @@ def folders(tmp_path):
 def test_an_adapter_folder_has_the_standard_files_and_our_sidecar(folders):
     _, adapter, _ = folders
     assert {f.name for f in adapter.iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "finetune_adapter.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "complete.json", "finetune_adapter.json",
     }  # fmt: skip
     sidecar = json.loads((adapter / "finetune_adapter.json").read_text())
     assert sidecar["format_version"] == 1
