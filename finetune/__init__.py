@@ -49,6 +49,7 @@ _HOMES = {
     "chat": "pipeline",
     "resume": "pipeline",
     "report": "pipeline",
+    "runs": "pipeline",
     "FinetuneError": "errors",
     "UserError": "errors",
     "RunError": "errors",
@@ -83,6 +84,7 @@ __all__ = [
     "read_profile",
     "report",
     "resume",
+    "runs",
     "save_adapter",
     "select",
     "train",
@@ -109,6 +111,7 @@ if TYPE_CHECKING:
         quantize,
         report,
         resume,
+        runs,
         train,
         verify,
     )

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
     from finetune.planning.plan import Plan
     from finetune.reports.data_report import DataReport
+    from finetune.reports.runs_table import Runs
     from finetune.routing.expert_files import ExpertFiles
     from finetune.routing.profile import RoutingProfile
     from finetune.verification.verify import VerifyReport
@@ -416,6 +417,18 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
     with disk_named(path, "run the same command again"):
         write_atomic(path, render_run(facts).encode())
     return path
+
+
+def runs(folder: str | Path = "runs", *, sort: str = "date") -> Runs:
+    """The runs in `folder` and below it, side by side. sort: a column, smallest first."""
+    from finetune.reports.runs_table import Runs
+    from finetune.training.run_list import describe_run, find_runs
+
+    rows, metrics = [], {}
+    for run in find_runs(folder):
+        rows.append(describe_run(run, folder))
+        metrics[rows[-1]["name"]] = run.read_metrics()
+    return Runs(rows, metrics).sorted_by(sort)
 
 
 def evaluate(

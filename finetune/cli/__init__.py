@@ -18,6 +18,7 @@ from finetune.cli.first_recipe import init, recipes
 from finetune.cli.machine import doctor
 from finetune.cli.planning import plan
 from finetune.cli.routing import experts, profile
+from finetune.cli.run_list import compare
 from finetune.cli.runs import check, prepare, report, resume, schema, train
 from finetune.cli.templates import templates
 from finetune.cli.weights import export, import_adapter, merge, quantize, verify
@@ -55,4 +56,5 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 for _command in _COMMANDS:
     app.command()(_command)
 app.command("eval")(evaluate)
+app.command("runs")(compare)
 app.add_typer(templates, name="template")

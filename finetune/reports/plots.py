@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.errors import Problem, UserError
@@ -60,7 +60,7 @@ def plot_training(rows: Sequence[dict[str, Any]]) -> Any:
     figure = Plot(figsize=(7.6, 4.2), layout="constrained")
     loss, rate = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     loss.plot(steps, losses, color=BLUE, linewidth=1, alpha=0.6, label="each logged step")
-    loss.plot(steps, smooth(losses), color=BLUE, linewidth=2, label="smoothed")
+    loss.plot(steps, smooth(losses, min(0.9, 1 - 4 / max(len(losses), 8))), color=BLUE, linewidth=2, label="smoothed")
     loss.set_ylabel("loss (nats per token)")
     loss.legend(frameon=False)
     rate.plot(steps, [value or 0.0 for value in rates], color=GREEN, linewidth=1.8)
@@ -119,6 +119,30 @@ def _fit_losses(axes: Any, evals: Sequence[dict[str, Any]]) -> None:
         axes.set_ylim(min(trained) - 0.15 * spread, max(trained) + 0.4 * spread)
     told = f"before: {base:.4g}" + (", above the scale" if above else "")
     axes.annotate(told, (0.98, 0.96), xycoords="axes fraction", ha="right", va="top")
+
+
+def plot_together(runs: Mapping[str, Sequence[dict[str, Any]]], column: str) -> Any:
+    """A column of metrics.jsonl of several runs against steps, a line for each. Returns a matplotlib Figure."""
+    need("matplotlib")
+    from matplotlib import colormaps
+
+    from finetune.reports.figure import Plot
+
+    figure = Plot(figsize=(7.6, 3.6), layout="constrained")
+    axes, shades = figure.subplots(), colormaps["tab10"]
+    for number, (name, rows) in enumerate(runs.items()):
+        points = [(row["step"], row[column]) for row in rows if column in row and row["step"] > 0]
+        if points:
+            steps, values = zip(*points, strict=True)
+            drawn = smooth(values) if column == "loss" else values
+            marker = "o" if len(points) < 20 else None
+            axes.plot(steps, drawn, color=shades(number % 10), marker=marker, markersize=3, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("nats per token")
+    _plain(axes)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=9)
+    return figure
 
 
 def _trained(rows: Sequence[dict[str, Any]]) -> list[tuple[int, float, float | None]]:

@@ -44,6 +44,23 @@ def owned(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_owned(folder: Path) -> bool:
+    """Whether a process trains in `folder`; False where the file system does not tell."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _taken(folder: Path) -> Problem:
     try:
         owner = json.loads((folder / LOCK).read_text(encoding="utf-8"))
