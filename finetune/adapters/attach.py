@@ -34,7 +34,7 @@ from finetune.quant.linear import known_to_peft
 from finetune.quant.load import load_frozen
 from finetune.routing.plan import ExpertPlan
 
-__all__ = ["attach", "check_same_plan", "frozen_text", "load", "load_adapter", "save_adapter"]
+__all__ = ["attach", "check_same_plan", "frozen_text", "load", "load_adapter", "save_adapter", "start_from"]
 
 DEFAULT = "default"
 
@@ -106,6 +106,31 @@ def _stops_of(model: PeftModel) -> tuple[int, ...]:
         pass  # a base that is nowhere on disk
     found = getattr(model.get_base_model().generation_config, "eos_token_id", None)
     return tuple(found) if isinstance(found, (list, tuple)) else () if found is None else (found,)
+
+
+def start_from(model: PeftModel, path: str | Path) -> None:
+    """Give the adapters of `model`, which go on training, the values of those in folder `path`.
+
+    Raises AdapterError when that adapter has other targets, ranks, experts or scales, or is of another base.
+    """
+    files = AdapterFiles.open(path)
+    hint = "write the adapter section that it was trained with; its experts are taken as they are"
+    check_same_plan(model, files.path, hint)
+    then, now = ExpertLoraConfig.load(files.path), model.peft_config[model.active_adapter]
+    problems = [
+        Problem(f"{files.path}: {name}", f"is {getattr(then, name)} in the file, {getattr(now, name)} now", hint)
+        for name in ("lora_alpha", "use_rslora", "alpha_pattern")
+        if getattr(then, name) != getattr(now, name)
+    ]
+    base = find_checkpoint(str(now.base_model_name_or_path), now.revision)
+    if files.base_fingerprint not in (None, base_fingerprint(Checkpoint.open(base))):
+        problems.append(
+            Problem(str(files.path), "was trained on another model", "name that one as model.path", str(base))
+        )
+    if problems:
+        raise AdapterError(*problems)
+    with _as_adapter_error(files.path), _quiet(), known_to_peft(model):
+        model.load_adapter(str(files.path), model.active_adapter, is_trainable=True)
 
 
 def load_adapter(

@@ -50,6 +50,9 @@ def find_in_files(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _expert_files(recipe: Recipe) -> Iterator[Finding]:
+    start = recipe.adapter.start
+    if start is not None and not any(kind_of(f"{start}/{name}adapter_config.json") for name in ("", "adapter/")):
+        yield Finding(("adapter", "from"), "holds no adapter", "name an adapter's folder, or that of a run", start)
     select, against = recipe.experts.select, recipe.experts.against
     if select is not None and select.file is not None and kind_of(select.file) != "file":
         yield _missing(("experts", "select", "file"), select.file)
