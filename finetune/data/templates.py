@@ -134,11 +134,11 @@ class MessagesTemplate(Template):
 
     def role_key(self, raw: Strings) -> str:
         """The key of a message that holds its role: the template's, or a usual one."""
-        return next((key for key in (self.role, *ROLE_KEYS) if key in raw), self.role)
+        return self.role if self.role in raw else next((key for key in ROLE_KEYS if key in raw), self.role)
 
     def content_key(self, raw: Strings) -> str:
         """The key of a message that holds its text."""
-        return next((key for key in (self.content, *CONTENT_KEYS) if key in raw), self.content)
+        return self.content if self.content in raw else next((key for key in CONTENT_KEYS if key in raw), self.content)
 
     def message_keys(self, raw: Strings) -> set[str]:
         """Keys of a message that are read here, and not left to the model's chat template."""

@@ -36,7 +36,7 @@ class TokenStore:
 
     def add(self, row: Row, encoded: Encoded, part: int = 0) -> None:
         """Append one row, of the part-th file of its source."""
-        ids, labels = (np.array(tokens, np.int32) for tokens in (encoded.input_ids, encoded.labels))
+        ids, labels = encoded.ids, encoded.targets
         digest = blake2b(ids.tobytes(), digest_size=8, key=self._key).digest()
         self._numbers.append(row.number)
         self._parts.append(part)
