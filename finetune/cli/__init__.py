@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.answers import chat, evaluate
+from finetune.cli.cache import cache
 from finetune.cli.machine import doctor
 from finetune.cli.planning import plan
 from finetune.cli.routing import experts, profile
@@ -53,3 +54,4 @@ for _command in _COMMANDS:
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(templates, name="template")
+app.add_typer(cache, name="cache")

@@ -437,6 +437,12 @@ class DataSection(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="stop at a bad row, or leave it out and count it"
     )
+    workers: Annotated[Count, Field(le=256)] | None = Field(
+        default=None, description="processes that encode rows; null: one per core for large files"
+    )
+    cache: Annotated[PathName, BeforeValidator(as_switch)] = Field(
+        default="auto", description="keep encoded rows for the next run: auto, off, or a folder to keep them in"
+    )
 
 
 class TrainSection(Section):

@@ -71,6 +71,11 @@ class Template(Section):
         """How recipes name it."""
         return self._name
 
+    @property
+    def renamed_columns(self) -> dict[str, str]:
+        """Fields whose columns have other names."""
+        return dict(self._columns)
+
     def column(self, name: str) -> str:
         """The column of a row that a field of the template is read from."""
         return self._columns.get(name, name)

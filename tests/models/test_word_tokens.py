@@ -10,12 +10,13 @@ from finetune.models.word_tokens import WordTokens, word_tokenizer
 from tests.data.conftest import QWEN3, TINY
 
 PIECES = [
-    "word", " word", 
+    "word", " word",
     "Voil\u00e0", "\u2019s", "'s", "'LL", "'\u017f", "I'm", "42", "\u00bd", "\u2167", " ", "  ", "\n", "\n\n",
     "\r\n",
     "\t", "\x1c", "\x85", "\xa0", "\u2028", "!", "?!\n", " --", "_", "<think>", "</think>", "<|im_end|>",
     "<|im_start|>",
-    "<|im_", "\u0439", "\u0915\u093f", "\u05d0\u05b0", "\u0645\u0631", "e\u0301", "\u00e9\u0301", "\u212b", "\u65e5\u672c",
+    "<|im_", "\u0439", "\u0915\u093f", "\u05d0\u05b0", "\u0645\u0631",
+    "e\u0301", "\u00e9\u0301", "\u212b", "\u65e5\u672c",
     "\U0001f600",
     "\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea", "\ufe0f", "\ue000", "\u0378", "\ud55c", "x" * 80,
 ]  # fmt: skip
@@ -30,9 +31,9 @@ def tokenizer(request):
 
 def texts():
     rng = random.Random(0)
-    every = map(chr, [*range(1, 0x3000), 0xFE0F, 0xFFFD, *range(0x1F000, 0x1FB00)])
+    every = map(chr, [*range(1, 0x250), *range(0x250, 0x3000, 5), 0xFE0F, 0xFFFD, *range(0x1F000, 0x1FB00, 7)])
     yield from (f"a{c}b {c}1{c} {c}\n{c}" for c in every)
-    yield from ("".join(rng.choices(PIECES, k=rng.randint(0, 12))) for _ in range(4000))
+    yield from ("".join(rng.choices(PIECES, k=rng.randint(0, 12))) for _ in range(1000))
 
 
 def test_tokens_and_their_characters_are_the_librarys(tokenizer):
