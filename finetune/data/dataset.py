@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from finetune.config.schema import DataSection
 from finetune.data.mix import choose, draw_counts, hold_out
-from finetune.data.packing import pack
+from finetune.data.packing import count_blocks
 from finetune.data.prepare_report import PrepareReport, SplitReport
 from finetune.data.rows import place
 from finetune.data.source import Progress, Source
@@ -35,8 +35,8 @@ class Prepared:
     train: datasets.Dataset
     eval: datasets.Dataset | None
     report: PrepareReport
-    train_places: NDArray[np.int64]
-    eval_places: NDArray[np.int64]
+    train_places: NDArray[np.int32]
+    eval_places: NDArray[np.int32]
 
     def where(self, index: int, split: str = "train") -> str:
         """`file:line` that row `index` of a split came from."""
@@ -103,12 +103,13 @@ class _Mix:
         stores = [file.store for file in self.files]
         self.starts = np.cumsum([0, *map(len, stores)])
         self.table = join(stores)
-        self.hashes = np.concatenate([store.hashes for store in stores])
-        self.lengths = np.concatenate([store.lengths for store in stores])
-        self.loss_tokens = np.concatenate([store.loss_tokens for store in stores])
-        numbers = np.concatenate([store.numbers for store in stores])
-        parts = np.concatenate([store.parts for store in stores])
-        self.places = np.stack([np.repeat(np.arange(len(stores)), np.diff(self.starts)), numbers, parts], axis=1)
+        self.hashes = _joined([store.hashes for store in stores])
+        self.lengths = _joined([store.lengths for store in stores])
+        self.loss_tokens = _joined([store.loss_tokens for store in stores])
+        self.places = np.empty((self.starts[-1], 3), np.int32)
+        for source, (store, begin) in enumerate(zip(stores, self.starts, strict=False)):
+            here = self.places[begin : begin + len(store)]
+            here[:, 0], here[:, 1], here[:, 2] = source, store.numbers, store.parts
 
     def prepared(self) -> Prepared:
         pool = self._pool()
@@ -123,7 +124,7 @@ class _Mix:
                 Problem("data.eval_fraction", "leaves no row to train on", hint, self.section.eval_fraction)
             )
         drawn = self._shuffled(kept)
-        also_trained = int(np.isin(self.hashes[evaluated], self.hashes[drawn]).sum())
+        also_trained = int(np.isin(self.hashes[evaluated], self.hashes[drawn]).sum()) if len(evaluated) else 0
         report = PrepareReport(
             [file.report for file in self.files],
             self.section.max_length,
@@ -145,7 +146,7 @@ class _Mix:
             rng = np.random.default_rng([self.seed, 1, index])
             parts.append(self.starts[index] + choose(len(file.store), count, rng))
             file.report.unused = len(file.store) - count
-        return np.concatenate(parts)
+        return _joined(parts)
 
     def _shuffled(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         for index, file in enumerate(self.files[: self.num_train_files]):
@@ -157,14 +158,21 @@ class _Mix:
         tokens, loss_tokens = int(lengths.sum()), int(self.loss_tokens[rows].sum())
         if not self.section.packing:
             return SplitReport(len(rows), tokens, loss_tokens, len(rows), 1.0)
-        blocks = len(pack(lengths.tolist(), self.section.max_length))
+        blocks = count_blocks(map(int, lengths), self.section.max_length)
         return SplitReport(len(rows), tokens, loss_tokens, blocks, tokens / (blocks * self.section.max_length))
 
     def _select(self, rows: NDArray[np.int64]) -> datasets.Dataset:
         """The rows as a data set, whose fingerprint is its content: nothing stale is ever found by it."""
         import datasets
+        import pyarrow as pa  # type: ignore[import-untyped]
+        from datasets.table import InMemoryTable
 
-        digest = blake2b(self.hashes[rows].tobytes(), digest_size=8)
-        digest.update(self.loss_tokens[rows].tobytes())
-        whole = datasets.Dataset(self.table, fingerprint=digest.hexdigest())
-        return whole.select(rows, keep_in_memory=True, new_fingerprint=digest.hexdigest())
+        digest = blake2b(self.hashes[rows].data, digest_size=8)
+        digest.update(self.loss_tokens[rows].astype(np.int64).data)
+        indices = pa.table({"indices": pa.array(rows.astype(np.uint64))})
+        return datasets.Dataset(self.table, indices_table=InMemoryTable(indices), fingerprint=digest.hexdigest())
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """One array of several, which is that one where there are no others."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

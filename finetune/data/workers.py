@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import IO, Any
+from itertools import chain
+from typing import IO, Any, Literal
 
 from finetune.data.bad_rows import BadRow
 from finetune.data.encode import Encoded, Encoder
@@ -29,28 +30,39 @@ MOST_WORKERS = 8
 Answers = list[Encoded | BadRow]
 
 
-def encoded(batches: Iterable[list[Row]], encoder: Encoder, workers: int | None) -> Iterator[tuple[list[Row], Answers]]:
+def encoded(
+    batches: Iterable[list[Row]], encoder: Encoder, workers: int | Literal["auto"]
+) -> Iterator[tuple[list[Row], Answers]]:
     """Each batch with its answers, in their order.
 
-    workers: processes; 1 for this one alone. None: as many as there are cores, for a file of many rows.
+    workers: processes; 1 for this one alone. auto: as many as there are cores, for a file of many rows.
     """
     batches = iter(batches)
-    if workers is None:
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MOST_WORKERS)
+    number = _cores() if workers == "auto" else workers
+    if workers == "auto" and number > 1:
         done = 0
         for batch in batches:
             yield batch, encoder.encode(batch)
             done += len(batch)
-            if done >= ROWS_BEFORE and workers > 1:
+            if done >= ROWS_BEFORE:
                 break
-    if workers == 1:
+    if number == 1:
         yield from ((batch, encoder.encode(batch)) for batch in batches)
-        return
-    with _started(encoder, workers) as running:
+    elif (first := next(batches, None)) is not None:
+        yield from _by_others(chain([first], batches), encoder, number)
+
+
+def _cores() -> int:
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(here, MOST_WORKERS)
+
+
+def _by_others(batches: Iterable[list[Row]], encoder: Encoder, number: int) -> Iterator[tuple[list[Row], Answers]]:
+    with _started(encoder, number) as running:
         waiting: deque[tuple[list[Row], Future[Answers]]] = deque()
-        for number, batch in enumerate(batches):
-            waiting.append((batch, running[number % workers].submit(batch)))
-            if len(waiting) > 2 * workers:
+        for index, batch in enumerate(batches):
+            waiting.append((batch, running[index % number].submit(batch)))
+            if len(waiting) > 2 * number:
                 rows, answers = waiting.popleft()
                 yield rows, answers.result()
         for rows, answers in waiting:
