@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.config.data_templates import template_folder, template_names
+from finetune.config.package_files import template_file, template_names
 from finetune.errors import Problem, UserError
 
 HEAD = """# {name}: a data template. Save it as {name}.yaml and name it in the recipe: data.template: {name}.yaml
@@ -71,7 +71,7 @@ def new_template(name: str, kind: str | None = None) -> str:
     """
     name = name.removesuffix(".yaml").removesuffix(".yml")
     if kind is None and name in template_names():
-        return (template_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+        return template_file(name).read_text(encoding="utf-8")
     if kind is not None and kind not in STARTS:
         raise UserError(Problem("--kind", f"is none of {', '.join(STARTS)}", "name one of them", kind))
     return HEAD.format(name=name) + STARTS[kind or "turns"]

@@ -1,7 +1,7 @@
 """Data templates: YAML files that say which fields of a row are read and what they become.
 
 Four kinds. `messages`: the row holds a list of chat messages. `turns`: a chat is made from fields of the row.
-`completion`: a prompt and what follows it. `text`: plain text. The files in data_templates/ are the ones known by
+`completion`: a prompt and what follows it. `text`: plain text. Those that come with the package are known by
 name; any other is named by its path.
 """
 
@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 from typing_extensions import Self
 
-from finetune.config.data_templates import template_folder, template_names
+from finetune.config.package_files import template_file, template_names
 from finetune.config.schema import RowRole
 from finetune.diagnostics.advice import did_you_mean
 from finetune.diagnostics.document import read_document
@@ -29,7 +29,7 @@ from finetune.errors import DataError, Problem
 JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
 
 KINDS = ("messages", "turns", "completion", "text")
-HINT = "compare with the files in data_templates/"
+HINT = "compare with what `finetune template new chat` prints"
 
 Names = tuple[Name, ...]
 Strings = dict[str, Any]
@@ -256,7 +256,7 @@ def load_template(name: str) -> DataTemplate:
 
 @cache
 def _named_template(name: str) -> DataTemplate:
-    path = template_folder() / f"{name}.yaml"
+    path = template_file(name)
     return parse_template(_read(path), name)
 
 
