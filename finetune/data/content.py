@@ -25,10 +25,10 @@ def content_key(file: DataFile, encoder: Encoder, on_bad_row: str) -> tuple[str,
     """A digest of all that the encoded rows of a source depend on, and the bytes of its files; None where not all is
     known: what is at an address or on the hub is not looked through.
     """
-    files = _files(file)
-    if files is None:
-        return None
     try:
+        files = _files(file)
+        if files is None:
+            return None
         contents = [(str(path), file_digest(path)) for path in files]
         size = sum(path.stat().st_size for path in files)
     except OSError:
