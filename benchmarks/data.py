@@ -76,7 +76,7 @@ class Work:
     def __init__(self, folder: Path, tokenizer: Path) -> None:
         from transformers import AutoTokenizer
 
-        self.folder, self.tokenizer = folder, AutoTokenizer.from_pretrained(tokenizer)
+        self.folder, self.tokenizer = folder, AutoTokenizer.from_pretrained(tokenizer.resolve())
         with (folder / "rows.jsonl").open(encoding="utf-8") as file:
             (folder / f"few-{os.getpid()}.jsonl").write_text("".join(islice(file, 600)), encoding="utf-8")
 
