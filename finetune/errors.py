@@ -146,6 +146,10 @@ class StoppedError(RunError):
     exit_code = 143
 
 
+class DiskError(RunError):
+    """A disk does not take what is to be written."""
+
+
 class ExportError(RunError):
     """What another program wrote for an export is not what was asked for."""
 

@@ -18,7 +18,8 @@ def _root() -> None:
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="what to call it, or one that comes with the package")],
     kind: Annotated[
-        str | None, typer.Option("--kind", help="messages, turns, completion or text; turns by default")
+        str | None,
+        typer.Option("--kind", help="messages, turns (default), completion, text, preference, labeled or prompt"),
     ] = None,
 ) -> None:
     """Print a data template with comments, to start from."""

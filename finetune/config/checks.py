@@ -12,7 +12,7 @@ from finetune.diagnostics.findings import FieldPath, Finding
 
 def text_findings(recipe: Recipe) -> list[Finding]:
     """Contradictions between fields."""
-    checks = (_adapter, _experts, _router, _precision, _quantize, _data)
+    checks = (_adapter, _experts, _router, _precision, _quantize, _data, _objective)
     return [finding for check in checks for finding in check(recipe)]
 
 
@@ -27,6 +27,9 @@ def _keys(path: FieldPath | str) -> FieldPath:
 
 def _adapter(recipe: Recipe) -> Iterator[Finding]:
     adapter = recipe.adapter
+    if adapter.start is not None and recipe.experts.select is not None:
+        hint = "remove experts.select: the experts of that adapter train on"
+        yield _clash("adapter.from", "is given, and so is experts.select", hint, "experts.select")
     for name in ("expert_rank", "expert_alpha", "expert_dropout"):
         if getattr(adapter, name) is not None and not adapter.experts:
             yield _clash(
@@ -208,3 +211,22 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
             hint = "evaluate on rows that are not trained on; eval_fraction holds some out"
             what = f"is data.train.{twin} as well"
             yield _clash(("data", "eval", index, "path"), what, hint, ("data", "train", twin, "path"))
+
+
+def _objective(recipe: Recipe) -> Iterator[Finding]:
+    """Settings of rows that say something about supervised rows alone."""
+    data, objective, where = recipe.data, recipe.train.objective, "train.objective"
+    if objective == "sft":
+        return
+    if data.over_long == "split":
+        hint = "write over_long: skip" + ("" if objective == "grpo" else ", or truncate, which cuts what is answered")
+        yield _clash("data.over_long", f"is split, but {objective} has no plain texts to split", hint, where)
+    if data.over_long == "truncate" and objective == "grpo":
+        what = "is truncate, but a prompt that is cut asks for something else"
+        yield _clash("data.over_long", what, "write over_long: skip", where)
+    if objective == "grpo" and recipe.experts.profile_on == "loss":
+        hint = "write profile_on: all"
+        yield _clash("experts.profile_on", "is loss, but prompts have no tokens that carry loss", hint, where)
+    if data.loss_on == "all":
+        what = f"is all, but {objective} compares answers, and never learns prompts"
+        yield _clash("data.loss_on", what, "remove the line, or write loss_on: last", where)

@@ -25,6 +25,7 @@ from finetune.architecture.names import (
 )
 from finetune.architecture.registry import FAMILIES
 from finetune.architecture.shape import ModelShape
+from finetune.config.objectives import ROW_KINDS, TEMPLATES, Objective
 from finetune.config.package_files import with_examples
 from finetune.config.values import Amount, DropoutRate, as_checkpointing
 from finetune.diagnostics.section import Section
@@ -159,6 +160,10 @@ class QuantizeSection(Section):
 class AdapterSection(Section):
     """The trainable part: LoRA on attention, experts and dense MLPs."""
 
+    __annotations__["from"] = "PathName | None"  # a keyword of Python's
+    vars()["from"] = Field(
+        default=None, description="adapter or run to start from, with its experts; zero when null, as LoRA starts"
+    )
     attention: AttentionTargets = Field(
         default=ATTENTION_PROJECTIONS, description="attention projections that get LoRA, or all"
     )
@@ -192,6 +197,11 @@ class AdapterSection(Section):
                 f"name projections in at least one of them, such as attention: [{', '.join(ATTENTION_PROJECTIONS)}]",
             )
         return self
+
+    @property
+    def start(self) -> str | None:
+        """`from`: the adapter or run that training starts from."""
+        return getattr(self, "from")
 
     @property
     def rank_of_experts(self) -> int:
@@ -366,8 +376,11 @@ class DataColumns(Section):
     instruction: Name | None = Field(default=None, description="column with the instruction (template instruct)")
     input: Name | None = Field(default=None, description="column with the instruction's input (template instruct)")
     output: Name | None = Field(default=None, description="column with the answer (template instruct)")
-    prompt: Name | None = Field(default=None, description="column with the prompt (template completion)")
-    completion: Name | None = Field(default=None, description="column with what follows (template completion)")
+    prompt: Name | None = Field(default=None, description="column with the prompt")
+    completion: Name | None = Field(default=None, description="column with what follows the prompt")
+    chosen: Name | None = Field(default=None, description="column with the preferred completion (template preference)")
+    rejected: Name | None = Field(default=None, description="column with the other completion (template preference)")
+    label: Name | None = Field(default=None, description="column that is true for good completions (template labeled)")
     text: Name | None = Field(default=None, description="column with the text (template text)")
 
     def given(self) -> dict[str, Any]:
@@ -415,7 +428,8 @@ class DataSection(Section):
         default=0.0, description="share of the training rows to hold out when `eval` is empty"
     )
     template: PathName = Field(
-        default="chat", description="one that comes with the package, or the path of a template file"
+        default="chat",
+        description="one that comes with the package, or a template file; without one, that of train.objective's rows",
     )
     columns: DataColumns | None = Field(
         default=None, description="names that the rows give to what the template reads, where they differ"
@@ -470,6 +484,10 @@ class SamplesSection(Section):
 class TrainSection(Section):
     """The optimization."""
 
+    objective: Objective = Field(
+        default="sft",
+        description="what is learned: answers (sft), preferences (dpo, orpo), labels (kto), or by reward (grpo)",
+    )
     steps: Count | None = Field(default=None, description="optimizer steps; `epochs` decides when null")
     epochs: Annotated[float, Field(gt=0.0, le=1e4)] = Field(
         default=1.0, description="passes over the data when `steps` is null"
@@ -537,6 +555,11 @@ class Recipe(Section):
             return self.adapter.expert_parameters(hidden, intermediate)
         return hidden * intermediate * sum(len(EXPERT_MATRICES[name]) for name in self.adapter.experts)
 
+    @property
+    def packs_rows(self) -> bool:
+        """Whether rows are packed into blocks of `data.max_length` tokens before training."""
+        return self.data.packing and self.train.objective == "sft"
+
     model: ModelSection
     quantize: QuantizeSection = QuantizeSection()
     adapter: AdapterSection = AdapterSection()
@@ -545,3 +568,15 @@ class Recipe(Section):
     data: DataSection
     train: TrainSection = TrainSection()
     output: OutputSection
+
+    @model_validator(mode="before")
+    @classmethod
+    def _template_of_the_objective(cls, given: Any) -> Any:
+        """A recipe that names no data template has the one of its objective's rows."""
+        data, train = (given.get(name) for name in ("data", "train")) if isinstance(given, dict) else (None, None)
+        objective = train.get("objective") if isinstance(train, dict) else getattr(train, "objective", "sft")
+        if not isinstance(data, dict) or "template" in data or not isinstance(objective, str):
+            return given
+        if objective not in ROW_KINDS:
+            return given
+        return {**given, "data": {**data, "template": TEMPLATES[ROW_KINDS[objective]]}}

@@ -48,7 +48,7 @@ class Steps:
 
     def text(self) -> str:
         """`steps: 120, of 8 blocks each; 4 of them warm up; 1 epoch of 960 blocks`."""
-        name = "blocks" if self.recipe.data.packing else "rows"
+        name = "blocks" if self.recipe.packs_rows else "rows"
         epochs = self.total * self.per_step / self.units if self.recipe.train.steps else self.recipe.train.epochs
         each = f"steps: {self.total:,}, of {self.per_step:,} {name} each"
         passes = f"{epochs:,.3g} epoch{'' if epochs == 1 else 's'} of {self.units:,} {name}"

@@ -28,6 +28,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     recipe = resolve_packed(recipe)
     train, data = recipe.train, recipe.data
     shape = find_model_shape(recipe.model.path)
+    blocks = train.batch_size * train.gradient_accumulation
     facts: dict[str, Any] = {"model": recipe.model.path, **_quantize(recipe)}
     if shape is not None:
         counts = _counts(recipe, shape)
@@ -36,10 +37,11 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         "adapter": _adapter(recipe, shape),
         **_experts(recipe),
         "data": {"train": _files(data.train), "eval": _files(data.eval), "eval_fraction": data.eval_fraction},
+        "objective": train.objective,
         "steps": train.steps,
         "warmup_steps": None if train.steps is None else warmup_steps(train, train.steps),
         "epochs": None if train.steps is not None else train.epochs,
-        "tokens_per_step": data.max_length * train.batch_size * train.gradient_accumulation if data.packing else None,
+        "tokens_per_step": data.max_length * blocks if recipe.packs_rows else None,
         "learning_rate": train.learning_rate,
         "output": recipe.output.dir,
         "warnings": _warnings(recipe, shape),

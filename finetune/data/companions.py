@@ -94,8 +94,16 @@ def read_beside(fields: Fields, template: DataTemplate) -> tuple[list[Any] | Non
         settings |= {name: value for name, value in given.items() if value is not None}
     column = template.companions.get("enable_thinking")
     if column and (thinking := fields.get(column)) not in (None, ""):
-        switch = thinking if isinstance(thinking, bool) else _SWITCHES.get(str(thinking).strip().lower())
+        switch = as_switch(thinking)
         if switch is None:
             raise BadRow(column, "is neither true nor false", "write true, false, or leave it out", thinking)
         settings["enable_thinking"] = switch
     return tools, settings
+
+
+def as_switch(value: Any) -> bool | None:
+    """True or false, also as a number or a text; None for anything else."""
+    if isinstance(value, bool):
+        return value
+    text = str(int(value)) if value in (0.0, 1.0) else str(value)
+    return _SWITCHES.get(text.strip().lower())

@@ -70,7 +70,7 @@ def _tokenizer_facts(tokenizer: Any) -> list[Any]:
 def _code_digest() -> str:
     """Of the code that reads and encodes rows: an entry that another version made is not found."""
     digest, here = hashlib.sha256(), Path(__file__).parents[1]
-    for path in sorted(path for name in CODE for path in (here / name).glob("*.py")):
+    for path in sorted(path for name in CODE for path in (here / name).rglob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -56,8 +56,8 @@ def prepare(section: DataSection, tokenizer: Any, *, seed: int, progress: Progre
     Raises DataError with every bad row of every file (the first ones in full) unless data.on_bad_row is skip; a file
     that is missing, cannot be read on or has no good row is an error in any case.
     """
-    _check_weights(section)
-    section = _without_skipped(section)
+    check_weights(section)
+    section = without_skipped(section)
     train = [Source(file, "train", seed) for file in section.train]
     evaluated = [Source(file, "eval", seed) for file in section.eval]
     problems = [problem for file in (*train, *evaluated) for problem in file.encode(section, tokenizer, progress)]
@@ -66,14 +66,15 @@ def prepare(section: DataSection, tokenizer: Any, *, seed: int, progress: Progre
     return _Mix(section, train, evaluated, seed).prepared()
 
 
-def _without_skipped(section: DataSection) -> DataSection:
+def without_skipped(section: DataSection) -> DataSection:
+    """The section without files that are left out. DataError when no training file is left."""
     kept = {name: tuple(file for file in getattr(section, name) if not file.skip) for name in ("train", "eval")}
     if not kept["train"]:
         raise DataError(Problem("data.train", "has no file that is not skipped", "remove `skip: true` from one"))
     return section.model_copy(update=kept)
 
 
-def _check_weights(section: DataSection) -> None:
+def check_weights(section: DataSection) -> None:
     """Weights are for every training file or for none, and for no held-out file."""
     weighted = [file.weight is not None for file in section.train if not file.skip]
     problems = [

@@ -157,11 +157,15 @@ class Encoder:
             if all(arguments in text for arguments in argument_texts(chat.messages)):
                 return chat, text
             error = ValueError("arguments of a call are not shown")
+        except DataError:
+            raise
         except Exception as raised:  # templates fail with whatever Python raises
             error = raised
         try:
             chat = replace(chat, messages=with_parsed_arguments(chat.messages))
             return chat, self._apply(chat.messages, chat.tools, chat.settings)
+        except DataError:
+            raise
         except Exception:
             what = f"makes the model's chat template fail: {type(error).__name__}: {error}"
             hint = "bring the messages into the shape that the model card shows"

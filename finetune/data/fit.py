@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from finetune.config.objectives import ROWS_IN_WORDS, RowKind, setting_for
 from finetune.config.schema import DataColumns
 from finetune.data.bad_rows import BadRow
 from finetune.data.columns import with_columns
+from finetune.data.feedback.rows import feedback_kind, read_feedback
 from finetune.data.json_text import structured
 from finetune.data.messages import interpret
-from finetune.data.templates import ROLES, DataTemplate, load_template, named_templates
+from finetune.data.templates import ROLES, DataTemplate, FeedbackTemplate, load_template, named_templates
 from finetune.data.unread import unread_columns
 
 Fields = dict[str, Any]
@@ -21,16 +23,28 @@ QUESTIONS = ("instruction", "question", "query", "prompt", "input", "problem", "
 ANSWERS = ("output", "answer", "response", "completion", "solution", "assistant", "target")
 
 
-def suggest_template(fields: Fields) -> str | None:
-    """Name of the template that reads the row, the one that leaves the fewest columns unread."""
+def suggest_template(fields: Fields, rows: RowKind = "supervised") -> str | None:
+    """Name of the template for rows of a kind that reads the row, the one that leaves the fewest columns unread."""
     fitting = []
-    for template in named_templates():
+    for template in named_templates(rows):
         try:
-            found = interpret(fields, template)
+            if isinstance(template, FeedbackTemplate):
+                read_feedback(fields, template)
+                unread = 0
+            else:
+                unread = len(unread_columns(fields, interpret(fields, template), template))
         except BadRow:
             continue
-        fitting.append((len(unread_columns(fields, found, template)), -len(template.needs), template.name))
+        fitting.append((unread, -len(template.needs), template.name))
     return min(fitting)[2] if fitting else None
+
+
+def other_kind(fields: Fields, rows: RowKind) -> RowKind | None:
+    """The kind of a row that is not of the kind `rows`; None where that is unknown."""
+    found = feedback_kind(fields)
+    if found is not None:
+        return found if found != rows and suggest_template(fields, found) else None
+    return "supervised" if rows != "supervised" and suggest_template(fields) else None
 
 
 def suggest_columns(fields: Fields) -> str | None:
@@ -59,10 +73,13 @@ def advice(fields: Fields, template: DataTemplate, error: BadRow) -> str | None:
     """What to write in the recipe for a row whose shape is not the one that `template` reads; None if it is another."""
     if not error.reason.startswith(SHAPE):
         return None
-    other = suggest_template(fields)
+    kind = other_kind(fields, template.rows)
+    if kind is not None:
+        return f"it is one of {ROWS_IN_WORDS[kind]}: write {setting_for(kind)}"
+    other = suggest_template(fields, template.rows)
     if other is not None and other != template.name:
         return f"the row fits template {other}: write `template: {other}` in the recipe"
-    guess = suggest_columns(fields) if other is None else None
+    guess = suggest_columns(fields) if other is None and template.rows == "supervised" else None
     return f"write `{guess}` below data in the recipe, if that is what the row means" if guess else None
 
 

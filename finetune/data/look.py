@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from finetune.config.model_files import CHAT_END, TokenFacts, read_token_facts
+from finetune.config.objectives import ROW_KINDS, ROWS_IN_WORDS, RowKind, setting_for
 from finetune.config.schema import DataFile, DataSection, Recipe
 from finetune.config.sources import is_pattern, suffix_of
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.columns import template_of
-from finetune.data.conversation import Conversation
+from finetune.data.conversation import Conversation, Passage
+from finetune.data.feedback.rows import read_feedback
+from finetune.data.fit import other_kind
 from finetune.data.messages import interpret
 from finetune.data.rows import read_rows
-from finetune.data.templates import CompletionTemplate, TextTemplate
+from finetune.data.templates import DataTemplate, FeedbackTemplate, MessagesTemplate, TurnsTemplate
 from finetune.data.unread import in_words, unread_columns, unread_problem
 from finetune.errors import DataError, Problem
 
@@ -24,8 +28,8 @@ ROWS = 1000
 def look(recipe: Recipe) -> list[str]:
     """Notes on columns that nothing reads, and on where the model stops.
 
-    Raises DataError for such columns where the recipe wants that, and for a template that cannot be read. Bad rows
-    are left to `prepare`, which reads every row.
+    Raises DataError for such columns where the recipe wants that, for a template that cannot be read, and for rows of
+    another kind than the objective takes. Other bad rows are left to `prepare`, which reads every row.
     """
     facts = read_token_facts(recipe.model.path) if Path(recipe.model.path).is_dir() else None
     section = recipe.data
@@ -35,8 +39,11 @@ def look(recipe: Recipe) -> list[str]:
     for file in (*section.train, *section.eval):
         if file.skip:
             continue
-        seen = _Seen(file, section, facts)
+        seen = _Seen(file, section, facts, ROW_KINDS[recipe.train.objective])
         chats |= seen.chats
+        if seen.other is not None and not seen.good:
+            what = f"holds {ROWS_IN_WORDS[seen.other]}, and train.objective is {recipe.train.objective}"
+            problems.append(Problem(file.path, what, f"write {setting_for(seen.other)}"))
         if seen.unread and section.unread == "error":
             problems.append(unread_problem(file.path, seen.unread))
         elif seen.unread:
@@ -69,11 +76,12 @@ def _is_large_list(path: str) -> bool:
 class _Seen:
     """What the head of a file holds."""
 
-    def __init__(self, file: DataFile, section: DataSection, facts: TokenFacts | None) -> None:
-        template = template_of(file, section)
+    def __init__(self, file: DataFile, section: DataSection, facts: TokenFacts | None, kind: RowKind) -> None:
+        template = template_of(file, section, kind)
         self.unread: dict[str, int] = {}
+        self.good, self.other = 0, None
         self.remarks: list[str] = []
-        self.rows, self.chats = 0, not isinstance(template, (CompletionTemplate, TextTemplate))
+        self.rows, self.chats = 0, isinstance(template, (MessagesTemplate, TurnsTemplate))
         if not (Path(file.path).exists() or is_pattern(file.path)) or _is_large_list(file.path):
             return
         chat_template = facts.chat_template if facts is not None else None
@@ -82,11 +90,24 @@ class _Seen:
             for row in read_rows(head, BadRows(), self.remarks.append):
                 self.rows += 1
                 try:
-                    found = interpret(row.fields, template)
+                    found = _interpreted(row.fields, template)
                 except BadRow:
+                    self.other = self.other or other_kind(row.fields, kind)
                     continue
+                self.good += 1
                 self.chats |= isinstance(found, Conversation)
+                if kind == "prompt":
+                    continue  # every column is kept
                 for name in unread_columns(row.fields, found, template, chat_template):
                     self.unread[name] = self.unread.get(name, 0) + 1
         except DataError:
             return
+
+
+def _interpreted(fields: dict[str, Any], template: DataTemplate) -> Conversation | Passage:
+    """What a row holds; of one with feedback, a chat of it."""
+    if not isinstance(template, FeedbackTemplate):
+        return interpret(fields, template)
+    found = read_feedback(fields, template)
+    chats = [each for each in (*found.completions, found.prompt) if isinstance(each, Conversation)]
+    return chats[0] if chats else Passage("", "")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune.data.bad_rows import BadRow
-from finetune.errors import Problem
+from finetune.errors import DataError, Problem
+from finetune.models.generation import render_chat
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE_HINT = "the model's chat template writes text of its own, or leaves out what it cannot show"
@@ -79,11 +80,12 @@ def markers_of(tokenizer: Any, named: Markers | None = None) -> Markers | Proble
 
     def render(*messages: str, prompt: bool = False) -> str:
         roles = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
-        text: str = tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=prompt)
-        return text
+        return render_chat(tokenizer, roles, add_generation_prompt=prompt)
 
     try:
         chat = render(_ASKED[0], _ANSWERED[0], _ASKED[1], _ANSWERED[1])
+    except DataError:
+        raise
     except Exception:  # templates fail with whatever Python raises
         chat = ""
     if named is not None:
@@ -110,6 +112,8 @@ def _found(chat: str, render: Callable[..., str], special: list[str]) -> Markers
     before = chat[places[0] + len(_ASKED[0]) : places[1]]
     try:
         asked, prompt = (render(_ASKED[0], prompt=on).partition(_ASKED[0])[2] for on in (False, True))
+    except DataError:
+        raise
     except Exception:
         return None
     begin = prompt if before.startswith(prompt) else before.rstrip(" ")

@@ -15,12 +15,14 @@ from finetune.data.templates import (
     JINJA,
     CompletionTemplate,
     DataTemplate,
+    FeedbackTemplate,
     MessagesTemplate,
     TextTemplate,
     TurnsTemplate,
     message_shape,
 )
-from finetune.errors import shorten
+from finetune.errors import DataError, shorten
+from finetune.models.template_budget import check_length, template_budget
 
 Fields = dict[str, Any]
 
@@ -29,9 +31,10 @@ def interpret(fields: Fields, template: DataTemplate) -> Conversation | Passage:
     """What `template` makes of a row's fields. BadRow names the field that does not fit."""
     for name in template.needs:
         if fields.get(template.column(name)) is None:
-            raise _misfit(template.column(name), fields, template)
+            raise misfit(template.column(name), fields, template)
     if isinstance(template, MessagesTemplate):
         return _chat(fields, template)
+    assert not isinstance(template, FeedbackTemplate), "rows with feedback are read by data.feedback"
     if isinstance(template, CompletionTemplate) and (turns := _halves(fields, template)):
         return _chat(fields, template, turns)
     texts = _texts(fields, template)
@@ -62,7 +65,7 @@ def _chat(fields: Fields, template: DataTemplate, own: Any = None) -> Conversati
             reader.read(messages, name, trained=trained)
     one_system_prompt(made, before)
     conversation = Conversation(made.messages, made.places, made.trained, tools, settings)
-    _check_ends(conversation)
+    check_ends(conversation)
     return conversation
 
 
@@ -71,7 +74,7 @@ def _halves(fields: Fields, template: CompletionTemplate) -> dict[str, tuple[lis
     names = [template.column(name) for name in template.needs]
     if len(names) != 2:
         return None
-    prompt, completion = (structured(fields[name]) if _holds_messages(fields[name]) else fields[name] for name in names)
+    prompt, completion = (structured(fields[name]) if holds_messages(fields[name]) else fields[name] for name in names)
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return None
     if isinstance(prompt, str):
@@ -81,7 +84,7 @@ def _halves(fields: Fields, template: CompletionTemplate) -> dict[str, tuple[lis
     return {names[0]: (prompt, False), names[1]: (completion, True)}
 
 
-def _holds_messages(value: Any) -> bool:
+def holds_messages(value: Any) -> bool:
     """Whether a value is a list of messages, or JSON text of one; other texts are what people wrote."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         value = structured(value)
@@ -90,7 +93,8 @@ def _holds_messages(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def _misfit(name: str, fields: Fields, template: DataTemplate) -> BadRow:
+def misfit(name: str, fields: Fields, template: DataTemplate) -> BadRow:
+    """A row that lacks a field."""
     present = ", ".join(key for key, value in fields.items() if value is not None) or "nothing"
     hint = f"template {template.name} reads {', '.join(template.needs + template.knows)}"
     return BadRow(name, f"is missing; the row has {shorten(present)[1:-1]}", hint, reason=f"lacks {name}")
@@ -103,7 +107,8 @@ def _check_passage(passage: Passage, template: CompletionTemplate | TextTemplate
         raise BadRow(template.needs[-1], "is empty", "give the row a text to learn, or remove it", passage.completion)
 
 
-def _check_ends(conversation: Conversation) -> None:
+def check_ends(conversation: Conversation) -> None:
+    """BadRow for a chat that does not end with an answer, or teaches nothing."""
     messages, places = conversation.messages, conversation.places
     for message, place in zip(messages, places, strict=True):
         if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
@@ -149,8 +154,13 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 def _render(text: str, texts: dict[str, str]) -> str:
+    where = "the data template"
     try:
-        return _compiled(text).render(texts)
+        with template_budget(where):
+            made = _compiled(text).render(texts)
+        return check_length(made, sum(map(len, texts.values())), where)
+    except DataError:
+        raise
     except Exception as error:  # a template may do anything that Python's operators can
         what = f"makes the data template fail: {type(error).__name__}: {error}"
         raise BadRow("", what, "check the Jinja of the data template", reason="makes the data template fail") from None

@@ -62,16 +62,21 @@ example:                    # a row that fits
   text: Seventeen and twenty-five make forty-two.
 """
 STARTS = {"messages": MESSAGES, "turns": TURNS, "completion": COMPLETION, "text": TEXT}
+FEEDBACK_STARTS = ("preference", "labeled", "prompt")
+"""Kinds whose own templates are short, and have comments already."""
 
 
 def new_template(name: str, kind: str | None = None) -> str:
     """The YAML of a template called `name`: of one that comes with the package its own file, where no kind is given.
 
-    kind: messages, turns, completion or text; turns when None.
+    kind: messages, turns, completion, text, preference, labeled or prompt; turns when None.
     """
     name = name.removesuffix(".yaml").removesuffix(".yml")
     if kind is None and name in template_names():
         return template_file(name).read_text(encoding="utf-8")
+    if kind in FEEDBACK_STARTS:
+        return HEAD.format(name=name) + template_file(kind).read_text(encoding="utf-8")
     if kind is not None and kind not in STARTS:
-        raise UserError(Problem("--kind", f"is none of {', '.join(STARTS)}", "name one of them", kind))
+        known = ", ".join((*STARTS, *FEEDBACK_STARTS))
+        raise UserError(Problem("--kind", f"is none of {known}", "name one of them", kind))
     return HEAD.format(name=name) + STARTS[kind or "turns"]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from finetune.data.conversation import Conversation
 from finetune.data.mask import Answer, Tokens, token_at
+from finetune.errors import DataError
 
 Mode = Literal["on", "off", "only"]
 """Thinking on or off; `only` where a template makes the same prompt for both."""
@@ -103,6 +104,8 @@ class Prompts:
             try:
                 options = {**settings, "enable_thinking": thinking, "add_generation_prompt": True}
                 found[mode] = self._render(chat.messages[:at], chat.tools, options)
+            except DataError:
+                raise
             except Exception:  # templates fail with whatever Python raises
                 continue
         if len(found) == 2 and found["on"] == found["off"]:

@@ -62,7 +62,7 @@ def render_tokens(ids: Sequence[int], labels: Sequence[int], tokenizer: Any, *, 
         if trained and not color:
             text.append(OPEN)
         for _, marker, content in runs:
-            text.append(_printable(content), style=STYLES[trained, marker] if color else "")
+            text.append(printable(content), style=STYLES[trained, marker] if color else "")
         if trained and not color:
             text.append(CLOSE)
     return text
@@ -85,7 +85,7 @@ def _runs(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator
         yield trained, marker, tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     r"""`text` with control characters but newline and tab as \x1b and the like."""
     if text.isprintable():
         return text

@@ -65,8 +65,8 @@ class Source:
         bad = BadRows(skip=section.on_bad_row == "skip")
         writer = TokenWriter(folder, self._seed)
         try:
-            batches = _batches(read_rows(self.file, bad, report.remarks.append), ROWS_AT_ONCE)
-            for rows, answers in encoded(batches, encoder, section.workers):
+            found = batches(read_rows(self.file, bad, report.remarks.append), ROWS_AT_ONCE)
+            for rows, answers in encoded(found, encoder, section.workers):
                 for row, answer in zip(rows, answers, strict=True):
                     _take(row, answer, bad, report, writer)
                 if progress is not None:
@@ -167,6 +167,7 @@ def _take(row: Row, answer: Any, bad: BadRows, report: FileReport, writer: Token
         writer.add(row, piece, len(parts) - 1)
 
 
-def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+def batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    """`rows`, `size` at a time."""
     while batch := list(islice(rows, size)):
         yield batch

@@ -1,8 +1,9 @@
 """Data templates: YAML files that say which fields of a row are read and what they become.
 
-Four kinds. `messages`: the row holds a list of chat messages. `turns`: a chat is made from fields of the row.
-`completion`: a prompt and what follows it. `text`: plain text. Those that come with the package are known by
-name; any other is named by its path.
+For supervised rows, `messages`: the row holds a list of chat messages; `turns`: a chat is made from fields of the row;
+`completion`: a prompt and what follows it; `text`: plain text. For other objectives, `preference`: two completions,
+the better one named; `labeled`: a completion that is good or bad; `prompt`: a prompt alone. Those that come with the
+package are known by name; any other is named by its path.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 from typing_extensions import Self
 
+from finetune.config.objectives import RowKind
 from finetune.config.package_files import template_file, template_names
 from finetune.config.schema import RowRole
 from finetune.diagnostics.advice import did_you_mean
@@ -25,11 +27,21 @@ from finetune.diagnostics.findings import Finding, Places
 from finetune.diagnostics.section import Section
 from finetune.diagnostics.values import Name
 from finetune.errors import DataError, Problem
+from finetune.models.template_budget import check_template, template_budget
 
 JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
 
-KINDS = ("messages", "turns", "completion", "text")
+KINDS = ("messages", "turns", "completion", "text", "preference", "labeled", "prompt")
 HINT = "compare with what `finetune template new chat` prints"
+
+
+def undeclared(text: str, where: str) -> set[str]:
+    """Names that a Jinja string reads. Raises TemplateError or SyntaxError, and DataError for one without bounds."""
+    check_template(text, where)
+    with template_budget(where):
+        JINJA.from_string(text)
+        return meta.find_undeclared_variables(JINJA.parse(text))
+
 
 Names = tuple[Name, ...]
 Strings = dict[str, Any]
@@ -63,8 +75,13 @@ class Template(Section):
         made = self.model_copy(update=changed)
         for cached in ("companions", "columns"):
             made.__dict__.pop(cached, None)
-        made._columns = dict(columns)
+        made._name, made._columns = self._name, dict(columns)
         return made
+
+    @property
+    def rows(self) -> RowKind:
+        """The kind of row it reads."""
+        return "supervised"
 
     @property
     def name(self) -> str:
@@ -184,9 +201,11 @@ class FieldsTemplate(Template):
     def _strings_compile(self) -> FieldsTemplate:
         for place, text in self.strings().items():
             try:
-                unknown = meta.find_undeclared_variables(JINJA.parse(text)) - {*self.required, *self.optional}
-            except TemplateError as error:
+                unknown = undeclared(text, place) - {*self.required, *self.optional}
+            except (TemplateError, SyntaxError) as error:
                 raise ValueError(f"{place} is not valid Jinja: {error}") from None
+            except DataError as error:
+                raise ValueError(f"{place} {error.problems[0].what}") from None
             if unknown:
                 raise ValueError(f"{place} uses {', '.join(sorted(unknown))}, in neither `required` nor `optional`")
         return self
@@ -235,7 +254,112 @@ class TextTemplate(FieldsTemplate):
         return {"text": self.text}
 
 
-DataTemplate = MessagesTemplate | TurnsTemplate | CompletionTemplate | TextTemplate
+class FeedbackTemplate(Template):
+    """A prompt with completions, each a list of messages or a text."""
+
+    prompt: Name = Field(description="field with the prompt")
+    texts: Literal["plain", "chat"] = Field(
+        "plain", description="what a prompt and completions that are texts become: text as it is, or turns of a chat"
+    )
+    _shape: MessagesTemplate | None = PrivateAttr(None)
+
+    @property
+    def shape(self) -> MessagesTemplate:
+        """How messages look."""
+        return self._shape or message_shape()
+
+    def with_shape(self, shape: MessagesTemplate) -> Self:
+        """The same template for messages that look like that."""
+        made = self.renamed(self._columns, {})
+        made._shape = shape
+        return made
+
+    @property
+    def completions(self) -> Names:
+        """Fields with completions."""
+        raise NotImplementedError
+
+
+class PreferenceTemplate(FeedbackTemplate):
+    """Two completions of a prompt, the better one named; the prompt may be what both begin with."""
+
+    kind: Literal["preference"]
+    chosen: Name = Field(description="field with the better completion")
+    rejected: Name = Field(description="field with the other completion")
+
+    @property
+    def rows(self) -> RowKind:
+        """Preference rows."""
+        return "preference"
+
+    @property
+    def needs(self) -> Names:
+        """Both completions."""
+        return self.completions
+
+    @property
+    def knows(self) -> Names:
+        """The prompt, where it stands apart."""
+        return (self.prompt,)
+
+    @property
+    def completions(self) -> Names:
+        """The better one first."""
+        return (self.chosen, self.rejected)
+
+
+class LabeledTemplate(FeedbackTemplate):
+    """A completion of a prompt that is good or bad."""
+
+    kind: Literal["labeled"]
+    completion: Name = Field(description="field with the completion")
+    label: Name = Field(description="field that says whether it is good: true or false")
+
+    @property
+    def rows(self) -> RowKind:
+        """Labeled rows."""
+        return "labeled"
+
+    @property
+    def needs(self) -> Names:
+        """The completion and its label."""
+        return (self.completion, self.label)
+
+    @property
+    def knows(self) -> Names:
+        """The prompt, where it stands apart."""
+        return (self.prompt,)
+
+    @property
+    def completions(self) -> Names:
+        """The one that is labeled."""
+        return (self.completion,)
+
+
+class PromptTemplate(FeedbackTemplate):
+    """A prompt alone; every other column is kept for what judges the answers."""
+
+    kind: Literal["prompt"]
+
+    @property
+    def rows(self) -> RowKind:
+        """Prompts."""
+        return "prompt"
+
+    @property
+    def needs(self) -> Names:
+        """The prompt."""
+        return (self.prompt,)
+
+    @property
+    def completions(self) -> Names:
+        """None: the model writes them."""
+        return ()
+
+
+Feedbacks = PreferenceTemplate | LabeledTemplate | PromptTemplate
+Supervised = MessagesTemplate | TurnsTemplate | CompletionTemplate | TextTemplate
+DataTemplate = Supervised | Feedbacks
 _ANY_TEMPLATE: TypeAdapter[DataTemplate] = TypeAdapter(Annotated[DataTemplate, Field(discriminator="kind")])
 
 
@@ -260,9 +384,10 @@ def _named_template(name: str) -> DataTemplate:
     return parse_template(_read(path), name)
 
 
-def named_templates() -> list[DataTemplate]:
-    """The templates that come with the package."""
-    return [_named_template(name) for name in template_names()]
+def named_templates(rows: RowKind = "supervised") -> list[DataTemplate]:
+    """The templates for rows of a kind that come with the package."""
+    found = (_named_template(name) for name in template_names())
+    return [template for template in found if template.rows == rows]
 
 
 def message_shape() -> MessagesTemplate:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from finetune.data.conversation import Conversation, Passage
-from finetune.data.templates import CompletionTemplate, DataTemplate, MessagesTemplate
+from finetune.data.templates import CompletionTemplate, DataTemplate, FeedbackTemplate, MessagesTemplate
 from finetune.errors import Problem
 
 Fields = dict[str, Any]
@@ -60,7 +60,8 @@ def _told_in_vain(chat: Conversation, template: DataTemplate, chat_template: str
     if isinstance(template, MessagesTemplate):
         place = template.messages
     else:
-        place = template.column(template.needs[0]) if isinstance(template, CompletionTemplate) else "history"
+        first = isinstance(template, CompletionTemplate | FeedbackTemplate)
+        place = template.column(template.needs[0]) if first else "history"
     return unread + [f"{place}[].{key}" for key in sorted(keys) if not mentions(chat_template, key)]
 
 

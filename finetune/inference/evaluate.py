@@ -16,6 +16,7 @@ from finetune.adapters.attach import frozen_text, load
 from finetune.adapters.frozen import LoadedWeights
 from finetune.config.schema import DataFile
 from finetune.data.bad_rows import BadRow, BadRows
+from finetune.data.columns import check_kind
 from finetune.data.encode import Encoded, Encoder, Encoding
 from finetune.data.prepare_report import unprompted_note
 from finetune.data.rows import Row, read_rows
@@ -96,6 +97,7 @@ def evaluate(
     Raises DataError with every bad row, ModelError or AdapterError when the weights cannot be read.
     """
     form = load_template(template)
+    check_kind(form, "supervised")
     rows = _read(data, limit)
     if by is not None:
         _check_field(rows, by)

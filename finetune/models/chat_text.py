@@ -10,6 +10,10 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from finetune.models.generation import render_chat
+from finetune.models.template_budget import check_length, template_budget
+
+WHERE = "the model's chat template"
 PLAIN_KEYS = frozenset(("role", "content", "reasoning_content"))
 PLAIN_SETTINGS = frozenset(("enable_thinking", "add_generation_prompt"))
 COMPARED = 64
@@ -37,7 +41,9 @@ class ChatWriter:
             return self._by_library(messages, tools, settings)
         given = {"tools": None, "documents": None, "add_generation_prompt": False, **self._special, **settings}
         if self._compared >= COMPARED:
-            return quick.render(messages=_with_both_names(messages), **given)
+            with template_budget(WHERE):
+                text = quick.render(messages=_with_both_names(messages), **given)
+            return check_length(text, sum(len(message.get("content", "")) for message in messages), WHERE)
         self._compared += 1
         text = self._by_library(messages, tools, settings)
         if quick.render(messages=_with_both_names(messages), **given) != text:
@@ -45,8 +51,7 @@ class ChatWriter:
         return text
 
     def _by_library(self, messages: list[dict[str, Any]], tools: list[Any] | None, settings: dict[str, Any]) -> str:
-        text: str = self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **settings)
-        return text
+        return render_chat(self._tokenizer, messages, tools=tools, **settings)
 
 
 def _is_plain(messages: list[dict[str, Any]], settings: dict[str, Any]) -> bool:

@@ -9,9 +9,10 @@ from finetune.config.schema import DataColumns, DataFile
 from finetune.data.columns import with_columns
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import prepare
+from finetune.data.feedback.rows import read_feedback
 from finetune.data.fit import suggest_columns, suggest_template
 from finetune.data.messages import interpret
-from finetune.data.new_template import STARTS, new_template
+from finetune.data.new_template import FEEDBACK_STARTS, STARTS, new_template
 from finetune.data.templates import load_template, parse_template, template_names
 from finetune.errors import DataError, UserError
 from tests.data.conftest import question, section
@@ -141,11 +142,12 @@ def test_a_chat_as_prompt_and_completion_trains_the_completion(tiny_tokenizer, w
     assert texts == ["d<|im_end|>", "d<|im_end|>"]
 
 
-@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize("kind", [*STARTS, *FEEDBACK_STARTS])
 def test_a_new_template_is_a_template(kind):
     template = parse_template(new_template("mine", kind), "mine.yaml")
     assert template.kind == kind
-    interpret(template.example, template)
+    read = interpret if kind in STARTS else read_feedback
+    read(template.example, template)
 
 
 def test_new_of_a_known_name_is_that_template():

@@ -6,7 +6,9 @@ import pytest
 
 from finetune.config.package_files import template_names
 from finetune.data.conversation import Conversation, Passage
-from finetune.data.fit import suggest_template
+from finetune.data.encode import Encoding
+from finetune.data.feedback.tokens import FeedbackEncoder
+from finetune.data.fit import other_kind, suggest_template
 from finetune.data.messages import interpret
 from finetune.data.rows import Row
 from finetune.data.templates import load_template, parse_template
@@ -14,6 +16,7 @@ from finetune.errors import DataError
 from tests.data.encoding import encode_row
 
 NAMES = ("chat", "completion", "instruct", "sharegpt", "text")
+FEEDBACK = ("labeled", "labeled_chat", "preference", "preference_chat", "prompt", "prompt_chat")
 GOOD = """
 kind: turns
 required: [question, answer]
@@ -31,8 +34,18 @@ def messages(fields, name):
     return found.messages
 
 
-def test_the_five_templates_are_all_there():
-    assert template_names() == NAMES
+def test_the_templates_are_all_there():
+    assert template_names() == tuple(sorted((*NAMES, *FEEDBACK)))
+
+
+@pytest.mark.parametrize("name", FEEDBACK)
+def test_the_example_of_a_template_with_feedback_can_be_encoded(name, tiny_tokenizer):
+    template = load_template(name)
+    (found,) = FeedbackEncoder(tiny_tokenizer, template, Encoding()).encode([Row("example", 1, template.example)])
+    assert len(found.prompt_ids) > 10
+    assert len(found.completions) == {"preference": 2, "labeled": 1, "prompt": 0}[template.rows]
+    if template.rows != "prompt":
+        assert other_kind(template.example, "supervised") == template.rows
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,7 +201,7 @@ def test_a_template_that_is_not_there(name, hint):
         "{{ answer.__class__.__mro__ }}",
         "{{ answer.__init__.__globals__ }}",
         "{{ ''.__class__.__base__.__subclasses__() }}",
-        "{{ range(10 ** 9) | list }}",
+        "{{ range(1000000000) | list }}",
         "{{ answer.missing }}",
     ],
 )
@@ -206,4 +219,4 @@ def test_every_package_is_listed_for_the_wheel():
     found = {".".join(folder.relative_to(root).parts) for folder in folders}
     assert found <= set(tool["packages"])
     assert tool["package-dir"]["finetune.data_templates"] == "data_templates"
-    assert {path.stem for path in (root / "data_templates").glob("*.yaml")} == set(NAMES)
+    assert {path.stem for path in (root / "data_templates").glob("*.yaml")} == {*NAMES, *FEEDBACK}
