@@ -26,6 +26,8 @@ from finetune.training.run_folder import RunFolder
 from finetune.training.run_lock import owned
 
 MAY_CHANGE = {
+    ("data", "cache"),
+    ("data", "workers"),
     ("output", "dir"),
     ("quantize", "resident"),
     ("train", "batch_size"),
