@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 
 from finetune.models.word_tokens import Ids, WordTokens, word_tokenizer
+
+logger = logging.getLogger(__name__)
+
+CHECKED = 64
+"""First texts that are tokenized both ways."""
 
 
 class TextTokenizer:
@@ -16,12 +22,21 @@ class TextTokenizer:
         tokenizer([""], add_special_tokens=False, verbose=False)  # turns off cutting and filling up
         self._backend = tokenizer.backend_tokenizer
         self._words = word_tokenizer(tokenizer)
+        self._checked = 0
 
     def __call__(self, texts: list[str]) -> list[WordTokens | LibraryTokens]:
         """One answer per text, in their order."""
         if self._words is None:
             return list(map(LibraryTokens, self._backend.encode_batch(texts, add_special_tokens=False)))
         found: list[WordTokens | LibraryTokens | None] = list(map(self._words.encode, texts))
+        for text, tokens in zip(texts, found, strict=True):
+            if self._checked == CHECKED:
+                break
+            self._checked += 1
+            if tokens is not None and tokens.ids.tolist() != self._backend.encode(text, add_special_tokens=False).ids:
+                logger.warning("the tokenizer splits %r in a way of its own: its library does all of it", text[:80])
+                self._words = None
+                return self(texts)
         left = [index for index, tokens in enumerate(found) if tokens is None]
         if left:
             made = self._backend.encode_batch([texts[index] for index in left], add_special_tokens=False)

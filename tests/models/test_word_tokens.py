@@ -50,6 +50,15 @@ def test_tokens_and_their_characters_are_the_librarys(tokenizer):
     assert by_words > 0.5 * len(all_texts)
 
 
+def test_a_difference_in_the_first_texts_leaves_all_to_the_library(tokenizer, caplog):
+    made = TextTokenizer(tokenizer)
+    made._words._table[" word"] = made._words._table[" other"]
+    (found,) = made(["a word"])
+    assert isinstance(found, LibraryTokens)
+    assert "'a word'" in caplog.text
+    assert isinstance(made(["a"])[0], LibraryTokens)
+
+
 def test_other_tokenizers_are_left_to_the_library(tokenizer):
     from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
