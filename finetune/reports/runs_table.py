@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from finetune.errors import Problem, UserError
 from finetune.reports.page import document, grid_table, section
@@ -43,14 +45,9 @@ class Runs(Shown):
         """Plain values for JSON."""
         return {"runs": [dict(row) for row in self.rows]}
 
-    def render(self) -> Table:
-        """A row for each run."""
-        made = table("", *COLUMNS.values())
-        for name in ("model", "state", "date"):
-            made.columns[list(COLUMNS).index(name)].justify = "left"
-        for row in self.rows:
-            made.add_row(*_cells(row))
-        return made
+    def render(self) -> RenderableType:
+        """A row for each run; fewer columns where there is no room for all."""
+        return _Fitted(self.rows)
 
     def to_html(self, title: str) -> str:
         """One page without links. Raises UserError when matplotlib is missing."""
@@ -65,6 +62,30 @@ class Runs(Shown):
                     figures.append(section(name, f'<div class="figure">{drawn}</div>'))
         grid = grid_table(tuple(COLUMNS.values()), [_cells(row) for row in self.rows])
         return document(title, [f"<h1>{len(self.rows)} runs</h1>", grid, *figures])
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """The widest table that fits where it is printed."""
+
+    rows: Sequence[Mapping[str, Any]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = list(COLUMNS)
+        for left_out in ("model", "peak_memory_gib", "eval_after", "date", "tokens_per_second"):
+            if console.measure(self._table(columns), options=options.update(width=1000)).maximum <= options.max_width:
+                break
+            columns.remove(left_out)
+        yield self._table(columns)
+
+    def _table(self, columns: Sequence[str]) -> Table:
+        made = table("", *(COLUMNS[name] for name in columns))
+        for name, column in zip(columns, made.columns, strict=True):
+            column.justify = "left" if name in ("name", "model", "state", "date") else "right"
+            column.no_wrap, column.overflow = name != "name", "fold"
+        for row in self.rows:
+            made.add_row(*(Text(_cell(name, row[name])) for name in columns))
+        return made
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
