@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test wheel lint bench full-size fixtures proof-vllm proof-quant chaos clean
+.PHONY: help install demo test wheel lint bench full-size fixtures proof-vllm proof-quant chaos screens clean
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ proof-quant: ## GPTQ and AWQ exports of the trained tiny model, in an environmen
 
 chaos: $(VENV)/installed ## kills, flipped bytes, cut files and full disks over every command that writes (an hour)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -W ignore tests/proof/chaos.py
+
+screens: $(VENV)/installed ## pictures of the report and of commands, in runs/screens (Chromium for the report; minutes)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/proof/screens.py runs/screens $(RUN)
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) .venv-vllm .venv-quant runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.fixtures
