@@ -278,7 +278,7 @@ def _train(
     summary = summarize(recipe, folder, adapted, None if planned is None else planned.measurable_gib)
     if is_main_process():
         report = prepared.report
-        told = card_facts(folder, recipe, report, summary)
+        told = card_facts(recipe, report, summary)
         notes = save_adapter(adapted, folder.adapter, thinking=report.thinking, ends=report.ends, training=told)
         write_json_atomic(folder.summary, summary)  # the run is complete
         for note in notes:

@@ -106,7 +106,7 @@ def test_killed_and_resumed_is_byte_identical(run, tmp_path):
     resume = [sys.executable, "-m", "finetune", "resume", str(folder), "--json"]
     resumed = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
-    names = ["adapter_model.safetensors", "adapter_config.json", "finetune_adapter.json"]
+    names = ["README.md", "adapter_model.safetensors", "adapter_config.json", "finetune_adapter.json"]
     assert filecmp.cmpfiles(run[0] / "adapter", folder / "adapter", names, shallow=False)[0] == names
     losses = [
         [row["loss"] for row in map(json.loads, (f / "metrics.jsonl").read_text().splitlines()) if "loss" in row]

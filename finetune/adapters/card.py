@@ -24,7 +24,7 @@ CARD = "README.md"
 _MAX_BYTES = 2**20
 _FENCE = "---"
 _NUMBERS = (
-    "steps", "best_step", "rows", "tokens", "loss_tokens", "tokens_seen", "trained_parameters", "train_loss_first",
+    "steps", "best_step", "rows", "tokens", "loss_tokens", "trained_parameters", "train_loss_first",
     "train_loss_last", "eval_rows", "eval_loss_before", "eval_loss", "eval_exact_match_before", "eval_exact_match",
 )  # fmt: skip
 """What a sidecar says of the training, as far as it was measured."""
@@ -95,8 +95,7 @@ class CardFacts:
             lines.append(f"{rows} with loss" + (f"; data: {', '.join(map(_code, self.data))}" if self.data else ""))
         if "steps" in numbers:
             kept = f", the weights are those of step {numbers['best_step']:,}" if "best_step" in numbers else ""
-            seen = f" over {numbers['tokens_seen']:,} tokens" if "tokens_seen" in numbers else ""
-            lines.append(f"{numbers['steps']:,} optimizer steps{seen}{kept}")
+            lines.append(f"{numbers['steps']:,} optimizer steps{kept}")
         return lines
 
     def table(self) -> str:

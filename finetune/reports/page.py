@@ -30,6 +30,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem 1rem .25rem 0; text-align: left; vertical-align: top }
 th { font-weight: normal; color: var(--quiet) } td { overflow-wrap: anywhere }
 .grid td, .grid th { border-bottom: 1px solid var(--line); white-space: nowrap }
+.grid td:first-child { white-space: normal; min-width: 8rem }
 .grid td + td, .grid th + th { text-align: right; padding: .25rem 0 .25rem 1rem }
 .samples { display: grid; gap: .8rem } .samples table { width: 100% }
 article { background: var(--card); border-radius: 8px; padding: .7rem .9rem }

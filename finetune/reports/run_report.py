@@ -84,7 +84,7 @@ def _tiles(summary: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> list[t
     found = []
     if losses:
         found.append(("training loss", f"{losses[-1]['loss']:.4g}", f"{losses[0]['loss']:.4g} at first"))
-        found.append(("steps", f"{losses[-1]['step']:,}", f"{losses[-1].get('tokens', 0):,} tokens"))
+        found.append(("steps", f"{losses[-1]['step']:,}", f"{_tokens(losses):,} tokens"))
     before, after = summary.get("eval_before") or {}, summary.get("eval") or {}
     step = summary.get("best_step")
     kept = "" if step is None else f", step {step:,} kept"
@@ -102,6 +102,16 @@ def _tiles(summary: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> list[t
         share = f"{summary.get('trainable_share', 0):.2%} of all"
         found.append(("trained parameters", shown(summary["trainable_parameters"]), share))
     return found
+
+
+def _tokens(rows: Sequence[dict[str, Any]]) -> int:
+    """Input tokens of all rows; each process of a run that was resumed counts from zero."""
+    total = before = 0
+    for row in rows:
+        now = row.get("tokens", 0)
+        total += now - before if now >= before else now
+        before = now
+    return total
 
 
 def _curves(run: RunFacts, summary: Mapping[str, Any]) -> list[str]:

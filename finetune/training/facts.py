@@ -41,13 +41,11 @@ def record_facts(folder: RunFolder, report: PrepareReport, steps: Steps, planned
     write_json_atomic(folder.facts, json.loads(json.dumps(content)))
 
 
-def card_facts(folder: RunFolder, recipe: Recipe, report: PrepareReport, summary: dict[str, Any]) -> dict[str, Any]:
+def card_facts(recipe: Recipe, report: PrepareReport, summary: dict[str, Any]) -> dict[str, Any]:
     """What the adapter's README.md tells of the run: nothing of its speed, its day or this machine."""
-    seen = [row for row in folder.read_metrics() if "tokens" in row]
     facts = {name: summary[name] for name in ("steps", "best_step", "train_loss_first", "train_loss_last")}
     facts |= {"rows": report.train.rows, "tokens": report.train.tokens, "loss_tokens": report.train.loss_tokens}
     facts |= {"trained_parameters": summary["trainable_parameters"], "eval_rows": report.eval and report.eval.rows}
-    facts |= {"tokens_seen": seen[-1]["tokens"] if seen else None}
     for name in ("loss", "exact_match"):
         facts[f"eval_{name}"] = (summary["eval"] or {}).get(name)
         facts[f"eval_{name}_before"] = (summary["eval_before"] or {}).get(name)
