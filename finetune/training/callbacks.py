@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from transformers import TrainerCallback
 
 from finetune.adapters.trainable import check_gradients
 from finetune.errors import Problem, TrainingError
-from finetune.models.scoring import Score, score_rows
 from finetune.training.checkpoints import mark_complete, remove_older
 from finetune.training.memory import peak_memory_gib, release_free_memory
+from finetune.training.objectives.objective import Objective
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
 Row = dict[str, Any]
+FIGURES = ("router_", "rewards/", "logps/")
+"""How the names of an objective's and the routers' own figures begin."""
 
 
 class GradientCheck(TrainerCallback):
@@ -47,8 +49,9 @@ class Metrics(TrainerCallback):
     """Writes metrics.jsonl and hands every row to `listener`.
 
     A row holds step, loss, learning_rate, grad_norm, tokens (input tokens so far), tokens_per_second and
-    elapsed_s (of this process), peak_memory_gib, eval_loss and eval_exact_match where they were measured, and
-    router_aux_loss, router_z_loss and router_kl_to_base (without weights) where they are part of the loss. The first
+    elapsed_s (of this process), peak_memory_gib, eval_loss and other figures of held-out rows where they were measured,
+    rewards and log-probabilities of both sides of pairs, and router_aux_loss, router_z_loss and router_kl_to_base
+    (without weights) where they are part of the loss. The first
     row of a process has seconds_to_first_step: from the loaded model to the end of the step, with all that is compiled
     or chosen before and in it.
     """
@@ -100,7 +103,7 @@ class Metrics(TrainerCallback):
                 "elapsed_s": round(elapsed_s, 3),
                 **self._take_first(),
                 "peak_memory_gib": round(peak_memory_gib(), 3),
-                **{name: value for name, value in logs.items() if name.startswith("router_")},
+                **{name: value for name, value in logs.items() if name.startswith(FIGURES)},
             }
         )
 
@@ -118,12 +121,17 @@ class Metrics(TrainerCallback):
 
 
 class Evaluation(TrainerCallback):
-    """Scores held-out rows every `every` steps and at the end; the score does not depend on batch sizes."""
+    """Scores held-out rows every `every` steps and at the end, and before the first step what is known for nothing."""
 
-    def __init__(self, rows: Sequence[Row], every: int | None, metrics: Metrics) -> None:
-        self._rows = rows
+    def __init__(self, objective: Objective, rows: Any, every: int | None, metrics: Metrics) -> None:
+        self._objective, self._rows = objective, rows
         self._every = every
         self._metrics = metrics
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where the run begins, note what the frozen model does."""
+        if state.global_step == 0:
+            self._write(0, self._objective.evaluate_base(kwargs["model"], self._rows))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate when it is time."""
@@ -132,8 +140,11 @@ class Evaluation(TrainerCallback):
             self._evaluate(kwargs["model"], state.global_step)
 
     def _evaluate(self, model: Any, step: int) -> None:
-        score = Score.of(score_rows(model, self._rows))
-        self._metrics.write({"step": step, "eval_loss": score.loss, "eval_exact_match": score.exact_match})
+        self._write(step, self._objective.evaluate(model, self._rows))
+
+    def _write(self, step: int, figures: dict[str, float]) -> None:
+        if figures:
+            self._metrics.write({"step": step, **{f"eval_{name}": value for name, value in figures.items()}})
 
 
 class Checkpoints(TrainerCallback):

@@ -96,6 +96,7 @@ def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = N
     rows = folder.read_metrics()
     steps = [row for row in rows if "loss" in row]
     evals = [row for row in rows if "eval_loss" in row]
+    before = [row for row in rows if row["step"] == 0 and _figures(row)]
     first_steps = [row["seconds_to_first_step"] for row in steps if "seconds_to_first_step" in row]
     summary: dict[str, Any] = {
         "run": str(folder.path),
@@ -103,7 +104,7 @@ def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = N
         "steps": steps[-1]["step"],
         "train_loss_first": steps[0]["loss"],
         "train_loss_last": steps[-1]["loss"],
-        "eval": {name: evals[-1][f"eval_{name}"] for name in ("loss", "exact_match")} if evals else None,
+        "eval": _figures(evals[-1]) if evals else None,
         "trainable_parameters": trainable_parameters(model),
         "trainable_share": trainable_parameters(model) / count_weights(model),
         "seconds": steps[-1]["elapsed_s"],
@@ -112,12 +113,19 @@ def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = N
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
         "planned_memory_gib": planned_gib,
     }
+    if before:
+        summary["eval_before"] = _figures(before[0])
     summary["warnings"] = _warnings([row["loss"] for row in steps])
     if folder.plan.is_file():
         summary["trained_experts"] = read_plan(folder.plan).num_trained
     if is_main_process():
         write_json_atomic(folder.summary, summary)
     return summary
+
+
+def _figures(row: dict[str, Any]) -> dict[str, float]:
+    """Those of held-out rows in a row of metrics."""
+    return {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
 
 
 def _warnings(losses: list[float]) -> list[str]:
