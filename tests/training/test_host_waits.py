@@ -41,11 +41,11 @@ def test_micro_steps_read_nothing(losses, tmp_path, monkeypatch):
     found, plain = [], StepTrainer._own_loss
     monkeypatch.setattr("finetune.training.loop.score_by_tiles", lambda model: None)
 
-    def watched(self, model, inputs, count):
+    def watched(self, model, inputs, reference, count):
         model.get_base_model().forward, forward = _Scores(model), model.get_base_model().forward
         try:
             with Waits(found):
-                return plain(self, model, inputs, count)
+                return plain(self, model, inputs, reference, count)
         finally:
             model.get_base_model().forward = forward
 

@@ -77,9 +77,14 @@ class Dpo:
         if REFERENCE in batch:
             known: Tensor = batch[REFERENCE]
             return known
-        stance = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), self._model.disable_adapter(), self._accelerator.autocast(), stance:
-            return self._log_probs(self._model, batch)
+        training = self._model.training
+        self._model.eval()  # nothing is counted of what trains
+        try:
+            stance = torch.compiler.set_stance("force_eager")
+            with torch.no_grad(), self._model.disable_adapter(), self._accelerator.autocast(), stance:
+                return self._log_probs(self._model, batch)
+        finally:
+            self._model.train(training)
 
     def loss(self, model: Any, batch: Batch, reference: Tensor) -> Tensor:
         """The sum of the losses of the pairs."""
