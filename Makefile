@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint bench full-size fixtures proof-vllm proof-quant clean
+.PHONY: help install demo test wheel lint bench full-size fixtures proof-vllm proof-quant clean
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -19,10 +19,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/installed ## train, merge and verify the embedded model (a few minutes, no GPU, no download)
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python -m finetune quickstart
 
 test: $(VENV)/installed ## run the test suite, a process for each core
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+wheel: $(VENV)/installed ## build the wheel, and walk with it in an empty folder (minutes)
+	@$(BIN)/python -m pytest -m 'slow or not slow' tests/test_wheel.py
 
 lint: $(VENV)/installed ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check .

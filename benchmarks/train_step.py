@@ -1,6 +1,7 @@
 """A whole training step, ours against TRL with stock PEFT.
 
     python benchmarks/train_step.py              2 layers of Qwen3-30B-A3B's width, 512 tokens a step, bfloat16
+    python benchmarks/train_step.py --dtype float32 --layers 1      for a CPU without bfloat16 products
     python benchmarks/train_step.py --tiny       the embedded model, 1,024 tokens a step, float32
 
 At real width both train LoRA on attention and on all experts with one SFTTrainer configuration on the same blocks;
@@ -40,12 +41,14 @@ ADAPTER = {
     "alpha": 32,
 }
 LAYERS, ALL_LAYERS, VOCABULARY = 2, 48, 151_936
+PRECISIONS = {"bfloat16": "bf16", "float32": "fp32"}
 RECIPE = """
-model: {{path: {model}, dtype: bfloat16}}
+model: {{path: {model}, dtype: {dtype}}}
 quantize: {{scheme: {scheme}}}
 adapter: {{attention: [q_proj, k_proj, v_proj, o_proj], experts: [gate_up_proj, down_proj], rank: 16, alpha: 32}}
 data: {{train: {data}, max_length: {tokens}, over_long: truncate, loss_on: all}}
-train: {{steps: 1000, gradient_accumulation: 1, gradient_checkpointing: {checkpointing}, precision: bf16, seed: 0}}
+train: {{steps: 1000, gradient_accumulation: 1, gradient_checkpointing: {checkpointing}, seed: 0,
+         precision: {precision}}}
 output: {{dir: {output}}}
 """
 
@@ -60,7 +63,7 @@ def write_rows(path: Path, tokens: int) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def write_model(folder: Path, layers: int = LAYERS, shard_size: str = "50GB") -> None:
+def write_model(folder: Path, layers: int = LAYERS, shard_size: str = "50GB", *, dtype: str = "bfloat16") -> None:
     """A random model of a few layers at Qwen3-30B-A3B's width, with the embedded tokenizer."""
     import shutil
 
@@ -81,7 +84,7 @@ def write_model(folder: Path, layers: int = LAYERS, shard_size: str = "50GB") ->
         tie_word_embeddings=False,
     )
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+        model = Qwen3MoeForCausalLM(config).to(getattr(torch, dtype))
     model.to_empty(device="cpu")
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -95,7 +98,15 @@ class Training:
     """A trainer in a thread of this process, held at the start of each step until `step` lets it go on."""
 
     def __init__(
-        self, way: str, model: str, folder: str, tokens: int, scheme: str = "none", *, checkpointing: bool = False
+        self,
+        way: str,
+        model: str,
+        folder: str,
+        tokens: int,
+        scheme: str = "none",
+        *,
+        checkpointing: bool = False,
+        dtype: str = "bfloat16",
     ) -> None:
         from transformers import trainer
 
@@ -105,6 +116,7 @@ class Training:
         trainer.DEFAULT_CALLBACKS.append(_gate(self._go, self._done, self._losses))
         data, output = Path(folder) / "rows.jsonl", Path(folder) / f"{way}-{scheme}"
         settings = {"scheme": scheme, "checkpointing": str(checkpointing).lower()}
+        settings |= {"dtype": dtype, "precision": PRECISIONS[dtype]}
         recipe = RECIPE.format(model=model, data=data, tokens=tokens, output=output, **settings)
         run = {"ours": _train_ours, "stock": _train_stock}[way]
         threading.Thread(target=self._run, args=(run, recipe), daemon=True).start()
@@ -177,7 +189,7 @@ def _train_stock(text: str) -> None:
 
     recipe = parse_recipe(text, "benchmark")
     prepared, tokenizer = ft.prepare(recipe, console=Console(quiet=True))
-    model = load_model(recipe.model.path, dtype=torch.bfloat16)
+    model = load_model(recipe.model.path, dtype=getattr(torch, recipe.model.dtype))
     config = LoraConfig(
         r=ADAPTER["rank"],
         lora_alpha=ADAPTER["alpha"],
@@ -279,6 +291,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the embedded model")
     parser.add_argument("--tokens", type=int, help="of a step")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="at real width")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="bfloat16", help="at real width")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -292,11 +306,12 @@ def main() -> None:
             case = f"the embedded model, {tokens} tokens, float32"
         else:
             tokens, rounds, warmup = options.tokens or 512, options.rounds or 7, 4
-            write_model(Path(folder) / "model")
+            write_model(Path(folder) / "model", options.layers, dtype=options.dtype)
             write_rows(Path(folder) / "rows.jsonl", tokens)
             model = str(Path(folder) / "model")
-            builders = {way: partial(Training, way, model, folder, tokens) for way in ("ours", "stock")}
-            case = f"{LAYERS} layers of Qwen3-30B-A3B's width, rank 16, {tokens} tokens, bfloat16"
+            training = partial(Training, model=model, folder=folder, tokens=tokens, dtype=options.dtype)
+            builders = {way: partial(training, way) for way in ("ours", "stock")}
+            case = f"{options.layers} layers of Qwen3-30B-A3B's width, rank 16, {tokens} tokens, {options.dtype}"
         found = {"case": case, **measure(builders, rounds=rounds, warmup=warmup, threads=options.threads)}
     print(json.dumps(found) if options.json else render(found))
     if options.save:

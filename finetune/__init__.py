@@ -1,7 +1,7 @@
 """Fine-tune Qwen3 and its mixture-of-experts models with LoRA on attention and experts.
 
     import finetune as ft
-    run = ft.train("recipes/quickstart.yaml")
+    run = ft.train("quickstart")
     print(ft.chat(run.path, "encode: c a t"))
     ft.merge(run.adapter, "out")
 

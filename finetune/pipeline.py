@@ -126,12 +126,13 @@ def quantize(
     settings: a recipe's quantize section, or a dict with its fields such as {"scheme": "nf4"}.
     """
     from finetune.config.load import parse_quantize
+    from finetune.config.package_files import with_examples
     from finetune.quant.load import quantize_model
 
     section = parse_quantize(settings)
 
     with bytes_done(console or open_console(stderr=True), "quantizing") as progress:
-        return quantize_model(model, output, section, revision=revision, progress=progress)
+        return quantize_model(with_examples(str(model)), output, section, revision=revision, progress=progress)
 
 
 def profile(recipe: RecipeLike, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
@@ -243,14 +244,14 @@ def _train(
             recipe.model.attention_implementation, text_config(model), model.device, precision or model.dtype
         )
         console.print(f"attention: {attention}", highlight=False)
-    rows = Rows(prepared.train, prepared.eval)
+    rows = Rows(prepared.train, prepared.eval, prepared.report.thinking)
     progress_line = TrainingProgress(console)
     train_adapter(adapted, tokenizer, rows, recipe, folder, objective, resume=resume, progress=progress_line)
     if is_main_process():
         notes = save_adapter(adapted, folder.adapter, thinking=prepared.report.thinking, ends=prepared.report.ends)
         for note in notes:
             console.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    return Run(folder.path, summarize(folder, adapted, None if planned is None else planned.measurable_gib))
+    return Run(folder.path, summarize(recipe, folder, adapted, None if planned is None else planned.measurable_gib))
 
 
 def resume(run: str | Path, *overrides: str, console: Console | None = None) -> Run:
@@ -394,11 +395,12 @@ def evaluate(
 
     base, base_weights: of an adapter, as for `load`.
     """
+    from finetune.config.package_files import with_examples
     from finetune.inference.evaluate import evaluate as evaluate_rows
 
     return evaluate_rows(
-        path,
-        [data] if isinstance(data, (str, Path)) else data,
+        with_examples(str(path)),
+        [with_examples(str(each)) for each in ([data] if isinstance(data, (str, Path)) else data)],
         template=template,
         by=by,
         limit=limit,
@@ -427,10 +429,11 @@ def chat(
     `load`.  console: streams the reply as well.
     """
     from finetune.adapters.attach import frozen_text, load
+    from finetune.config.package_files import with_examples
     from finetune.inference.chat import answer, converse
     from finetune.models.generation import Generation
 
-    model, tokenizer = load(path, _torch_dtype(dtype), base=base, base_weights=base_weights)
+    model, tokenizer = load(with_examples(str(path)), _torch_dtype(dtype), base=base, base_weights=base_weights)
     if note := frozen_text(model):
         open_console(stderr=True).print(note, style="dim", markup=False, soft_wrap=True)
     generation = Generation(thinking=thinking, max_new_tokens=max_new_tokens, temperature=temperature)

@@ -62,6 +62,7 @@ INTERPRETED = {
     "train.steps": 1,
     "train.gradient_accumulation": 1,
     "train.eval_every": None,
+    "train.eval_first": False,
 }
 INTERPRETED_QUANTIZED = {"quantize.compute_dtype": "float32"}  # as model.dtype
 INTERPRETED_SIZE = Size(layers=1, hidden=64, active=2)

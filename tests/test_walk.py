@@ -80,7 +80,7 @@ def test_the_run_folder_holds_what_it_promises(run):
     folder, _, _ = run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
-    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 8]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 8]
     recipe = (folder / "recipe.yaml").read_text()
     assert "# torch" in recipe
     assert main(["check", str(folder / "recipe.yaml")]) == 0

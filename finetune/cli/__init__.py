@@ -11,6 +11,9 @@ from typing import Annotated
 import typer
 
 from finetune.cli.answers import chat, evaluate
+from finetune.cli.conversion import convert
+from finetune.cli.demo import quickstart
+from finetune.cli.first_recipe import init, recipes
 from finetune.cli.machine import doctor
 from finetune.cli.planning import plan
 from finetune.cli.routing import experts, profile
@@ -22,7 +25,6 @@ app = typer.Typer(
     name="finetune",
     help="Fine-tune Qwen3 and its mixture-of-experts models with LoRA: recipe -> train -> merge -> verify -> chat.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -46,8 +48,8 @@ def _root(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    check, plan, doctor, schema, prepare, quantize, profile, experts, train, resume, report, merge, verify, export,
-    import_adapter, chat,
+    quickstart, init, recipes, convert, check, plan, doctor, schema, prepare, quantize, profile, experts, train,
+    resume, report, merge, verify, export, import_adapter, chat,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -7,8 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe, see recipes/")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=50")]
+from finetune.cli.completion import complete_override, complete_recipe
+
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="a YAML file, or a name of `finetune recipes`", autocompletion=complete_recipe
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=50", autocompletion=complete_override),
+]
 AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="folder of an adapter, such as RUN/adapter")]
 AdapterPaths = Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="one adapter, or several to add up")]
 Shares = Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finetune.cli.completion import complete_card
 from finetune.cli.options import AsJson, Overrides, RecipePath
 from finetune.cli.printing import open_console, print_json
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from finetune.planning.device import Device
     from finetune.planning.plan import Plan
 
-Gpu = Annotated[str | None, typer.Option("--gpu", metavar="CARD", help="a card, such as h200 or rtx-4090")]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="CARD", help="a card, such as h200 or rtx-4090", autocompletion=complete_card),
+]
 GpuGib = Annotated[float | None, typer.Option("--gpu-gib", min=1.0, help="or a card's memory in GiB")]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="how many of them; each holds the whole model")]
 Price = Annotated[float | None, typer.Option("--price", min=0.0, help="of one of them for an hour, in any currency")]
@@ -39,7 +43,7 @@ def plan(
     """
     from finetune.config.load import load_recipe
 
-    made = make_plan(load_recipe(recipe, *(overrides or ())), _device(gpu, gpu_gib, gpus), price)
+    made = make_plan(load_recipe(recipe, *(overrides or ())), named_device(gpu, gpu_gib, gpus), price)
     if as_json:
         print_json(made.to_dict())
     else:
@@ -77,7 +81,8 @@ def make_plan(recipe: Recipe, device: Device | None = None, price: float | None 
     return Planned(made, remedies(made))
 
 
-def _device(gpu: str | None, gpu_gib: float | None, gpus: int | None) -> Device:
+def named_device(gpu: str | None, gpu_gib: float | None, gpus: int | None = None) -> Device:
+    """What `--gpu`, `--gpu-gib` and `--gpus` say; this machine without them."""
     from finetune.planning.device import card_named, card_of_size, this_machine
 
     if gpu is not None and gpu_gib is not None:

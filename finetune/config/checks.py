@@ -180,6 +180,16 @@ def _rows_of(file: DataFile) -> tuple[str | None, ...]:
     return normpath(file.path), file.split, file.config, file.revision
 
 
+def _best(recipe: Recipe) -> Iterator[Finding]:
+    train = recipe.train
+    if train.keep_best is not None and train.eval_every is None:
+        hint = "say when to evaluate, such as train.eval_every: 50, or remove the line"
+        yield _clash("train.keep_best", "is given, but evaluation is at the end only", hint, "train.eval_every")
+    if train.patience is not None and train.keep_best is None:
+        hint = "say what is better: train.keep_best: loss, or exact_match"
+        yield _clash("train.patience", "is given, but train.keep_best is missing", hint, "train.keep_best")
+
+
 def _data(recipe: Recipe) -> Iterator[Finding]:
     data, train = recipe.data, recipe.train
     if data.eval and data.eval_fraction:
@@ -188,6 +198,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if train.eval_every is not None and not (data.eval or data.eval_fraction):
         hint = "name held-out files in data.eval, or hold out a share: data.eval_fraction: 0.02"
         yield _clash("train.eval_every", "is given, but there is nothing to evaluate on", hint, "data.eval")
+    yield from _best(recipe)
     trained = {_rows_of(file): index for index, file in enumerate(data.train) if not file.skip}
     if not trained:
         yield _clash("data.train", "has no file that is not skipped", "remove `skip: true` from one of them")
@@ -209,6 +220,9 @@ def _objective(recipe: Recipe) -> Iterator[Finding]:
         yield _clash("dpo.label_smoothing", what, "write loss: sigmoid, or remove the line", "dpo.loss")
     if objective == "sft":
         return
+    if recipe.train.keep_best == "exact_match":
+        what = f"is exact_match, but {objective} has no answers to match"
+        yield _clash("train.keep_best", what, "write keep_best: loss", where)
     if data.over_long == "split":
         hint = "write over_long: skip" + ("" if objective == "grpo" else ", or truncate, which cuts what is answered")
         yield _clash("data.over_long", f"is split, but {objective} has no plain texts to split", hint, where)

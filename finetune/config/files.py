@@ -6,12 +6,13 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
-from finetune.config.data_templates import template_names
 from finetune.config.model_files import embedding_problem, read_token_facts
+from finetune.config.package_files import template_names
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
 from finetune.config.sources import (
@@ -43,6 +44,9 @@ def find_in_files(recipe: Recipe) -> Iterator[Finding]:
         for index, file in enumerate(getattr(recipe.data, name)):
             yield from _data_file(("data", name, index), file)
     yield from _output(recipe)
+    for tracker in recipe.train.report_to:
+        if find_spec(tracker) is None:
+            yield Finding(("train", "report_to"), f"names {tracker}, which is not installed", f"pip install {tracker}")
 
 
 def _expert_files(recipe: Recipe) -> Iterator[Finding]:

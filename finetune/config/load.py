@@ -10,6 +10,8 @@ import yaml
 
 from finetune.config.checks import quantize_findings, text_findings
 from finetune.config.files import find_in_files
+from finetune.config.foreign import foreign_problem
+from finetune.config.package_files import is_recipe_name, recipe_file, recipe_names
 from finetune.config.packed_folder import resolve_packed
 from finetune.config.recipe_document import RECIPE
 from finetune.config.schema import QuantizeSection, Recipe
@@ -22,12 +24,13 @@ from finetune.diagnostics.section import Section
 from finetune.errors import Problem, RecipeError, UserError
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
-"""A recipe, or what one is read from: the path of a YAML file, or a dict with its sections."""
+"""A recipe, or what one is read from: the path of a YAML file, a name of `finetune recipes`, a dict with sections."""
 
 
 def load_recipe(recipe: RecipeLike, *overrides: str, check_files: bool = True) -> Recipe:
     """The recipe in a YAML file, or in a dict with its sections, with overrides such as `train.steps=50` on top.
 
+    A recipe that comes with the package goes by its name too, where nothing here is called like that.
     check_files: also check what is outside the text: that local files exist, that the model's config.json fits the
     targets, that every feature asked for is available. A packed model fills in its own `quantize` section.
     Relative paths in a recipe start at the current folder. Raises RecipeError with every problem at once.
@@ -37,12 +40,18 @@ def load_recipe(recipe: RecipeLike, *overrides: str, check_files: bool = True) -
             parse_tree(dict(recipe), "recipe", RECIPE, overrides, check=_check(check_files), error=RecipeError),
             check_files,
         )
-    return _load(_read_text(Path(recipe)), str(recipe), overrides, check_files)
+    path = recipe_file(str(recipe)) if is_recipe_name(str(recipe)) else Path(recipe)
+    try:
+        return _load(_read_text(path), str(recipe), overrides, check_files)
+    except RecipeError:
+        if (problem := foreign_problem(path)) is not None:
+            raise RecipeError(problem) from None
+        raise
 
 
-def parse_recipe(text: str, source: str, *overrides: str) -> Recipe:
-    """The recipe in a YAML text; `source` names the text in messages. Looks at no files; otherwise as `load_recipe`."""
-    return _load(text, source, overrides, check_files=False)
+def parse_recipe(text: str, source: str, *overrides: str, check_files: bool = False) -> Recipe:
+    """The recipe in a YAML text; `source` names the text in messages. Otherwise as `load_recipe`."""
+    return _load(text, source, overrides, check_files)
 
 
 S = TypeVar("S", bound=Section)
@@ -67,14 +76,14 @@ def parse_quantize(settings: Any) -> QuantizeSection:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out; `parse_recipe` reads the same recipe from it."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-class _Dumper(yaml.SafeDumper):
+class Dumper(yaml.SafeDumper):
     """Quotes every text that our loader or another YAML reader would take for something else."""
 
 
-add_scalars(_Dumper)
+add_scalars(Dumper)
 
 
 def _load(text: str, source: str, overrides: tuple[str, ...], check_files: bool) -> Recipe:
@@ -117,7 +126,8 @@ def _unreadable(path: Path, error: Exception) -> Problem:
     if isinstance(error, FileNotFoundError):
         folder = path.parent if path.parent.is_dir() else Path("recipes")
         names = [file.name for file in folder.glob("*.yaml")] if folder.is_dir() else []
-        hint = did_you_mean(path.name, names, folder) or "recipes/ has one recipe per model and hardware"
-        return Problem(str(path), "does not exist", hint)
+        near = did_you_mean(path.name, names, folder) or did_you_mean(path.name.removesuffix(".yaml"), recipe_names())
+        own = "`finetune init` writes a recipe, and `finetune recipes` lists those that come with the package"
+        return Problem(str(path), "does not exist", near or own)
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return Problem(str(path), f"cannot be read ({reason})", "name a readable YAML file")

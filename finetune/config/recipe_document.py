@@ -13,5 +13,5 @@ RECIPE = Schema(
     absent=ABSENT,
     other_values=VALUES,
     example_override="train.steps=50",
-    how_to_start="start from recipes/quickstart.yaml",
+    how_to_start="`finetune init` writes one to start from",
 )

@@ -26,6 +26,7 @@ from finetune.architecture.names import (
 from finetune.architecture.registry import FAMILIES
 from finetune.architecture.shape import ModelShape
 from finetune.config.objectives import ROW_KINDS, TEMPLATES, Objective
+from finetune.config.package_files import with_examples
 from finetune.config.values import Amount, DropoutRate, as_checkpointing
 from finetune.diagnostics.section import Section
 from finetune.diagnostics.values import (
@@ -69,6 +70,10 @@ MlpTargets = Annotated[tuple[MlpProjection, ...], BeforeValidator(as_tuple), Aft
 ExpertTargets = Annotated[tuple[ExpertProjection, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
 
 
+SourcePath = Annotated[PathName, AfterValidator(with_examples)]
+"""A path that may be one of examples/ of the package."""
+
+
 class RopeScalingSection(Section):
     """Positions beyond those a model was made for, in config.json's own words."""
 
@@ -96,7 +101,7 @@ _FAMILIES = ", ".join(family.title for family in FAMILIES.values())
 class ModelSection(Section):
     """Which frozen model to start from."""
 
-    path: PathName = Field(description=f"folder of a checkpoint, or its name on the hub; of the families {_FAMILIES}")
+    path: SourcePath = Field(description=f"folder of a checkpoint, or its name on the hub; of the families {_FAMILIES}")
     revision: Name | None = Field(default=None, description="branch, tag or commit on the hub")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="type the frozen weights are held in"
@@ -377,7 +382,7 @@ class DataColumns(Section):
 class DataFile(Section):
     """One source of rows."""
 
-    path: PathName = Field(
+    path: SourcePath = Field(
         description="file (JSONL, JSON, CSV, Parquet, Arrow, text), folder or pattern, address, or name on the hub"
     )
     template: PathName | None = Field(default=None, description="data template of this file; `data.template` when null")
@@ -415,7 +420,7 @@ class DataSection(Section):
     )
     template: PathName = Field(
         default="chat",
-        description="name in data_templates/, or path of a template file; without one, that of train.objective's rows",
+        description="one that comes with the package, or the path of a file; without one, that of the objective's rows",
     )
     columns: DataColumns | None = Field(
         default=None, description="names that the rows give to what the template reads, where they differ"
@@ -444,6 +449,21 @@ class DataSection(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="stop at a bad row, or leave it out and count it"
     )
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(as_tuple), AfterValidator(no_repeats)]
+Prompts = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=32)
+]
+
+
+class SamplesSection(Section):
+    """Prompts that the model answers while it trains."""
+
+    prompts: Prompts = Field(description="what a user asks, each in a conversation of its own")
+    every: Count | None = Field(default=None, description="steps between; those of `eval_every` when null")
+    max_new_tokens: Count = Field(default=128, description="tokens of an answer at most")
 
 
 class TrainSection(Section):
@@ -492,6 +512,15 @@ class TrainSection(Section):
     )
     log_every: Count = Field(default=1, description="steps between rows of metrics.jsonl")
     eval_every: Count | None = Field(default=None, description="steps between evaluations; only at the end when null")
+    eval_first: bool = Field(default=True, description="evaluate before the first step as well")
+    keep_best: Literal["loss", "exact_match"] | None = Field(
+        default=None, description="keep the checkpoint whose evaluation is best by this, and use it; the last when null"
+    )
+    patience: Count | None = Field(
+        default=None, description="evaluations behind the best one after which a run ends early; never when null"
+    )
+    samples: SamplesSection | None = Field(default=None, description="prompts answered on the way; none when null")
+    report_to: Trackers = Field(default=(), description="experiment trackers that get the metrics too")
     save_every: Count | None = Field(default=None, description="steps between checkpoints; only at the end when null")
     keep: Count = Field(default=2, description="checkpoints to keep")
 

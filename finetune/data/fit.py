@@ -49,14 +49,23 @@ def other_kind(fields: Fields, rows: RowKind) -> RowKind | None:
 
 def suggest_columns(fields: Fields) -> str | None:
     """What `data.columns` would make the row fit, with the template if that is not chat."""
+    found = fitting_columns(fields)
+    if found is None:
+        return None
+    template, given = found
+    said = ", ".join(f"{name}: {column}" for name, column in given.items())
+    return f"columns: {{{said}}}" + ("" if template == "chat" else f" and template: {template}")
+
+
+def fitting_columns(fields: Fields) -> tuple[str, dict[str, str]] | None:
+    """A template, and the `data.columns` with which it reads the row."""
     for template, given in _guesses(fields):
         columns = DataColumns.model_validate(given)
         try:
             interpret(fields, with_columns(load_template(template), columns))
         except BadRow:
             continue
-        said = ", ".join(f"{name}: {column}" for name, column in given.items())
-        return f"columns: {{{said}}}" + ("" if template == "chat" else f" and template: {template}")
+        return template, given
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.config.data_templates import template_folder, template_names
+from finetune.config.package_files import template_file, template_names
 from finetune.errors import Problem, UserError
 
 HEAD = """# {name}: a data template. Save it as {name}.yaml and name it in the recipe: data.template: {name}.yaml
@@ -73,9 +73,9 @@ def new_template(name: str, kind: str | None = None) -> str:
     """
     name = name.removesuffix(".yaml").removesuffix(".yml")
     if kind is None and name in template_names():
-        return (template_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+        return template_file(name).read_text(encoding="utf-8")
     if kind in FEEDBACK_STARTS:
-        return HEAD.format(name=name) + (template_folder() / f"{kind}.yaml").read_text(encoding="utf-8")
+        return HEAD.format(name=name) + template_file(kind).read_text(encoding="utf-8")
     if kind is not None and kind not in STARTS:
         known = ", ".join((*STARTS, *FEEDBACK_STARTS))
         raise UserError(Problem("--kind", f"is none of {known}", "name one of them", kind))

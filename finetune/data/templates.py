@@ -2,8 +2,8 @@
 
 For supervised rows, `messages`: the row holds a list of chat messages; `turns`: a chat is made from fields of the row;
 `completion`: a prompt and what follows it; `text`: plain text. For other objectives, `preference`: two completions,
-the better one named; `labeled`: a completion that is good or bad; `prompt`: a prompt alone. The files in
-data_templates/ are the ones known by name; any other is named by its path.
+the better one named; `labeled`: a completion that is good or bad; `prompt`: a prompt alone. Those that come with the
+package are known by name; any other is named by its path.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 from typing_extensions import Self
 
-from finetune.config.data_templates import template_folder, template_names
 from finetune.config.objectives import RowKind
+from finetune.config.package_files import template_file, template_names
 from finetune.config.schema import RowRole
 from finetune.diagnostics.advice import did_you_mean
 from finetune.diagnostics.document import read_document
@@ -31,7 +31,7 @@ from finetune.errors import DataError, Problem
 JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
 
 KINDS = ("messages", "turns", "completion", "text", "preference", "labeled", "prompt")
-HINT = "compare with the files in data_templates/"
+HINT = "compare with what `finetune template new chat` prints"
 
 Names = tuple[Name, ...]
 Strings = dict[str, Any]
@@ -363,7 +363,7 @@ def load_template(name: str) -> DataTemplate:
 
 @cache
 def _named_template(name: str) -> DataTemplate:
-    path = template_folder() / f"{name}.yaml"
+    path = template_file(name)
     return parse_template(_read(path), name)
 
 

@@ -105,14 +105,15 @@ def _rows(sample: bytes) -> Iterator[tuple[int, int]]:
     """Bytes of each whole line, and of the texts in it."""
     for line in sample.splitlines(keepends=True):
         try:
-            yield len(line), _text_bytes(json.loads(line))
+            yield len(line), text_bytes(json.loads(line))
         except (ValueError, RecursionError):
             continue
 
 
-def _text_bytes(value: object) -> int:
+def text_bytes(value: object) -> int:
+    """Of all texts in a row."""
     if isinstance(value, str):
         return len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, dict):
-        return sum(map(_text_bytes, value.values()))
-    return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
+        return sum(map(text_bytes, value.values()))
+    return sum(map(text_bytes, value)) if isinstance(value, list) else 0

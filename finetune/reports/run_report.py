@@ -18,7 +18,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; marg
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } img { max-width: 100% }
 table { border-collapse: collapse } td, th { padding: .15rem 1rem .15rem 0; text-align: left; vertical-align: top }
 th { font-weight: normal; color: #666 } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }
-.warning { color: #a33b1f }
+.warning { color: #a33b1f } h3 { font-size: 1rem; margin-bottom: .3rem }
+.samples h3, .samples td { white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
 
@@ -51,7 +52,7 @@ def render_run(facts: RunFacts) -> str:
             parts.append(f"<p>{escape(plan_line(facts.plan, profile).plain)}</p>")
     if any("routing" in row for row in rows):
         parts.append(_figure("Routing of the same rows before and after training", plot_routing(rows)))
-    parts += [_swaps(rows), "<h2>Recipe</h2>", f"<pre>{escape(facts.recipe)}</pre>"]
+    parts += [_samples(rows), _swaps(rows), "<h2>Recipe</h2>", f"<pre>{escape(facts.recipe)}</pre>"]
     title = f"<title>{escape(facts.name)}</title>"
     head = f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style>'
     return "\n".join([head, *filter(None, parts), "</html>\n"])
@@ -81,6 +82,16 @@ def _swaps(rows: list[dict[str, Any]]) -> str:
         for layer, change in row.get("reselected", {}).items()
     ]
     return "<h2>Experts chosen anew</h2>" + _table(swaps) if swaps else ""
+
+
+def _samples(rows: list[dict[str, Any]]) -> str:
+    """Answers to each prompt, before and after and on the way."""
+    answers: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        for sample in row.get("samples", ()):
+            answers.setdefault(sample["prompt"], []).append((f"step {row['step']}", sample["answer"]))
+    texts = (f"<h3>{escape(prompt)}</h3>{_table(given)}" for prompt, given in answers.items())
+    return '<h2>Samples</h2><div class="samples">' + "".join(texts) + "</div>" if answers else ""
 
 
 def _ids(experts: list[int]) -> str:

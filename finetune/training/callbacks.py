@@ -1,11 +1,12 @@
-"""What we hang on the trainer: metrics, evaluation, gradient check, checkpoint integrity."""
+"""What we hang on the trainer: metrics, gradient check, checkpoint integrity."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from finetune.adapters.trainable import check_gradients
 from finetune.errors import Problem, TrainingError
 from finetune.training.checkpoints import mark_complete, remove_older
 from finetune.training.memory import peak_memory_gib, release_free_memory
-from finetune.training.objectives.objective import Objective
 from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
@@ -48,12 +48,12 @@ class FreeMemory(TrainerCallback):
 class Metrics(TrainerCallback):
     """Writes metrics.jsonl and hands every row to `listener`.
 
-    A row holds step, loss, learning_rate, grad_norm, tokens (input tokens so far), tokens_per_second and
-    elapsed_s (of this process), peak_memory_gib, eval_loss and other figures of held-out rows where they were measured,
-    rewards and log-probabilities of both sides of pairs, and router_aux_loss, router_z_loss and router_kl_to_base
-    (without weights) where they are part of the loss. The first
-    row of a process has seconds_to_first_step: from the loaded model to the end of the step, with all that is compiled
-    or chosen before and in it.
+    A row holds step, loss, learning_rate, grad_norm, tokens (input tokens so far), tokens_per_second (of training
+    alone) and elapsed_s (of this process), peak_memory_gib, eval_loss and other figures of held-out rows where they
+    were measured, rewards and log-probabilities of both sides of pairs, router_aux_loss, router_z_loss and
+    router_kl_to_base (without weights) where they are part of the loss, and samples.
+    The first row of a process has seconds_to_first_step: from the loaded model to the end of the step, with all that is
+    compiled or chosen before and in it, but without evaluation and samples.
     """
 
     def __init__(self, folder: RunFolder, listener: Callable[[Row], None], began_s: float | None = None) -> None:
@@ -62,8 +62,7 @@ class Metrics(TrainerCallback):
         self._listener = listener
         self._began_s = began_s
         self._first: Row | None = None
-        self._start_s = 0.0
-        self._start_tokens: float | None = None
+        self._start_s, self._apart_s = 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -78,7 +77,8 @@ class Metrics(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
         if self._first is None and self._began_s is not None:
-            self._first = {"seconds_to_first_step": round(time.perf_counter() - self._began_s, 3)}
+            seconds = time.perf_counter() - self._began_s - self._apart_s
+            self._first = {"seconds_to_first_step": round(seconds, 3)}
             if is_main_process():
                 self._listener({"step": state.global_step, **self._first})
 
@@ -99,7 +99,7 @@ class Metrics(TrainerCallback):
                 "learning_rate": logs.get("learning_rate"),
                 "grad_norm": float(logs["grad_norm"]) if logs.get("grad_norm") is not None else None,
                 "tokens": int(tokens),
-                "tokens_per_second": round(tokens / elapsed_s, 1),
+                "tokens_per_second": round(tokens / (elapsed_s - self._apart_s), 1),
                 "elapsed_s": round(elapsed_s, 3),
                 **self._take_first(),
                 "peak_memory_gib": round(peak_memory_gib(), 3),
@@ -111,6 +111,13 @@ class Metrics(TrainerCallback):
         first, self._first = self._first or {}, {}
         return first
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done inside is no training."""
+        began_s = time.perf_counter()
+        yield
+        self._apart_s += time.perf_counter() - began_s
+
     def write(self, row: Row) -> None:
         """Append one row and flush it; of several processes the main one writes."""
         if not is_main_process():
@@ -120,40 +127,11 @@ class Metrics(TrainerCallback):
         self._listener(row)
 
 
-class Evaluation(TrainerCallback):
-    """Scores held-out rows every `every` steps and at the end, and before the first step what is known for nothing."""
-
-    def __init__(self, objective: Objective, rows: Any, every: int | None, metrics: Metrics) -> None:
-        self._objective, self._rows = objective, rows
-        self._every = every
-        self._metrics = metrics
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Where the run begins, note what the frozen model does."""
-        if state.global_step == 0:
-            self._write(0, self._objective.evaluate_base(kwargs["model"], self._rows))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate when it is time."""
-        last_step = state.global_step >= state.max_steps
-        if last_step or (self._every and state.global_step % self._every == 0):
-            self._evaluate(kwargs["model"], state.global_step)
-
-    def _evaluate(self, model: Any, step: int) -> None:
-        self._write(step, self._objective.evaluate(model, self._rows))
-
-    def _write(self, step: int, figures: dict[str, float]) -> None:
-        if figures:
-            self._metrics.write({"step": step, **{f"eval_{name}": value for name, value in figures.items()}})
-
-
 class Checkpoints(TrainerCallback):
-    """Saves every `every` steps, marks each checkpoint complete and removes old ones."""
+    """Saves every `every` steps, marks each checkpoint complete and removes old ones, but never the best."""
 
-    def __init__(self, folder: Path, every: int | None, keep: int) -> None:
-        self._folder = folder
-        self._every = every
-        self._keep = keep
+    def __init__(self, folder: Path, every: int | None, keep: int, best_step: Callable[[], int | None]) -> None:
+        self._folder, self._every, self._keep, self._best_step = folder, every, keep, best_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint when it is time, and after the last step."""
@@ -165,4 +143,4 @@ class Checkpoints(TrainerCallback):
         processes().wait_for_everyone()  # each has files of its own in the checkpoint
         if state.is_world_process_zero:
             mark_complete(self._folder / f"checkpoint-{state.global_step}")
-            remove_older(self._folder, self._keep)
+            remove_older(self._folder, self._keep, self._best_step())

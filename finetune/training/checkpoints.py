@@ -107,10 +107,15 @@ def set_damaged_aside(folder: Path) -> None:
         logger.warning("%s %s; going on from %s", problem.where, problem.what, checkpoint)
 
 
-def remove_older(folder: Path, keep: int) -> None:
-    """Keep the `keep` newest complete checkpoints; everything older or incomplete goes."""
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"checkpoint-{step}"
+
+
+def remove_older(folder: Path, keep: int, best_step: int | None = None) -> None:
+    """Keep the `keep` newest complete checkpoints and that of `best_step`; everything older or incomplete goes."""
     complete = [path for path in list_checkpoints(folder) if is_complete(path)]
-    kept = set(complete[-keep:])
+    kept = {*complete[-keep:], *(path for path in complete if step_of(path) == best_step)}
     for checkpoint in list_checkpoints(folder):
         if checkpoint not in kept:
             (checkpoint / MARKER).unlink(missing_ok=True)

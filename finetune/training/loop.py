@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from finetune.kernels.tiles import Load
 from finetune.models.live import expert_layers, has_linear_attention
 from finetune.models.text_model import text_config
 from finetune.training.arguments import sft_arguments
-from finetune.training.callbacks import Checkpoints, Evaluation, FreeMemory, GradientCheck, Metrics
+from finetune.training.callbacks import Checkpoints, FreeMemory, GradientCheck, Metrics, Row
 from finetune.training.checkpointing import checkpoint_layers_
-from finetune.training.checkpoints import newest_complete, step_of
+from finetune.training.checkpoints import checkpoint_at, newest_complete, step_of
 from finetune.training.compiled import compile_layers_
+from finetune.training.evaluation import Evaluation, Evaluations
 from finetune.training.interruptions import StopOnSigterm, lost_processes_named
 from finetune.training.objectives.objective import Objective
 from finetune.training.order import missing_rows
@@ -34,7 +36,9 @@ from finetune.training.reselection import Reselection
 from finetune.training.router_losses import RouterLosses
 from finetune.training.routing_monitor import RoutingMonitor
 from finetune.training.run_folder import RunFolder
+from finetune.training.samples import Samples
 from finetune.training.token_loss import score_by_tiles
+from finetune.training.trackers import Trackers
 from finetune.training.trainer import StepTrainer
 
 MEASURED_ROWS = 256
@@ -59,10 +63,14 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenized rows: `datasets.Dataset`s with the columns of the objective's kind of row."""
+    """Tokenized rows: `datasets.Dataset`s with the columns of the objective's kind of row.
+
+    thinking: the `enable_thinking` whose prompt leads to the answers; None where both or neither do.
+    """
 
     train: Any
     eval: Any | None
+    thinking: bool | None = None
 
 
 def train_adapter(
@@ -104,26 +112,35 @@ def train_adapter(
     steps = total_steps(recipe.train, len(trainer.get_train_dataloader()))
     arguments.warmup_steps = warmup_steps(recipe.train, steps)
     checkpoint = _checkpoint(model, folder) if resume else None
-    if checkpoint is not None and step_of(checkpoint) >= steps:  # the trainer would take one step too many
-        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    evaluations = Evaluations(recipe.train, folder.read_metrics() if resume else ())
+    done = 0 if checkpoint is None else step_of(checkpoint)
+    if checkpoint is not None and (done >= steps or evaluations.gave_up):  # the trainer would take a step too many
+        _use(model, checkpoint)
+        _use_best(model, evaluations, folder, done)
         return
     first = "compiling the decoder layers in the first step, once" if compiles and is_main_process() else ""
-    progress.start(steps, first, done=0 if checkpoint is None else step_of(checkpoint))
+    progress.start(steps, first, done=done)
     try:
-        metrics = Metrics(folder, progress, began_s)
+        trackers = Trackers(recipe.train.report_to, folder.path, recipe)
+        trainer.add_callback(trackers)
+        metrics = Metrics(folder, _both(progress, trackers), began_s)
         trainer.add_callback(GradientCheck())
         if recipe.quantize.scheme != "none":
             trainer.add_callback(FreeMemory())
         trainer.add_callback(metrics)
         if rows.eval is not None:
-            trainer.add_callback(Evaluation(objective, rows.eval, recipe.train.eval_every, metrics))
+            trainer.add_callback(Evaluation(objective, rows.eval, recipe.train, metrics, evaluations))
+        if (samples := recipe.train.samples) is not None:
+            every = samples.every or recipe.train.eval_every
+            trainer.add_callback(Samples(tokenizer, samples, metrics, every=every, thinking=bool(rows.thinking)))
         if expert_layers(model):
             tokens, read = steps * _tokens_per_step(train, recipe), objective.sequences(rows.train)
             trainer.add_callback(RoutingMonitor(model, read, metrics, trained_tokens=tokens))
         if (section := recipe.experts.reselect) is not None:
             seed = recipe.train.seed
             trainer.add_callback(Reselection(model, section, metrics, seed=seed, checkpoint=checkpoint))
-        trainer.add_callback(Checkpoints(folder.checkpoints, recipe.train.save_every, recipe.train.keep))
+        save_every, keep = recipe.train.save_every, recipe.train.keep
+        trainer.add_callback(Checkpoints(folder.checkpoints, save_every, keep, lambda: evaluations.best_step))
         stop = StopOnSigterm()
         trainer.add_callback(stop)
         with stop.listening(), lost_processes_named(folder.path):
@@ -131,6 +148,26 @@ def train_adapter(
     finally:
         progress.close()
     stop.check(folder.path)
+    _use_best(model, evaluations, folder, trainer.state.global_step)
+
+
+def _both(first: Callable[[Row], None], second: Callable[[Row], None]) -> Callable[[Row], None]:
+    def hand_on(row: Row) -> None:
+        first(row)
+        second(row)
+
+    return hand_on
+
+
+def _use(model: PeftModel, checkpoint: Path) -> None:
+    """The adapters as they were then."""
+    model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+
+
+def _use_best(model: PeftModel, evaluations: Evaluations, folder: RunFolder, last: int) -> None:
+    """The adapters of the best evaluation, where the recipe asks for them and they are not those of the last step."""
+    if (best := evaluations.best_step) is not None and best != last:
+        _use(model, checkpoint_at(folder.checkpoints, best))
 
 
 def _prepare_experts(model: PeftModel, recipe: Recipe, progress: Progress) -> None:

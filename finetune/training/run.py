@@ -19,6 +19,7 @@ from finetune.models.files import write_json_atomic
 from finetune.quant.experts import count_weights
 from finetune.routing.plan_file import read_plan
 from finetune.training.checkpoints import newest_complete, set_damaged_aside
+from finetune.training.evaluation import Evaluations
 from finetune.training.processes import is_main_process, on_main_process
 from finetune.training.provenance import library_versions
 from finetune.training.run_folder import RunFolder
@@ -34,6 +35,8 @@ MAY_CHANGE = {
     ("train", "log_every"),
     ("train", "save_every"),
     ("train", "eval_every"),
+    ("train", "samples"),
+    ("train", "report_to"),
 }
 """The rows of a step may be shared out anew, and `provenance.check_same` refuses another number of them."""
 
@@ -91,12 +94,13 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
         raise UserError(*problems)
 
 
-def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = None) -> dict[str, Any]:
+def summarize(recipe: Recipe, folder: RunFolder, model: PeftModel, planned_gib: float | None = None) -> dict[str, Any]:
     """What came of a run, also written to summary.json. planned_gib: what its peak was thought to be."""
     rows = folder.read_metrics()
     steps = [row for row in rows if "loss" in row]
     evals = [row for row in rows if "eval_loss" in row]
-    before = [row for row in rows if row["step"] == 0 and _figures(row)]
+    base = next((row for row in evals if row["step"] == 0), None)
+    best = Evaluations(recipe.train, rows).best
     first_steps = [row["seconds_to_first_step"] for row in steps if "seconds_to_first_step" in row]
     summary: dict[str, Any] = {
         "run": str(folder.path),
@@ -104,7 +108,9 @@ def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = N
         "steps": steps[-1]["step"],
         "train_loss_first": steps[0]["loss"],
         "train_loss_last": steps[-1]["loss"],
-        "eval": _figures(evals[-1]) if evals else None,
+        "eval_before": None if base is None else _scores(base),
+        "eval": _scores(best or evals[-1]) if evals else None,
+        "best_step": None if best is None else best["step"],
         "trainable_parameters": trainable_parameters(model),
         "trainable_share": trainable_parameters(model) / count_weights(model),
         "seconds": steps[-1]["elapsed_s"],
@@ -113,9 +119,12 @@ def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = N
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
         "planned_memory_gib": planned_gib,
     }
-    if before:
-        summary["eval_before"] = _figures(before[0])
     summary["warnings"] = _warnings([row["loss"] for row in steps])
+    if base is not None and len(evals) > 1 and summary["eval"]["loss"] >= base["eval_loss"]:
+        summary["warnings"].append(
+            f"the held-out loss is not better than before training, {summary['eval']['loss']:.4f} against "
+            f"{base['eval_loss']:.4f}: train fewer steps (train.keep_best=loss), or look at data.eval"
+        )
     if folder.plan.is_file():
         summary["trained_experts"] = read_plan(folder.plan).num_trained
     if is_main_process():
@@ -123,8 +132,8 @@ def summarize(folder: RunFolder, model: PeftModel, planned_gib: float | None = N
     return summary
 
 
-def _figures(row: dict[str, Any]) -> dict[str, float]:
-    """Those of held-out rows in a row of metrics."""
+def _scores(row: dict[str, Any]) -> dict[str, float]:
+    """Figures of held-out rows in a row of metrics."""
     return {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
 
 

@@ -95,8 +95,8 @@ class RunFolder:
         write_atomic(self.recipe, recipe_yaml.encode())
 
     def _remove_run(self) -> None:
-        """Remove what a run writes and nothing else."""
-        for folder in (self.checkpoints, self.adapter):
+        """Remove what a run writes and nothing else; trackers write folders of their own."""
+        for folder in (self.checkpoints, self.adapter, self.path / "tensorboard", self.path / "wandb"):
             if folder.is_dir():
                 shutil.rmtree(folder)
         files = (self.provenance, self.routing, self.plan, self.metrics, self.summary, self.report, self.recipe)

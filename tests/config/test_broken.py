@@ -242,10 +242,10 @@ NAMES = {
 }
 
 YAML = {
-    "empty": ("", "r.yaml", "is empty", "recipes/quickstart.yaml"),
-    "comments only": ("# soon\n", "r.yaml", "is empty", "recipes/quickstart.yaml"),
-    "list at the top": ("- model\n", "r.yaml", "must be sections", "recipes/quickstart.yaml"),
-    "text at the top": ("model\n", "r.yaml", "must be sections", "recipes/quickstart.yaml"),
+    "empty": ("", "r.yaml", "is empty", "`finetune init`"),
+    "comments only": ("# soon\n", "r.yaml", "is empty", "`finetune init`"),
+    "list at the top": ("- model\n", "r.yaml", "must be sections", "`finetune init`"),
+    "text at the top": ("model\n", "r.yaml", "must be sections", "`finetune init`"),
     "tab": (swap("  rank: 8", "\trank: 8"), "r.yaml:5", "is indented with a tab", "spaces"),
     "colon in a value": (swap("runs/x", "runs: x"), "r.yaml:11", "second colon", "quote"),
     "wrong column": (swap("  rank: 8", "   rank: 8"), "r.yaml:5", "does not line up", "same column"),
@@ -492,7 +492,8 @@ def test_recipes_that_are_not_there(tmp_path, monkeypatch):
     Path("recipes/quickstart.yaml").write_text(GOOD)
     for path, what, hint in (
         ("recipes/quickstrat.yaml", "does not exist", "did you mean recipes/quickstart.yaml?"),
-        ("quickstart", "does not exist", "recipes/"),
+        ("quickstrat", "does not exist", "did you mean quickstart?"),
+        ("mine.yaml", "does not exist", "`finetune init`"),
         ("no/where/quickstart.yaml", "does not exist", "did you mean recipes/quickstart.yaml?"),
         ("recipes", "is a folder", "recipes/quickstart.yaml"),
         ("a\0b.yaml", "cannot be read", "name a readable"),

@@ -43,7 +43,7 @@ def test_every_word_leads_to_fields_that_there_are():
         ("steps_per_eval", "did you mean train.eval_every?"),
         ("iters", "did you mean train.steps?"),
         ("lerning_rate", "did you mean train.learning_rate?"),
-        ("report_to", "metrics are rows of metrics.jsonl in output.dir"),
+        ("report_to", "did you mean train.report_to?"),
         ("use_dora", "factors are LoRA's: no DoRA"),
         ("do_train", "`finetune train` trains"),
         ("deepspeed", "processes are started by `accelerate launch`"),
@@ -53,7 +53,7 @@ def test_words_of_other_tools(key, meant):
     assert hint(key).startswith(meant)
 
 
-@pytest.mark.parametrize("key", ["zebra", "report_two", "use_the_force", "xpto_xyz", "x"])
+@pytest.mark.parametrize("key", ["zebra", "quux_frob", "use_the_force", "xpto_xyz", "x"])
 def test_nothing_is_suggested_where_nothing_is_near(key):
     assert hint(key) == ""
 

@@ -43,7 +43,7 @@ def test_recipe_is_valid_and_its_header_too(file):
     assert all(line.startswith("# ") for line in header)
     assert [word for word in HEADER if any(line.startswith(f"# {word}:") for line in header)] == list(HEADER)
     run = next(line for line in header if line.startswith("# Run:"))
-    assert f"finetune train {file}" in run
+    assert f"finetune train {file.stem}" in run
     overrides = re.findall(r"\b[a-z]+(?:\.[a-z_]+)+=[\w./-]+", "\n".join(header))
     assert overrides
     load_recipe(file, *overrides, check_files=False)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config.data_templates import template_names
+from finetune.config.package_files import template_names
 from finetune.data.conversation import Conversation, Passage
 from finetune.data.encode import Encoding
 from finetune.data.feedback.tokens import FeedbackEncoder

@@ -62,7 +62,7 @@ def test_a_compiled_run_is_evaluated_and_resumed(moe, tmp_path):
     run = run_of(moe, tmp_path / "run", *PACKED, *more)
     losses, adapter = losses_of(run), adapter_of(run)
     evals = [row["eval_loss"] for row in RunFolder(run.path).read_metrics() if "eval_loss" in row]
-    assert len(evals) == 2
+    assert len(evals) == 3
     again = resumed_from(run, 2, moe, *PACKED, *more)
     assert losses_of(again) == losses
     assert all(torch.equal(tensor, adapter[name]) for name, tensor in adapter_of(again).items())

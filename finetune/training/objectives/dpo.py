@@ -111,10 +111,6 @@ class Dpo:
         sums.add(logps, self._section.beta * ratios)
         return {"loss": float(losses.mean()), **sums.means(), **_preference(logps)}
 
-    def evaluate_base(self, model: PeftModel, rows: Any) -> dict[str, float]:
-        """In how many pairs the frozen model finds the chosen answer the likelier one."""
-        return _preference(self._of_base(model, rows))
-
     def _log_probs(self, model: Any, batch: Batch) -> Tensor:
         """Of both sides of each pair (pairs, 2), in the order chosen, rejected."""
         outputs = model(**{**without_pairs(batch), "use_cache": False}, fused_lm_head=True)

@@ -47,6 +47,3 @@ class Objective(Protocol):
 
     def evaluate(self, model: PeftModel, rows: Any) -> dict[str, float]:
         """Figures of held-out rows by name, which do not depend on batch sizes; `loss` is one of them."""
-
-    def evaluate_base(self, model: PeftModel, rows: Any) -> dict[str, float]:
-        """Those that are known before training at no further cost; none for most objectives."""

@@ -61,7 +61,3 @@ class Sft:
         """Loss per label, and the share of rows that greedy decoding would answer exactly."""
         score = Score.of(score_rows(model, list(rows)))
         return {"loss": score.loss, "exact_match": score.exact_match}
-
-    def evaluate_base(self, model: PeftModel, rows: Any) -> dict[str, float]:
-        """None: they would cost a pass."""
-        return {}
