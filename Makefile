@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test wheel lint bench full-size fixtures proof-vllm proof-quant clean
+.PHONY: help install demo test wheel lint bench full-size fixtures proof-vllm proof-quant chaos clean
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -39,6 +39,7 @@ bench: $(VENV)/installed ## run the benchmarks of this machine (benchmarks/READM
 	@$(BIN)/python benchmarks/expert_lora.py --shape tiny
 	@$(BIN)/python benchmarks/train_step.py
 	@$(BIN)/python benchmarks/train_step.py --tiny
+	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/loss.py
 	@$(BIN)/python benchmarks/scaling.py
 	@$(BIN)/python benchmarks/merge.py
@@ -63,6 +64,9 @@ proof-quant: ## GPTQ and AWQ exports of the trained tiny model, in an environmen
 	@test -x .venv-quant/bin/finetune || ( $(PYTHON) -m venv .venv-quant && .venv-quant/bin/python -m pip install \
 	  --quiet --constraint constraints.txt --editable '.[quant]' )
 	@.venv-quant/bin/python tests/proof/prove_quant.py
+
+chaos: $(VENV)/installed ## kills, flipped bytes, cut files and full disks over every command that writes (an hour)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -W ignore tests/proof/chaos.py
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) .venv-vllm .venv-quant runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/.fixtures

@@ -36,6 +36,7 @@ _HOMES = {
     "load_adapter": "adapters.attach",
     "load": "adapters.attach",
     "Run": "pipeline",
+    "data_report": "pipeline",
     "prepare": "pipeline",
     "quantize": "pipeline",
     "train": "pipeline",
@@ -65,6 +66,7 @@ __all__ = [
     "__version__",
     "attach",
     "chat",
+    "data_report",
     "evaluate",
     "export",
     "import_adapter",
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from finetune.pipeline import (
         Run,
         chat,
+        data_report,
         evaluate,
         export,
         import_adapter,

@@ -18,7 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from finetune.cli import app
 
-        app(args=[word for word in given if word != "--debug"], prog_name="finetune")
+        try:
+            app(args=[word for word in given if word != "--debug"], prog_name="finetune")
+        finally:
+            sys.stdout.flush()  # here, where a full disk behind it can still be told
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except FinetuneError as error:
@@ -34,6 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        if debug:
+            raise
+        what = f"cannot be read or written: {error.strerror or error}"
+        hint = "check its permissions and the space on its disk, then run the same command again"
+        print(Problem(str(error.filename or "the output"), what, hint), file=sys.stderr)
+        _leave_stdout()
+        return 1
     except Exception as error:
         if debug:
             raise
@@ -41,6 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(Problem("unexpected", what, "run again with --debug for the traceback"), file=sys.stderr)
         return 1
     return 0
+
+
+def _leave_stdout() -> None:
+    """Let what a full disk did not take not be tried once more, with a traceback, as Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def speaks(error: FinetuneError) -> bool:

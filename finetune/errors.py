@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-_MISSING: Any = object()
+_MISSING: Any = ...
+"""It is one object in every process."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,10 @@ class StoppedError(RunError):
     """Training was asked to stop and can be continued. Exit code 143, the system's for SIGTERM."""
 
     exit_code = 143
+
+
+class DiskError(RunError):
+    """A disk does not take what is to be written."""
 
 
 class ExportError(RunError):

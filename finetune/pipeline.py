@@ -5,6 +5,7 @@ Each function is one command of the command line and one call of the notebook AP
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from finetune.config.schema import QuantizeSection, Recipe
+from finetune.io.disk import disk_named
 from finetune.reports.console import open_console
 from finetune.reports.progress import TrainingProgress, bytes_done, rows_done, rows_read
 from finetune.training.run_folder import RunFolder
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from finetune.merging.packed_base import MergeOnto
     from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
     from finetune.planning.plan import Plan
+    from finetune.reports.data_report import DataReport
     from finetune.routing.expert_files import ExpertFiles
     from finetune.routing.profile import RoutingProfile
     from finetune.training.objectives.objective import Objective
@@ -107,10 +110,33 @@ def prepare(recipe: RecipeLike, *, console: Console | None = None) -> tuple[Prep
     tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
     check_embeddings(tokenizer, section.path, revision=section.revision)
     kind, seed = ROW_KINDS[recipe.train.objective], recipe.train.seed
-    with rows_read(console or open_console(stderr=True)) as progress:
+    cache = os.environ.get("HF_DATASETS_CACHE", "the cache of datasets")
+    with (
+        disk_named(cache, "run it again; HF_DATASETS_CACHE=DIR names a cache on another disk"),
+        rows_read(console or open_console(stderr=True)) as progress,
+    ):
         if kind == "supervised":
             return prepare_data(recipe.data, tokenizer, seed=seed, progress=progress), tokenizer
         return prepare_feedback(recipe.data, kind, tokenizer, seed=seed, progress=progress), tokenizer
+
+
+def data_report(recipe: RecipeLike, *, eval_too: bool = False, console: Console | None = None) -> DataReport:
+    """What may be wrong with the recipe's rows, before training is paid for; reads them all, and no weights.
+
+    eval_too: look for defects in the files of `data.eval` as well; otherwise for copies of training rows alone.
+    """
+    from finetune.config.objectives import ROW_KINDS
+    from finetune.data.quality import measure
+    from finetune.models.loading import load_tokenizer
+    from finetune.reports.data_report import DataReport
+
+    recipe = _read(recipe)
+    section = recipe.model
+    tokenizer = load_tokenizer(section.path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    with rows_read(console or open_console(stderr=True)) as progress:
+        kind, seed = ROW_KINDS[recipe.train.objective], recipe.train.seed
+        found = measure(recipe.data, tokenizer, seed=seed, kind=kind, eval_too=eval_too, progress=progress)
+    return DataReport(found.to_dict())
 
 
 def quantize(
@@ -131,7 +157,10 @@ def quantize(
 
     section = parse_quantize(settings)
 
-    with bytes_done(console or open_console(stderr=True), "quantizing") as progress:
+    with (
+        disk_named(output, "run the same command again"),
+        bytes_done(console or open_console(stderr=True), "quantizing") as progress,
+    ):
         return quantize_model(with_examples(str(model)), output, section, revision=revision, progress=progress)
 
 
@@ -154,7 +183,8 @@ def profile(recipe: RecipeLike, *, output: str | Path | None = None, console: Co
     with rows_done(console, "profiling") as progress:
         measured = profile_for(recipe, model, rows, thorough=True, progress=progress)
     if output is not None:
-        write_profile(output, measured)
+        with disk_named(output, "run the same command again"):
+            write_profile(output, measured)
     console.print(render_profile(measured, split_half_stability(measured, recipe.experts.select)))
     return measured
 
@@ -177,7 +207,8 @@ def train(recipe: RecipeLike, *, resume: bool = False, overwrite: bool = False, 
     planned = _plan_here(recipe)  # before anything is fetched
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
-    with open_run(recipe, resume=resume, overwrite=overwrite) as folder:
+    goes_on = f"continue: finetune resume {recipe.output.dir}; where it has no checkpoint yet, start it again"
+    with disk_named(recipe.output.dir, goes_on), open_run(recipe, resume=resume, overwrite=overwrite) as folder:
         return _train(recipe, objective, folder, files, planned, resume=resume, console=console)
 
 
@@ -192,7 +223,7 @@ def _train(
     console: Console,
 ) -> Run:
     """The run in its folder. planned: what it was thought to take."""
-    from finetune.adapters.attach import attach, save_adapter
+    from finetune.adapters.attach import attach, save_adapter, start_from
     from finetune.adapters.trainable import render_groups, trainable_groups
     from finetune.config.steps import Steps
     from finetune.models.attention import explain_attention
@@ -231,6 +262,8 @@ def _train(
         expert_mode=recipe.experts.mode,
         router=recipe.router.train,
     )
+    if recipe.adapter.start is not None and not resume:
+        start_from(adapted, recipe.adapter.start)
     if is_main_process():
         if planned is not None:
             console.print("memory", verdict_line(planned))
@@ -292,7 +325,10 @@ def merge(
     """
     from finetune.merging.merge import merge as merge_weights
 
-    with bytes_done(console or open_console(stderr=True), "merging") as progress:
+    with (
+        disk_named(output, "run the same command again"),
+        bytes_done(console or open_console(stderr=True), "merging") as progress,
+    ):
         return merge_weights(
             adapter,
             output,
@@ -340,7 +376,10 @@ def export(
     """
     from finetune.formats.export import export as write_exported
 
-    with bytes_done(console or open_console(stderr=True), "exporting") as progress:
+    with (
+        disk_named(output, "run the same command again"),
+        bytes_done(console or open_console(stderr=True), "exporting") as progress,
+    ):
         return write_exported(source, output, to, base=base, resume=resume, progress=progress)
 
 
@@ -350,7 +389,8 @@ def import_adapter(
     """Write an adapter made elsewhere as PEFT 0.19 and later have it; `packing` where its file does not tell."""
     from finetune.formats.import_adapter import import_adapter as write_imported
 
-    return write_imported(adapter, output, packing=packing, base=base)
+    with disk_named(output, "run the same command again"):
+        return write_imported(adapter, output, packing=packing, base=base)
 
 
 def report(run: str | Path, output: str | Path | None = None) -> Path:
@@ -376,7 +416,8 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
     )
     path = Path(output) if output is not None else folder.report
     check_target_file(path)
-    write_atomic(path, render_run(facts).encode())
+    with disk_named(path, "run the same command again"):
+        write_atomic(path, render_run(facts).encode())
     return path
 
 

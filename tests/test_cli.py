@@ -24,6 +24,7 @@ def test_help_names_every_command(capsys):
         "doctor",
         "schema",
         "prepare",
+        "data",
         "profile",
         "experts",
         "train",

@@ -19,19 +19,20 @@ from finetune.errors import AdapterError, Problem, first_of
 MOST_PROBLEMS = 8
 
 
-def check_same_plan(model: PeftModel, folder: str | Path) -> None:
+RESUME = "resume with the adapter and experts sections of the run, or start anew without --resume"
+
+
+def check_same_plan(model: PeftModel, folder: str | Path, hint: str = RESUME) -> None:
     """Raise AdapterError unless the adapter in `folder` has the targets, ranks and experts of the model's active one.
 
     Resuming with others would hand the optimizer state to other parameters; torch's fused AdamW corrupts memory then.
+    hint: what to do about it.
     """
     files, config, name = AdapterFiles.open(folder), ExpertLoraConfig.load(folder), model.active_adapter
     now_config: Any = model.peft_config[name]
-    hint = "resume with the adapter and experts sections of the run, or start anew without --resume"
     now, then = stock_shapes(model, name), {key: info.shape for key, info in files.file.tensors.items()}
     problems = [
-        Problem(
-            f"{folder}: {key}", f"is {then.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now", hint
-        )
+        Problem(f"{folder}: {key}", f"is {then.get(key, 'absent')} in the file, {now.get(key, 'absent')} now", hint)
         for key in sorted(now.keys() | then.keys())
         if now.get(key) != then.get(key)
     ]

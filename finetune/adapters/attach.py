@@ -25,6 +25,7 @@ from finetune.config.schema import AdapterSection
 from finetune.errors import AdapterError, ModelError, Problem
 from finetune.kernels.prepare import prepare_experts
 from finetune.models.checkpoint import Checkpoint, base_fingerprint, find_checkpoint
+from finetune.models.digests import write_marker
 from finetune.models.files import finished_folder, write_atomic
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.models.loading import load_tokenizer
@@ -33,7 +34,7 @@ from finetune.quant.linear import known_to_peft
 from finetune.quant.load import load_frozen
 from finetune.routing.plan import ExpertPlan
 
-__all__ = ["attach", "check_same_plan", "frozen_text", "load", "load_adapter", "save_adapter"]
+__all__ = ["attach", "check_same_plan", "frozen_text", "load", "load_adapter", "save_adapter", "start_from"]
 
 DEFAULT = "default"
 
@@ -88,6 +89,7 @@ def save_adapter(
         if missing:
             named = json.dumps({"eos_token_id": list(_stops_of(model))}).encode()
             write_atomic(building / GENERATION_CONFIG, with_stops(named, missing))
+        write_marker(building)
     if not missing:
         return []
     tokens = ", ".join(map(str, missing))
@@ -104,6 +106,31 @@ def _stops_of(model: PeftModel) -> tuple[int, ...]:
         pass  # a base that is nowhere on disk
     found = getattr(model.get_base_model().generation_config, "eos_token_id", None)
     return tuple(found) if isinstance(found, (list, tuple)) else () if found is None else (found,)
+
+
+def start_from(model: PeftModel, path: str | Path) -> None:
+    """Give the adapters of `model`, which go on training, the values of those in folder `path`.
+
+    Raises AdapterError when that adapter has other targets, ranks, experts or scales, or is of another base.
+    """
+    files = AdapterFiles.open(path)
+    hint = "write the adapter section that it was trained with; its experts are taken as they are"
+    check_same_plan(model, files.path, hint)
+    then, now = ExpertLoraConfig.load(files.path), model.peft_config[model.active_adapter]
+    problems = [
+        Problem(f"{files.path}: {name}", f"is {getattr(then, name)} in the file, {getattr(now, name)} now", hint)
+        for name in ("lora_alpha", "use_rslora", "alpha_pattern")
+        if getattr(then, name) != getattr(now, name)
+    ]
+    base = find_checkpoint(str(now.base_model_name_or_path), now.revision)
+    if files.base_fingerprint not in (None, base_fingerprint(Checkpoint.open(base))):
+        problems.append(
+            Problem(str(files.path), "was trained on another model", "name that one as model.path", str(base))
+        )
+    if problems:
+        raise AdapterError(*problems)
+    with _as_adapter_error(files.path), _quiet(), known_to_peft(model):
+        model.load_adapter(str(files.path), model.active_adapter, is_trainable=True)
 
 
 def load_adapter(

@@ -205,7 +205,7 @@ class ExpertLoraConfig(LoraConfig):
                 options["target_modules"] = [*(options.get("target_modules") or []), *banks]
                 options["expert_mode"], experts = "full", tuple(sidecar["expert_targets"])
         if "dropout" in sidecar:
-            options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar["expert_dropout"]
+            options["lora_dropout"], options["expert_dropout"] = sidecar["dropout"], sidecar.get("expert_dropout", 0.0)
         options["router"] = sidecar.get("router", "lora")
         options["section"], options["base_fingerprint"] = sidecar.get("adapter"), sidecar.get("base_fingerprint")
         options |= {name: sidecar.get(name) for name in ("quantize", "packed_in", "rope_scaling", "thinking")}

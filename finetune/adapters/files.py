@@ -3,6 +3,7 @@
     adapter_config.json          PEFT's settings: targets, rank, alpha
     adapter_model.safetensors    the factors, in the packing of `layouts`; the changes of whole experts (X, out, in)
     finetune_adapter.json        format version, expert plan, fingerprint of the base (optional)
+    complete.json                size and sha256 of every file (optional)
 
 `AdapterFiles` says which factors change which tensor of a hub checkpoint, and reads them one weight at a time.
 """
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 
 from finetune.adapters.layouts import ExpertBanks, pack_a, pack_b, unpack_a, unpack_b
-from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
+from finetune.adapters.sidecar import FORMAT_VERSION, SIDECAR, WEIGHTS, check_files, ends_of, read_sidecar
+from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig
 from finetune.adapters.tensor_map import DeltaSlot, LoraTensors, WholeExperts, read_tensor_map
 from finetune.adapters.weight_delta import DenseDelta, LowRankDelta, WeightDelta
 from finetune.architecture.names import HEAD, expert_matrix, in_layer, is_matrix, is_router
@@ -44,10 +46,6 @@ __all__ = [
     "unpack_b",
 ]
 
-SIDECAR = "finetune_adapter.json"
-FORMAT_VERSION = 1
-WEIGHTS = "adapter_model.safetensors"
-
 
 @dataclass(frozen=True)
 class AdapterFiles:
@@ -67,7 +65,7 @@ class AdapterFiles:
 
     @classmethod
     def open(cls, path: str | Path) -> AdapterFiles:
-        """Reads and checks settings, names, shapes and values (finite), also from the folder of a run.
+        """Reads and checks digests, settings, names, shapes and values (finite), also from the folder of a run.
 
         Raises AdapterError with every problem.
         """
@@ -76,6 +74,7 @@ class AdapterFiles:
             raise AdapterError(Problem(str(path), "is not a folder", "give the folder of a saved adapter"))
         if not (path / ADAPTER_CONFIG).exists():
             _refuse_others(path)
+        check_files(path)
         config = StockConfig.open(path)
         sidecar = read_sidecar(path)
         file = _open_weights(path)
@@ -173,24 +172,6 @@ def _refuse_others(path: Path) -> None:
     if (path / "config.json").exists():
         what = "is a packed model, not an adapter" if read_packed_settings(path) else "is a model, not an adapter"
         raise AdapterError(Problem(str(path), what, "give the adapter that was trained on it, such as RUN/adapter"))
-
-
-def ends_of(sidecar: dict[str, Any]) -> tuple[int, ...]:
-    """Tokens that a sidecar names as the ends that training taught."""
-    found = sidecar.get("ends")
-    return tuple(end for end in found if type(end) is int and end >= 0) if isinstance(found, list) else ()
-
-
-def read_sidecar(path: str | Path) -> dict[str, Any] | None:
-    """Content of an adapter folder's sidecar, None without one. Raises AdapterError for a format we do not know."""
-    file = Path(path) / SIDECAR
-    if not file.exists():
-        return None
-    content = read_json_object(file)
-    if content.get("format_version") != FORMAT_VERSION:
-        hint = f"this version reads format {FORMAT_VERSION}; install the version of finetune-moe that saved it"
-        raise AdapterError(Problem(f"{file}: format_version", "is not known", hint, content.get("format_version")))
-    return content
 
 
 def _whole_experts(sidecar: dict[str, Any] | None) -> WholeExperts | None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.architecture.plain_file import read_plain
 from finetune.errors import AdapterError, Problem
 
+MAX_BYTES = 2**26
 ADAPTER_CONFIG = "adapter_config.json"
 WHOLE_EXPERTS = "FINETUNE_EXPERT_WEIGHTS"
 """The peft_type of our adapters that hold whole experts: stock PEFT refuses it instead of leaving those out."""
@@ -114,7 +116,7 @@ class StockConfig:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of an adapter folder. Raises AdapterError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path, MAX_BYTES))
     except FileNotFoundError:
         raise AdapterError(Problem(str(path), "is missing", "give the folder of a saved adapter")) from None
     except (OSError, ValueError, RecursionError) as problem:

@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune.architecture import names
 from finetune.architecture.family import Family
+from finetune.architecture.plain_file import read_plain
 from finetune.architecture.registry import family_of
 from finetune.errors import ModelError, Problem
 
@@ -335,9 +336,7 @@ class _Reader:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES)
-        config = json.loads(content)
+        config = json.loads(read_plain(path, MAX_CONFIG_BYTES))
     except FileNotFoundError:
         hint = "a checkpoint folder has config.json, model*.safetensors and a tokenizer"
         raise ModelError(Problem(str(path), "does not exist", hint)) from None

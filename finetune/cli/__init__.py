@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from finetune.cli.answers import chat, evaluate
+from finetune.cli.cache import cache
 from finetune.cli.conversion import convert
+from finetune.cli.data import data
 from finetune.cli.demo import quickstart
 from finetune.cli.first_recipe import init, recipes
 from finetune.cli.machine import doctor
@@ -48,10 +50,11 @@ def _root(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    quickstart, init, recipes, convert, check, plan, doctor, schema, prepare, quantize, profile, experts, train,
+    quickstart, init, recipes, convert, check, plan, doctor, schema, prepare, data, quantize, profile, experts, train,
     resume, report, merge, verify, export, import_adapter, chat,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(templates, name="template")
+app.add_typer(cache, name="cache")

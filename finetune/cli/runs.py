@@ -66,21 +66,23 @@ def prepare(
     from finetune.config.load import load_recipe
     from finetune.config.steps import Steps
     from finetune.data.feedback.show import render_feedback
+    from finetune.data.scripts import in_words, trained_scripts
     from finetune.data.show import render_rows
     from finetune.reports.tables import warnings
 
     checked = load_recipe(recipe, *(overrides or ()))
     prepared, tokenizer = pipeline.prepare(checked, console=open_console(stderr=True))
     steps = Steps.of(checked, prepared.report.train.blocks)
+    scripts = trained_scripts(prepared.train, tokenizer)
     if as_json:
         counts = {"steps": steps.total, "warmup_steps": steps.warmup, "warnings": steps.warnings()}
-        print_json(prepared.report.to_dict() | counts)
+        print_json(prepared.report.to_dict() | counts | {"scripts": scripts})
         return
     console = open_console()
     if show:
         render = render_rows if checked.train.objective == "sft" else render_feedback
         console.print(render(prepared, tokenizer, show, color=console.is_terminal), soft_wrap=True)
-    console.print(prepared.report.render())
+    console.print(prepared.report.render(), f"scripts of what is trained: {in_words(scripts)}", sep="\n")
     console.print(steps.text(), *warnings(steps.warnings()), sep="\n")
 
 

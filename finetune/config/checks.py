@@ -27,6 +27,9 @@ def _keys(path: FieldPath | str) -> FieldPath:
 
 def _adapter(recipe: Recipe) -> Iterator[Finding]:
     adapter = recipe.adapter
+    if adapter.start is not None and recipe.experts.select is not None:
+        hint = "remove experts.select: the experts of that adapter train on"
+        yield _clash("adapter.from", "is given, and so is experts.select", hint, "experts.select")
     for name in ("expert_rank", "expert_alpha", "expert_dropout"):
         if getattr(adapter, name) is not None and not adapter.experts:
             yield _clash(

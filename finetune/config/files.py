@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.architecture.names import ALL, EXPERT_PROJECTIONS, MLP_PROJECTIONS
 from finetune.architecture.shape import ModelShape, read_model_shape
-from finetune.config.model_files import embedding_problem, read_token_facts
+from finetune.config.model_files import embedding_problem, foreign_code, read_token_facts, size_problem
 from finetune.config.package_files import template_names
 from finetune.config.packed_folder import folder_problems, read_packed_settings, settings_hint
 from finetune.config.schema import DataFile, Recipe
@@ -50,6 +50,9 @@ def find_in_files(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _expert_files(recipe: Recipe) -> Iterator[Finding]:
+    start = recipe.adapter.start
+    if start is not None and not any(kind_of(f"{start}/{name}adapter_config.json") for name in ("", "adapter/")):
+        yield Finding(("adapter", "from"), "holds no adapter", "name an adapter's folder, or that of a run", start)
     select, against = recipe.experts.select, recipe.experts.against
     if select is not None and select.file is not None and kind_of(select.file) != "file":
         yield _missing(("experts", "select", "file"), select.file)
@@ -125,7 +128,10 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         hint = "remove the line; revisions are for models on the hub"
         yield Finding(("model", "revision"), "is given, but model.path is a folder", hint, recipe.model.revision)
     try:
+        yield from _code(recipe)
         shape = read_model_shape(path)
+        if (problem := size_problem(path, shape)) is not None:
+            raise ModelError(problem)
         yield from _targets(recipe, shape)
         yield from _ranks(recipe, shape)
         yield from _budget(recipe, shape)
@@ -137,6 +143,14 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(
                 where, f"names a model whose {_relative(problem.where, path)} {problem.what}", problem.hint, path
             )
+
+
+def _code(recipe: Recipe) -> Iterator[Finding]:
+    """Files of the model that would decide what code runs."""
+    path, trusted = recipe.model.path, recipe.model.trust_remote_code
+    for problem in foreign_code(path, trusted=trusted):
+        what = f"names a model whose {_relative(problem.where, path)} {problem.what}"
+        yield Finding(("model", "path"), what, problem.hint, path)
 
 
 def _relative(where: str, folder: str) -> str:

@@ -21,12 +21,13 @@ _MARKS: dict[Tool, str] = {
         "dataset_prepared_path lora_r load_in_4bit wandb_entity special_tokens"
     ),
     "LLaMA-Factory": (
-        "stage finetuning_type cutoff_len dataset dataset_dir template preprocessing_num_workers do_train lora_target "
+        "stage finetuning_type cutoff_len dataset dataset_dir template lora_target "
         "lora_rank overwrite_cache infer_backend export_dir model_class peft_config dist_config init_config"
     ),
     "TRL": (
-        "dataset_name dataset_train_split dataset_config use_peft lora_r lora_target_modules max_length datasets "
-        "per_device_train_batch_size num_train_epochs assistant_only_loss dataset_text_field"
+        "dataset_name dataset_mixture dataset_mixer dataset_train_split dataset_config use_peft lora_r "
+        "lora_target_modules max_length datasets per_device_train_batch_size num_train_epochs "
+        "assistant_only_loss dataset_text_field"
     ),
 }
 """Words of which one at least stands beside the model's."""

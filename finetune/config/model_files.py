@@ -9,10 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.architecture.plain_file import read_plain
+from finetune.architecture.shape import CONFIG, ModelShape
+from finetune.config.foreign_code import code_problems
+from finetune.errors import Problem
+
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_END = "<|im_end|>"
 SMALL_BYTES = 4 * 2**20
 """A tokenizer.json up to this size is read whole; of a larger one, its added tokens, which have the highest ids."""
+_MOST_BYTES = 2**28
 _ADDED = re.compile(r'"added_tokens"\s*:\s*')
 _EMBEDDING_HINT = (
     "use the tokenizer that came with the weights, or resize the embeddings"
@@ -59,6 +66,29 @@ def read_token_facts(folder: str | Path) -> TokenFacts:
     return TokenFacts(_token_ids(folder), stop_ids(folder), _chat_template(folder))
 
 
+def foreign_code(folder: str | Path, *, trusted: bool) -> list[Problem]:
+    """What the settings in a local folder would have run. trusted: whether Python code may."""
+    names = ("config.json", TOKENIZER_CONFIG)
+    return [
+        problem
+        for path in (Path(folder) / name for name in names)
+        for problem in code_problems(_read_object(path), str(path), trusted=trusted)
+    ]
+
+
+def size_problem(folder: str | Path, shape: ModelShape) -> Problem | None:
+    """What is wrong with a config.json of `shape` that calls for far more weights than the files beside it hold.
+
+    Every weight takes 4 bits at least. What is near enough is compared tensor by tensor when it is loaded.
+    """
+    wanted, stored = shape.parameters(), sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    if not wanted > 2 * stored > 0:
+        return None
+    what = f"calls for {wanted:,} weights, and the files beside it have {stored:,} bytes"
+    hint = "config.json and weights do not belong together; download the checkpoint again"
+    return Problem(str(Path(folder) / CONFIG), what, hint)
+
+
 def stop_ids(folder: str | Path) -> tuple[int, ...]:
     """End-of-sequence tokens of generation_config.json, or else of config.json."""
     for name in (GENERATION_CONFIG, "config.json"):
@@ -94,8 +124,8 @@ def embedding_problem(ids: dict[str, int], rows: int) -> tuple[str, str, str] | 
 def _token_ids(folder: Path) -> dict[str, int]:
     path = folder / "tokenizer.json"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_plain(path, _MOST_BYTES).decode("utf-8")
+    except (OSError, ValueError):
         return {}
     ids: dict[str, int] = {}
     try:
@@ -108,7 +138,7 @@ def _token_ids(folder: Path) -> dict[str, int]:
             match = _ADDED.search(text)
             added = json.JSONDecoder().raw_decode(text, match.end())[0] if match else []
         ids |= {token["content"]: token["id"] for token in added}
-        named = _read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        named = _read_object(folder / TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
         ids |= {token["content"]: int(number) for number, token in named.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
@@ -117,10 +147,10 @@ def _token_ids(folder: Path) -> dict[str, int]:
 
 def _chat_template(folder: Path) -> str | None:
     try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_plain(folder / "chat_template.jinja", _MOST_BYTES).decode("utf-8")
+    except (OSError, ValueError):
         pass
-    template = _read_object(folder / "tokenizer_config.json").get("chat_template")
+    template = _read_object(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):
         template = "\n".join(str(each.get("template")) for each in template if isinstance(each, dict))
     return template if isinstance(template, str) else None
@@ -128,7 +158,7 @@ def _chat_template(folder: Path) -> str | None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

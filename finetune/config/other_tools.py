@@ -20,6 +20,7 @@ _FIELDS = {
     "quantize.compute_dtype": "bnb_4bit_compute_dtype",
     "quantize.block": "q_group_size group_size bnb_4bit_blocksize",
     _TARGETS: "target_modules lora_target_modules lora_target lora_keys keys lora_target_linear",
+    "adapter.from": "lora_model_dir adapter_name_or_path resume_adapter_file",
     "adapter.experts": "target_parameters lora_target_parameters",
     "adapter.rank": "r lora_r lora_rank",
     "adapter.alpha": "lora_alpha lora_scale scale",
@@ -103,9 +104,7 @@ _ABSENT = {
         "use_llama_pro mixture_of_depths lisa_n_layers finetune_vision_layers finetune_language_layers "
         "finetune_attention_modules finetune_mlp_modules"
     ),
-    "a run starts from the base; merge an adapter first, and name the merged folder as model.path": (
-        "lora_model_dir adapter_name_or_path resume_adapter_file adapters ref_adapters create_new_adapter"
-    ),
+    "an adapter to train on is adapter.from": "adapters ref_adapters create_new_adapter",
     "`finetune resume RUN` continues a run": "resume_from_checkpoint auto_resume_from_checkpoints resume_only_model",
     "`finetune train RECIPE --overwrite` replaces a run": "overwrite_output_dir",
     "`finetune train` trains, and evaluates on data.eval; `finetune eval` scores any file": (
@@ -141,10 +140,11 @@ _ABSENT = {
     ),
     "cut the file, or write train.steps": "max_samples max_train_samples num_train_examples",
     "held-out rows are batched by their length": "per_device_eval_batch_size eval_batch_size eval_accumulation_steps",
-    "AdamW's betas and epsilon are torch's": "adam_beta1 adam_beta2 adam_epsilon betas optim_args optimizer_args",
+    "AdamW's betas and epsilon are torch's": (
+        "adam_beta1 adam_beta2 adam_epsilon betas optim_args optimizer_args adam_eps optim_config"
+    ),
     "schedules are cosine, linear and constant": (
-        "cosine_min_lr_ratio cosine_constant_lr_ratio min_lr lr_scheduler_kwargs lr_decay relora_steps relora "
-        "adam_eps optim_config"
+        "cosine_min_lr_ratio cosine_constant_lr_ratio min_lr lr_scheduler_kwargs lr_decay relora_steps relora"
     ),
     "the loss is the mean over all tokens that carry it": "label_smoothing_factor neftune_noise_alpha use_dft_loss",
     "the tokenizer is the model's own": (
@@ -182,6 +182,9 @@ _ABSENT = {
     ),
     "settings of the model are those of its config.json": "model_config cls_model_config hf_use_auth_token token",
     "problems of a config are errors": "strict debug",
+    "train.log_every says which steps are rows of metrics.jsonl": (
+        "log_level logging_strategy logging_first_step logging_nan_inf_filter disable_tqdm log_on_each_node"
+    ),
 }
 
 FIELDS = {word: field for field, words in _FIELDS.items() for word in words.split()}

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from finetune.architecture.shape import ModelShape
+from finetune.architecture.plain_file import read_plain
+from finetune.architecture.shape import MAX_CONFIG_BYTES, ModelShape
 from finetune.config.schema import QuantizeSection, Recipe
 from finetune.config.tensor_header import read_header
 from finetune.errors import ModelError, Problem, first_of
@@ -34,6 +35,7 @@ _CONFIG = "config.json"
 _KEY = "quantization_config"
 _FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 _BYTES = {"U8": 1, "F32": 4}
+_MOST_BYTES = 2**28
 _SHOWN = 4
 
 Stored = tuple[str, tuple[int, ...]]
@@ -109,7 +111,7 @@ def read_packed_settings(folder: str | Path) -> PackedSettings | None:
     """Of a local folder; None when it is no packed model, or none that can be read."""
     path = Path(folder) / _CONFIG
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_plain(path, MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     return PackedSettings.of(config, str(path)) if isinstance(config, dict) else None
@@ -222,7 +224,7 @@ _ENDINGS = (".codes", ".scales", ".scale_scales", ".offset")
 def _read_headers(folder: Path) -> tuple[dict[str, Stored], list[Problem]]:
     """Every tensor of the shards that the index names."""
     try:
-        weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        weight_map = json.loads(read_plain(folder / INDEX, _MOST_BYTES))["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}, [Problem(str(folder / INDEX), "is missing or damaged", AGAIN)]

@@ -160,6 +160,10 @@ class QuantizeSection(Section):
 class AdapterSection(Section):
     """The trainable part: LoRA on attention, experts and dense MLPs."""
 
+    __annotations__["from"] = "PathName | None"  # a keyword of Python's
+    vars()["from"] = Field(
+        default=None, description="adapter or run to start from, with its experts; zero when null, as LoRA starts"
+    )
     attention: AttentionTargets = Field(
         default=ATTENTION_PROJECTIONS, description="attention projections that get LoRA, or all"
     )
@@ -193,6 +197,11 @@ class AdapterSection(Section):
                 f"name projections in at least one of them, such as attention: [{', '.join(ATTENTION_PROJECTIONS)}]",
             )
         return self
+
+    @property
+    def start(self) -> str | None:
+        """`from`: the adapter or run that training starts from."""
+        return getattr(self, "from")
 
     @property
     def rank_of_experts(self) -> int:
@@ -420,7 +429,7 @@ class DataSection(Section):
     )
     template: PathName = Field(
         default="chat",
-        description="one that comes with the package, or the path of a file; without one, that of the objective's rows",
+        description="one that comes with the package, or a template file; without one, that of train.objective's rows",
     )
     columns: DataColumns | None = Field(
         default=None, description="names that the rows give to what the template reads, where they differ"
@@ -448,6 +457,12 @@ class DataSection(Section):
     shuffle: bool = Field(default=True, description="train on the rows in random order; false: in that of the files")
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="stop at a bad row, or leave it out and count it"
+    )
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto", description="processes that encode rows; auto: one per core for large files"
+    )
+    cache: Annotated[PathName, BeforeValidator(as_switch)] = Field(
+        default="auto", description="keep encoded rows for the next run: auto, off, or a folder to keep them in"
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from finetune.architecture.plain_file import open_plain
 from finetune.diagnostics.strict_json import DuplicateKeyError, no_duplicates
 from finetune.errors import ModelError, Problem, UserError
 
@@ -55,12 +56,12 @@ def read_header(path: Path, error: type[UserError] = ModelError) -> tuple[dict[s
     Raises `error` naming the file and the tensor.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
             header, data_start = _read_json(file, size, path, error)
     except OSError as problem:
-        raise error(Problem(str(path), f"cannot be read ({problem.strerror})", "check the path")) from None
+        raise error(Problem(str(path), f"cannot be read ({problem.strerror or problem})", "check the path")) from None
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise error(Problem(str(path), f"{METADATA} in the header is not text to text", REDOWNLOAD, metadata))

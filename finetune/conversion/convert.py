@@ -217,6 +217,11 @@ class _Converter:
             fields.pop("data.eval_fraction", None)
         if not (fields.get("data.eval") or fields.get("data.eval_fraction")):
             self._take_back("train.eval_every", "there is nothing to evaluate on: data.eval, or data.eval_fraction")
+        if "train.eval_every" not in fields:
+            for name in ("train.keep_best", "train.patience"):
+                self._take_back(name, "evaluation is at the end only: train.eval_every")
+        elif "train.patience" in fields:
+            fields.setdefault("train.keep_best", "loss")
         fields.setdefault("output.dir", "runs/converted")
 
 

@@ -91,18 +91,17 @@ _WAYS: dict[str, v.Way] = {
     "save_steps": v.every("train.save_every"),
     "eval_strategy evaluation_strategy save_strategy": v.drops(v.IN_STEPS, "steps", "no", False),
     "evals_per_epoch saves_per_epoch": v.drops(v.IN_STEPS, 0),
-    "report_to wandb use_wandb use_mlflow mlflow use_tensorboard tensorboard trackio use_trackio": v.drops(
-        "trackers that are installed are named in train.report_to", "none", "all", False
-    ),
-    "load_best_model_at_end metric_for_best_model greater_is_better": v.drops(
-        "train.keep_best: loss, beside train.eval_every, keeps and uses the best", False
-    ),
-    "early_stopping_patience early_stopping early_stopping_steps": v.drops(
-        "train.patience, beside train.keep_best, ends a run early", False
-    ),
     "router_aux_loss_coef moe_aux_loss_coeff aux_loss_coef aux_loss_alpha router_z_loss_coef moe_z_loss_coeff": v.drops(
         "routers are frozen: router.aux_loss and z_loss go with router.train", 0, False
     ),
+    "report_to": v.trackers,
+    "wandb use_wandb": v.chooses({True: {"train.report_to": ["wandb"]}}),
+    "tensorboard use_tensorboard": v.chooses({True: {"train.report_to": ["tensorboard"]}}),
+    "mlflow use_mlflow": v.chooses({True: {"train.report_to": ["mlflow"]}}),
+    "trackio use_trackio": v.chooses({True: {"train.report_to": ["trackio"]}}),
+    "load_best_model_at_end": v.chooses({True: {"train.keep_best": "loss"}}),
+    "metric_for_best_model": v.drops("train.keep_best is loss or exact_match", "loss", "eval_loss"),
+    "greater_is_better": v.drops("train.keep_best is loss or exact_match", False),
     "trust_remote_code": v.drops("the families here need no code from the checkpoint", False),
 }
 
@@ -116,7 +115,9 @@ WAYS: dict[str, v.Way] = _spread(_WAYS.items())
 OF_TOOL: dict[Tool, dict[str, v.Way]] = {
     "Axolotl": {"adapter": v.chooses({"lora": {}, "qlora": _NF4}, "adapters are LoRA")},
     "LLaMA-Factory": {"model": v.model_path, "peft_config": v.refuses("is no LoRA", LORA_ONLY, "lora")},
-    "TRL": {},
+    "TRL": dict.fromkeys(
+        ("beta", "max_prompt_length", "reward_funcs", "num_generations", "reward_model_path"), v.refuses(*_OTHER_METHOD)
+    ),
     "Unsloth": {},
 }
 """The same for keys that mean something else elsewhere."""

@@ -37,7 +37,8 @@ class Rows:
 KEYS = (
     LOAD,
     "datasets", "test_datasets", "pretraining_dataset", "dataset", "eval_dataset", "dataset_dir", "train_dataset",
-    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_text_field",
+    "dataset_name", "dataset_mixture", "dataset_config", "dataset_train_split", "dataset_test_split",
+    "dataset_text_field",
 )  # fmt: skip
 """Settings that name them."""
 
@@ -61,7 +62,11 @@ def rows_of(settings: Settings, drop: Drop) -> Rows:
         if values.get("stage") == "pt":
             rows.train = [_as_text(file) for file in rows.train]
     elif settings.tool == "TRL":
-        rows.train = [made for each in _dicts(values.get("datasets")) for made in _trl(each, drop)]
+        mixture = _section(values.get("dataset_mixture"))
+        listed = [*_dicts(values.get("datasets")), *_dicts(mixture.get("datasets"))]
+        rows.train = [made for each in listed for made in _trl(each, drop)]
+        for key in mixture.keys() - {"datasets"}:
+            drop(f"dataset_mixture.{key}", mixture[key], "rows are held out by data.eval_fraction, mixed by train.seed")
         if isinstance(values.get("dataset_name"), str):
             rows.train += _trl_named(values, "dataset_train_split", "train")
             if values.get("dataset_test_split") is not None and values.get("eval_strategy") not in (None, "no", False):
@@ -268,10 +273,13 @@ def _entry(name: str, folder: str, settings: Settings) -> tuple[dict[str, Any] |
 
 def _trl(given: dict[str, Any], drop: Drop) -> Iterator[dict[str, Any]]:
     """One of TRL's mixture."""
-    names = (("path", "path"), ("name", "config"), ("split", "split"))
-    made = {ours: str(given[key]) for key, ours in names if given.get(key) is not None}
-    for key in given.keys() - {key for key, _ in names}:
-        drop(f"datasets.{key}", given[key], _NOT_OURS)
+    names = {"path": "path", "id": "path", "name": "config", "config": "config", "split": "split"}
+    made = {ours: str(given[key]) for key, ours in names.items() if given.get(key) is not None}
+    for key in given.keys() - names.keys():
+        if key == "weight" and given[key] not in (None, 1):
+            drop("datasets.weight", given[key], "a part of the rows is limit of a file, a number")
+        elif key not in ("weight", "columns"):
+            drop(f"datasets.{key}", given[key], _NOT_OURS)
     if "path" in made:
         yield made
 

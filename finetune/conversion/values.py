@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from finetune.config.other_tools import VALUES
+from finetune.config.schema import Tracker
 from finetune.conversion.model_names import Model, families, is_packed, unquantized
 from finetune.conversion.outcome import DroppedError, RefusedError
 
@@ -138,6 +139,16 @@ def warmup(value: Any, other: Other) -> Fields:
     if total is None:
         raise DroppedError("train.warmup is a share of the steps, which the rows decide")
     return {"train.warmup": round(min(1.0, value / total), 4)}
+
+
+def trackers(value: Any, _: Other) -> Fields:
+    """Those that are known here."""
+    names = [str(name) for name in (value if isinstance(value, list) else [value]) if name not in ("none", "", None)]
+    if not names:
+        return {}
+    if not set(names) <= set(get_args(Tracker)):
+        raise DroppedError(f"trackers are {', '.join(get_args(Tracker))}: train.report_to")
+    return {"train.report_to": names}
 
 
 def max_grad_norm(value: Any, _: Other) -> Fields:

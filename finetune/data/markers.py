@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune.data.bad_rows import BadRow
-from finetune.errors import Problem
+from finetune.errors import DataError, Problem
+from finetune.models.generation import render_chat
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE_HINT = "the model's chat template writes text of its own, or leaves out what it cannot show"
-_TURN = re.compile(re.escape(START) + r"([^\n]*)\n(.*?)" + re.escape(END), re.DOTALL)
 _ASKED, _ANSWERED = ("Question 4711", "Question 4712"), ("Answer 8151", "Answer 8152")
 _NAME_THEM = 'name them in the recipe, such as data.answers: {begin: "<|assistant|>", end: "<|end|>"}'
 
@@ -45,18 +45,30 @@ class Markers:
     def turns(self, rendered: str) -> list[Turn]:
         """The parts of a rendered chat, in their order. BadRow for text that is in no turn of ChatML."""
         if self == CHATML:
-            if any(between.strip() for between in _TURN.split(rendered)[:: _TURN.groups + 1]):
-                raise BadRow("", "is rendered with text outside its turns", TEMPLATE_HINT)
-            return [
-                Turn(turn[1] == "assistant", turn.start(), turn.span(2), turn.end())
-                for turn in _TURN.finditer(rendered)
-            ]
+            return _chatml_turns(rendered)
         found, position = [], 0
         for answer in re.finditer(f"{re.escape(self.begin)}(.*?){re.escape(self.end)}", rendered, re.DOTALL):
             found.append(Turn(False, position, (position, answer.start()), answer.start()))
             found.append(Turn(True, answer.start(), answer.span(1), answer.end()))
             position = answer.end()
         return [*found, Turn(False, position, (position, len(rendered)), len(rendered))]
+
+
+def _chatml_turns(rendered: str) -> list[Turn]:
+    turns, position = [], 0
+    while (begin := rendered.find(START, position)) >= 0:
+        header = rendered.find("\n", begin)
+        end = rendered.find(END, header)
+        if header < 0 or end < 0:
+            break
+        if rendered[position:begin].strip():
+            break
+        is_answer = rendered[begin + len(START) : header] == "assistant"
+        turns.append(Turn(is_answer, begin, (header + 1, end), end + len(END)))
+        position = end + len(END)
+    if rendered[position:].strip():
+        raise BadRow("", "is rendered with text outside its turns", TEMPLATE_HINT)
+    return turns
 
 
 CHATML = Markers(f"{START}assistant\n", END)
@@ -68,11 +80,12 @@ def markers_of(tokenizer: Any, named: Markers | None = None) -> Markers | Proble
 
     def render(*messages: str, prompt: bool = False) -> str:
         roles = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
-        text: str = tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=prompt)
-        return text
+        return render_chat(tokenizer, roles, add_generation_prompt=prompt)
 
     try:
         chat = render(_ASKED[0], _ANSWERED[0], _ASKED[1], _ANSWERED[1])
+    except DataError:
+        raise
     except Exception:  # templates fail with whatever Python raises
         chat = ""
     if named is not None:
@@ -99,6 +112,8 @@ def _found(chat: str, render: Callable[..., str], special: list[str]) -> Markers
     before = chat[places[0] + len(_ASKED[0]) : places[1]]
     try:
         asked, prompt = (render(_ASKED[0], prompt=on).partition(_ASKED[0])[2] for on in (False, True))
+    except DataError:
+        raise
     except Exception:
         return None
     begin = prompt if before.startswith(prompt) else before.rstrip(" ")

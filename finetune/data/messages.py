@@ -21,7 +21,8 @@ from finetune.data.templates import (
     TurnsTemplate,
     message_shape,
 )
-from finetune.errors import shorten
+from finetune.errors import DataError, shorten
+from finetune.models.template_budget import check_length, template_budget
 
 Fields = dict[str, Any]
 
@@ -153,8 +154,13 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 def _render(text: str, texts: dict[str, str]) -> str:
+    where = "the data template"
     try:
-        return _compiled(text).render(texts)
+        with template_budget(where):
+            made = _compiled(text).render(texts)
+        return check_length(made, sum(map(len, texts.values())), where)
+    except DataError:
+        raise
     except Exception as error:  # a template may do anything that Python's operators can
         what = f"makes the data template fail: {type(error).__name__}: {error}"
         raise BadRow("", what, "check the Jinja of the data template", reason="makes the data template fail") from None

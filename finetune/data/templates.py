@@ -27,11 +27,21 @@ from finetune.diagnostics.findings import Finding, Places
 from finetune.diagnostics.section import Section
 from finetune.diagnostics.values import Name
 from finetune.errors import DataError, Problem
+from finetune.models.template_budget import check_template, template_budget
 
 JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
 
 KINDS = ("messages", "turns", "completion", "text", "preference", "labeled", "prompt")
 HINT = "compare with what `finetune template new chat` prints"
+
+
+def undeclared(text: str, where: str) -> set[str]:
+    """Names that a Jinja string reads. Raises TemplateError or SyntaxError, and DataError for one without bounds."""
+    check_template(text, where)
+    with template_budget(where):
+        JINJA.from_string(text)
+        return meta.find_undeclared_variables(JINJA.parse(text))
+
 
 Names = tuple[Name, ...]
 Strings = dict[str, Any]
@@ -77,6 +87,11 @@ class Template(Section):
     def name(self) -> str:
         """How recipes name it."""
         return self._name
+
+    @property
+    def renamed_columns(self) -> dict[str, str]:
+        """Fields whose columns have other names."""
+        return dict(self._columns)
 
     def column(self, name: str) -> str:
         """The column of a row that a field of the template is read from."""
@@ -141,11 +156,11 @@ class MessagesTemplate(Template):
 
     def role_key(self, raw: Strings) -> str:
         """The key of a message that holds its role: the template's, or a usual one."""
-        return next((key for key in (self.role, *ROLE_KEYS) if key in raw), self.role)
+        return self.role if self.role in raw else next((key for key in ROLE_KEYS if key in raw), self.role)
 
     def content_key(self, raw: Strings) -> str:
         """The key of a message that holds its text."""
-        return next((key for key in (self.content, *CONTENT_KEYS) if key in raw), self.content)
+        return self.content if self.content in raw else next((key for key in CONTENT_KEYS if key in raw), self.content)
 
     def message_keys(self, raw: Strings) -> set[str]:
         """Keys of a message that are read here, and not left to the model's chat template."""
@@ -186,9 +201,11 @@ class FieldsTemplate(Template):
     def _strings_compile(self) -> FieldsTemplate:
         for place, text in self.strings().items():
             try:
-                unknown = meta.find_undeclared_variables(JINJA.parse(text)) - {*self.required, *self.optional}
-            except TemplateError as error:
+                unknown = undeclared(text, place) - {*self.required, *self.optional}
+            except (TemplateError, SyntaxError) as error:
                 raise ValueError(f"{place} is not valid Jinja: {error}") from None
+            except DataError as error:
+                raise ValueError(f"{place} {error.problems[0].what}") from None
             if unknown:
                 raise ValueError(f"{place} uses {', '.join(sorted(unknown))}, in neither `required` nor `optional`")
         return self

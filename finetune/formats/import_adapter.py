@@ -14,6 +14,7 @@ from rich.console import Group
 from rich.text import Text
 
 from finetune.adapters.files import WEIGHTS
+from finetune.adapters.sidecar import check_files
 from finetune.adapters.stock_config import ADAPTER_CONFIG, StockConfig, read_json_object
 from finetune.errors import AdapterError, Problem, UserError
 from finetune.formats import peft_files
@@ -68,6 +69,7 @@ def import_adapter(
         raise UserError(Problem("--packing", f"is none of {', '.join(PACKINGS)}", "name one of them", packing))
     started = time.perf_counter()
     adapter, output = Path(adapter), Path(output).absolute()
+    check_files(adapter)
     config = StockConfig.open(adapter)
     file = TensorFile.open(adapter / WEIGHTS, error=AdapterError)
     named = base or config.base_model

@@ -10,12 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.architecture.plain_file import read_plain
 from finetune.architecture.registry import find_family
 from finetune.config.files import is_model_name
+from finetune.config.foreign_code import code_problems
 from finetune.config.packed_folder import PackedSettings
 from finetune.diagnostics.strict_json import DuplicateKeyError, no_duplicates
 from finetune.errors import ModelError, Problem
 from finetune.models import fp8
+from finetune.models.digests import MARKER
 from finetune.models.files import safe_child
 from finetune.models.hub import asking_hub
 from finetune.models.hub_names import as_live
@@ -25,6 +28,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_MOST_BYTES = 2**28
 _COMPLETE = "download or copy the checkpoint again, all of it"
 
 
@@ -54,6 +58,8 @@ class Checkpoint:
         if not path.is_dir():
             raise ModelError(Problem(str(path), "is not a folder", "give the folder of a checkpoint"))
         config = _read_object(safe_child(path, CONFIG, hub_links=True))
+        if problems := list(code_problems(config, str(path / CONFIG), trusted=True)):
+            raise ModelError(*problems)
         index = _read_index(path)
         names = list(dict.fromkeys(index["weight_map"].values())) if index else [SINGLE]
         files = _open_shards(path, names)
@@ -167,7 +173,7 @@ _ESSENTIAL = (
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+        content = json.loads(read_plain(path, _MOST_BYTES), object_pairs_hook=no_duplicates)
     except DuplicateKeyError as duplicate:
         raise ModelError(Problem(str(path), "has a key twice", _COMPLETE, duplicate.args[0])) from None
     except FileNotFoundError:
@@ -271,5 +277,5 @@ def _side_files(path: Path) -> tuple[str, ...]:
 
 
 _NOT_SIDE_FILES = (
-    ".safetensors", ".safetensors.index.json", ".bin.index.json", ".tmp", ".lock", ".incomplete", *PICKLES,
+    ".safetensors", ".safetensors.index.json", MARKER, ".bin.index.json", ".tmp", ".lock", ".incomplete", *PICKLES,
 )  # fmt: skip

@@ -145,6 +145,8 @@ def check_target_file(target: str | Path) -> None:
     hint = "end the path with the name of a file, in a folder that can be written to"
     if target.is_dir():
         raise UserError(Problem(str(target), "is a folder", hint))
+    if target.exists() and not target.is_file():
+        raise UserError(Problem(str(target), "is a device or a pipe, which would be replaced", hint))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from finetune.config.model_files import CHAT_END
+from finetune.models.template_budget import check_length, template_budget
 
 Message = dict[str, str]
 
@@ -50,6 +51,17 @@ class _Callback(TextStreamer):
             self._on_text(text)
 
 
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]], **settings: Any) -> str:
+    """A chat as the tokenizer's own template writes it. settings: of `apply_chat_template`.
+
+    Raises DataError for a template that takes too much, and otherwise whatever it raises itself.
+    """
+    where = "the model's chat template"
+    with template_budget(where):
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+    return check_length(text, sum(len(str(message.get("content"))) for message in messages), where)
+
+
 def stops_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """Tokens that end a reply: those the checkpoint names, the end of a turn, and what an adapter was taught."""
     configs: Any = getattr(model, "peft_config", {})
@@ -69,13 +81,8 @@ def reply(
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The model's next turn; `on_text` gets its pieces as they are written."""
-    prompt: Any = tokenizer.apply_chat_template(
-        list(messages),
-        add_generation_prompt=True,
-        enable_thinking=generation.thinking,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    text = render_chat(tokenizer, list(messages), add_generation_prompt=True, enable_thinking=generation.thinking)
+    prompt: Any = tokenizer([text], add_special_tokens=False, return_tensors="pt")
     prompt = prompt.to(next(model.parameters()).device)
     streamer = _Callback(tokenizer, on_text) if on_text else None
     options: dict[str, Any] = {**generation.options(), "eos_token_id": stops_of(model, tokenizer)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,18 +11,22 @@ from typing import Any
 import torch
 
 from finetune.architecture.names import EXPERTS, in_layer
+from finetune.architecture.plain_file import read_plain
 from finetune.architecture.registry import family_of, find_family, is_moe, unknown_family
-from finetune.architecture.shape import shape_of
+from finetune.architecture.shape import CONFIG, MAX_CONFIG_BYTES, shape_of
 from finetune.config.files import did_you_mean_path, is_model_name
-from finetune.config.model_files import embedding_problem
+from finetune.config.foreign_code import code_problems
+from finetune.config.model_files import TOKENIZER_CONFIG, embedding_problem, size_problem
 from finetune.config.rope import RopeScaling, rescaled
 from finetune.diagnostics.advice import sentence
-from finetune.errors import ModelError, Problem, first_of
+from finetune.errors import DataError, ModelError, Problem, first_of
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.checkpoint import Checkpoint
+from finetune.models.files import safe_child
 from finetune.models.hf_types import PreTrainedModel, PreTrainedTokenizerBase
 from finetune.models.hub import asking_hub
 from finetune.models.hub_names import live_name
+from finetune.models.template_budget import check_template
 from finetune.models.text_model import leave_out_towers_, live_class, live_config, text_config
 
 
@@ -43,8 +48,10 @@ def load_model(
 
     Raises ModelError when it is not there, of no known family, stored quantized, truncated, or lacks a weight.
     """
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    check_config(path, read_config(path, revision), trust_remote_code)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    content = read_config(path, revision)
+    check_config(path, content, trust_remote_code)
+    check_size(path, content)
     where = {} if device is None else {"device_map": {"": device}}
     attention = transformers_name(attention_implementation)
     with _quiet(), as_model_error(path):
@@ -96,8 +103,8 @@ def load_tokenizer(
 
     _check_exists(path)
     folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ModelError(Problem(str(path), "holds no tokenizer", _TOKENIZER_HINT))  # transformers makes an empty one
+    if folder.is_dir():
+        _check_tokenizer_files(folder, trust_remote_code)
     with _quiet(), as_model_error(path):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     needed = {
@@ -108,7 +115,46 @@ def load_tokenizer(
     lacking = [what for what, value in needed.items() if value is None]
     if lacking:
         raise ModelError(*(Problem(str(path), f"the tokenizer has no {what}", _TOKENIZER_HINT) for what in lacking))
+    _check_templates(tokenizer.chat_template, path)
     return tokenizer
+
+
+def _check_templates(templates: Any, path: str | Path) -> None:
+    """Raises ModelError for chat templates that no budget would stop."""
+    for text in templates.values() if isinstance(templates, dict) else [templates]:
+        try:
+            check_template(str(text), f"{path}: chat template")
+        except DataError as error:
+            raise ModelError(*error.problems) from None
+
+
+def _check_tokenizer_files(folder: Path, trusted: bool) -> None:
+    """Raises ModelError for a folder without a tokenizer, or with files that may not be given to transformers."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ModelError(Problem(str(folder), "holds no tokenizer", _TOKENIZER_HINT))  # transformers makes an empty one
+    problems: list[Problem] = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _TEXTS and not safe_child(folder, path.name, hub_links=True).is_file():
+            problems.append(Problem(str(path), "is no regular file", "copy or download it again"))
+    for name in () if problems else (CONFIG, TOKENIZER_CONFIG):
+        if (folder / name).is_file():
+            content = read_settings(folder / name)
+            problems += code_problems(content, str(folder / name), trusted=trusted)
+            if name == CONFIG and find_family(content) is not None:
+                shape_of(content, str(folder / name))  # transformers makes lists as long as it says
+    if problems:
+        raise ModelError(*problems)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a settings file of a model folder. Raises ModelError."""
+    try:
+        content = json.loads(read_plain(path, MAX_TOKENIZER_BYTES if path.name != CONFIG else MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(Problem(str(path), f"cannot be read ({error})", "copy or download it again")) from None
+    if not isinstance(content, dict):
+        raise ModelError(Problem(str(path), "is not a JSON object", "copy or download it again"))
+    return content
 
 
 def check_embeddings(tokenizer: PreTrainedTokenizerBase, path: str | Path, *, revision: str | None = None) -> None:
@@ -120,6 +166,8 @@ def check_embeddings(tokenizer: PreTrainedTokenizerBase, path: str | Path, *, re
         raise ModelError(Problem(str(path), f"the tokenizer {what}", hint, token))
 
 
+MAX_TOKENIZER_BYTES = 2**26
+_TEXTS = (".json", ".jinja", ".txt", ".model")
 _TOKENIZER_HINT = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja of the instruct model beside it"
 
 
@@ -166,15 +214,23 @@ def check_config(path: str | Path, config: dict[str, Any], trust_remote_code: bo
     problems = []
     if find_family(config) is None:
         problems.append(unknown_family(config, str(path)))
-    if config.get("auto_map") and not trust_remote_code:
-        hint = "set model.trust_remote_code: true if you trust that code, or remove auto_map from config.json"
-        problems.append(Problem(str(path), "wants to run Python code that ships with it", hint, config["auto_map"]))
-    if config.get("quantization_config"):
+    problems += code_problems(config, f"{path}/{CONFIG}", trusted=trust_remote_code)
+    if quantization := config.get("quantization_config"):
         hint = "give the original 16-bit checkpoint, or one in FP8 blocks"
-        method = config["quantization_config"].get("quant_method")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         problems.append(Problem(str(path), "is stored quantized", hint, method))
     if problems:
         raise ModelError(*problems)
+
+
+def check_size(path: str | Path, config: dict[str, Any]) -> None:
+    """Raises ModelError for a local config.json that calls for far more weights than the files beside it hold."""
+    folder = Path(path)
+    if find_family(config) is None or not folder.is_dir():
+        return
+    problem = size_problem(folder, shape_of(config, str(folder / CONFIG)))
+    if problem is not None:
+        raise ModelError(problem)
 
 
 def _check_complete(path: str | Path, info: dict[str, Any], config: Any) -> None:

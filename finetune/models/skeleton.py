@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from finetune.architecture.registry import is_moe
+from finetune.architecture.shape import CONFIG
 from finetune.config.rope import RopeScaling
 from finetune.models.attention import prepare_packed_rows, transformers_name
 from finetune.models.hf_types import PreTrainedModel
-from finetune.models.loading import as_model_error, scale_positions_
+from finetune.models.loading import as_model_error, check_size, read_settings, scale_positions_
 from finetune.models.text_model import leave_out_towers_, live_class, live_config, text_config, text_model
 
 
@@ -28,6 +29,7 @@ def skeleton(
     """
     from transformers import GenerationConfig
 
+    check_size(folder, read_settings(Path(folder) / CONFIG))
     with as_model_error(folder):
         config = live_config(folder)
     scale_positions_(config.get_text_config(), rope_scaling)

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from finetune.architecture.plain_file import read_plain
 from finetune.architecture.registry import find_family
+from finetune.architecture.shape import CONFIG, MAX_CONFIG_BYTES
+from finetune.config.foreign_code import without_code
 
 
-def live_config(path: str | Path, **options: Any) -> Any:
-    """The config of transformers that the live model of a checkpoint is built from."""
-    from transformers import AutoConfig
+def live_config(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of transformers that the live model of a checkpoint is built from.
 
-    config = AutoConfig.from_pretrained(path, **options)
+    Unless its code is trusted, what config.json says about code is left out, and transformers reads nothing else.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if trust_remote_code:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=True)
+    else:
+        local = Path(path) / CONFIG
+        content = (
+            json.loads(read_plain(local, MAX_CONFIG_BYTES))
+            if Path(path).is_dir()
+            else PreTrainedConfig.get_config_dict(path, revision=revision)[0]
+        )
+        config = AutoConfig.for_model(**without_code(content))
+        config._name_or_path = str(path)
     around = _around(config)
     return getattr(config, around.config, config) if around is not None and around.config else config
 

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.diagnostics.advice import did_you_mean
+from finetune.diagnostics.advice import did_you_mean, sentence
 from finetune.errors import Problem, UserError
 
 GIB = 2**30
@@ -56,7 +56,9 @@ def card_named(name: str, count: int = 1) -> Device:
     card = next((known for known in CARDS if _key(known) == key), None)
     if card is None:
         hint = did_you_mean(name.lower(), tuple(CARDS)) or f"known are {', '.join(CARDS)}"
-        raise UserError(Problem("--gpu", "is no card that is known", f"{hint}; or give its memory: --gpu-gib 24", name))
+        raise UserError(
+            Problem("--gpu", "is no card that is known", sentence(hint, "or give its memory: --gpu-gib 24"), name)
+        )
     return Device(card.upper(), card, CARDS[card], is_gpu=True, count=count)
 
 

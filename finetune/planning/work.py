@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from finetune.architecture.shape import ModelShape
@@ -89,12 +90,17 @@ def _file_tokens(file: DataFile) -> float | None:
     if path.suffix not in (".jsonl", ".json") or file.weight is not None:
         return None
     try:
-        size = path.stat().st_size
-        with path.open("rb") as opened:
-            sample = opened.read(SAMPLED_BYTES)
+        stat = path.stat()
+        return _tokens_in(path.absolute(), stat.st_size, stat.st_mtime_ns)
     except OSError:
         return None
-    rows = list(_rows(sample))
+
+
+@lru_cache(64)
+def _tokens_in(path: Path, size: int, _changed_ns: int) -> float:
+    """By the head of a file; remembered, since plans are made by the dozen."""
+    with path.open("rb") as opened:
+        rows = list(_rows(opened.read(SAMPLED_BYTES)))
     read = sum(length for length, _ in rows)
     if not read:
         return size / BYTES_PER_TOKEN

@@ -17,9 +17,10 @@ from finetune.architecture.names import in_layer, layer_index
 from finetune.config.packed_folder import AGAIN, CODES, PackedSettings
 from finetune.config.schema import QuantizeSection
 from finetune.config.tensor_header import TensorInfo
-from finetune.errors import ModelError, Problem, RunError, UserError, first_of
+from finetune.errors import ModelError, Problem, RunError, first_of
 from finetune.io.safetensors_file import header_of
 from finetune.models.checkpoint import CONFIG, INDEX, Checkpoint, base_fingerprint
+from finetune.models.digests import MARKER, damage, write_marker
 from finetune.models.files import finished_folder, write_atomic, write_json_atomic
 from finetune.models.tensor_file import TORCH_DTYPES, TensorFile
 from finetune.quant.experts import CodesOnDisk, packed_shapes
@@ -34,6 +35,17 @@ class PackedFolder:
 
     checkpoint: Checkpoint
     settings: PackedSettings
+
+    def check_digests(self) -> None:
+        """Raises ModelError unless every file is what was written; reads all of them.
+
+        Folders that were written without digests are taken as they are.
+        """
+        folder = self.checkpoint.path
+        fault = damage(folder) if (folder / MARKER).is_file() else None
+        if fault is not None:
+            hint = f"{AGAIN}; if you changed the file yourself, remove {MARKER} beside it"
+            raise ModelError(Problem(str(folder), fault, hint))
 
     def read_weights(
         self, plans: list[WeightPlan], progress: Progress | None = None, *, leave_codes: bool = False
@@ -174,6 +186,7 @@ def write_packed(
             shutil.copyfile(file, building / file.name)
         write_json_atomic(building / CONFIG, {**origin.config, "quantization_config": settings})
         write_json_atomic(building / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_marker(building)
 
 
 def _shards(plans: Iterable[tuple[WeightPlan, Fields]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -202,10 +215,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         for name in order:
             file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
 
-    try:
-        write_atomic(path, write)
-    except OSError as error:
-        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", "free some space")) from error
+    write_atomic(path, write)
 
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

@@ -161,7 +161,11 @@ def quantize_model(
 
 def _open_packed(folder: Path) -> PackedFolder | None:
     settings = read_packed_settings(folder)
-    return None if settings is None else PackedFolder(Checkpoint.open(folder), settings)
+    if settings is None:
+        return None
+    packed = PackedFolder(Checkpoint.open(folder), settings)
+    packed.check_digests()
+    return packed
 
 
 def _load_packed(

@@ -33,3 +33,11 @@ def table(title: str, *columns: str) -> Table:
 def warnings(texts: Iterable[str]) -> list[Text]:
     """One line per warning."""
     return [Text(f"warning: {text}", style="yellow") for text in texts]
+
+
+def percent(part: float, whole: float) -> str:
+    """The share of `part` in `whole`: neither nothing nor all where it is neither."""
+    share = 100 * part / whole if whole else 0.0
+    if 0 < share < 0.1:
+        return "below 0.1 %"
+    return f"{min(share, 99.9):.1f} %" if 0 < share < 10 or 99.5 <= share < 100 else f"{share:.0f} %"

@@ -88,8 +88,7 @@ class Metrics(TrainerCallback):
         if "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
-            hint = "lower train.learning_rate, look at the rows of this step, or try train.precision=fp32"
-            raise TrainingError(Problem(f"step {state.global_step}", "the loss is not finite", hint, logs["loss"]))
+            raise TrainingError(not_finite(kwargs.get("model"), state.global_step, logs["loss"]))
         elapsed_s = time.perf_counter() - self._start_s
         tokens = logs.get("num_tokens", 0.0)
         self.write(
@@ -125,6 +124,18 @@ class Metrics(TrainerCallback):
         with self._folder.metrics.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         self._listener(row)
+
+
+def not_finite(model: Any, step: int, loss: float) -> Problem:
+    """Why a loss may be NaN or infinite: a frozen weight that is, or training itself."""
+    frozen = [] if model is None else [*model.named_buffers(), *model.named_parameters()]
+    for name, weight in frozen:
+        if weight.is_floating_point() and not weight.requires_grad and not bool(weight.isfinite().all()):
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            hint = "the base model is damaged: copy or download its checkpoint again"
+            return Problem(f"step {step}", f"the loss is not finite, for the base's {plain} is not", hint, loss)
+    hint = "lower train.learning_rate, look at the rows of this step, or try train.precision=fp32"
+    return Problem(f"step {step}", "the loss is not finite", hint, loss)
 
 
 class Checkpoints(TrainerCallback):

@@ -6,61 +6,24 @@ a folder without a valid marker is what a crash left behind and is never resumed
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
 from finetune.errors import Problem, UserError
-from finetune.models.files import file_digest, write_json_atomic
+from finetune.models.digests import DAMAGED, MARKER, damage, has_sizes, write_marker
 
 logger = logging.getLogger(__name__)
-
-MARKER = "complete.json"
-DAMAGED = "damaged.json"
-"""What the marker of a checkpoint is called whose files changed."""
 
 
 def mark_complete(checkpoint: Path) -> None:
     """Flush every file of `checkpoint` to disk, then write the marker."""
-    sizes, digests = {}, {}
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (MARKER, DAMAGED)):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        name = file.relative_to(checkpoint).as_posix()
-        sizes[name], digests[name] = file.stat().st_size, file_digest(file)
-    write_json_atomic(checkpoint / MARKER, {"step": step_of(checkpoint), "sizes": sizes, "sha256": digests})
+    write_marker(checkpoint, {"step": step_of(checkpoint)})
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether the marker is there and every file still has the size it had."""
-    try:
-        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["sizes"]
-        return bool(sizes) and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def damage(checkpoint: Path) -> str | None:
-    """The first file that is not what was written, with the reason; None for a whole checkpoint. Reads all of it."""
-    try:
-        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        sizes, digests = marker["sizes"], marker["sha256"]
-        expected = [(name, int(sizes[name]), digests[name]) for name in sizes]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MARKER} is missing or damaged"
-    if not expected:
-        return f"{MARKER} names no file"
-    for name, size, digest in expected:
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
-        if file_digest(file) != digest:
-            return f"{name} is damaged: its sha256 is not that of what was written"
-    return None
+    return has_sizes(checkpoint)
 
 
 def step_of(checkpoint: Path) -> int:

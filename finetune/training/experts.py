@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from finetune.adapters.files import read_sidecar
+from finetune.adapters.files import adapter_folder, read_sidecar
 from finetune.config.schema import Recipe
 from finetune.models.live import expert_width
 from finetune.models.text_model import text_config
@@ -48,6 +49,11 @@ def choose_experts(
 
     One process measures and every process reads what it wrote, so that all train the same experts.
     """
+    if recipe.adapter.start is not None:
+        if is_main_process() and not resume and (plan := _plan_in(recipe.adapter.start)) is not None:
+            write_plan(folder.plan, plan)
+        processes().wait_for_everyone()
+        return Choice(read_plan(folder.plan) if folder.plan.is_file() else None)
     if recipe.experts.select is None:
         return Choice()
     with processes().main_process_first():
@@ -57,14 +63,15 @@ def choose_experts(
                 profile = profile_for(recipe, model, rows, progress=progress)
                 write_profile(folder.routing, profile)
             write_plan(folder.plan, _plan(model, recipe, files, profile))
-        plan = _plan_of_checkpoint(folder) if resume and recipe.experts.reselect else None
+        plan = _plan_in(newest_complete(folder.checkpoints)) if resume and recipe.experts.reselect else None
         return Choice(
             plan or read_plan(folder.plan), read_profile(folder.routing) if folder.routing.is_file() else None
         )
 
 
-def _plan_of_checkpoint(folder: RunFolder) -> ExpertPlan | None:
-    sidecar = read_sidecar(newest_complete(folder.checkpoints))
+def _plan_in(adapter: str | Path) -> ExpertPlan | None:
+    """The experts that an adapter's sidecar says it has; None where all of them have."""
+    sidecar = read_sidecar(adapter_folder(adapter))
     return ExpertPlan.from_dict(sidecar["experts"]) if sidecar and sidecar.get("experts") else None
 
 

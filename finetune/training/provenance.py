@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune.config.schema import Recipe
 from finetune.errors import Problem, UserError
-from finetune.models.files import write_json_atomic
+from finetune.models.files import file_digest, write_json_atomic
 from finetune.training.processes import gathered, is_main_process, on_main_process, processes
 
 LIBRARIES = ("finetune-moe", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -101,6 +101,7 @@ def check_processes_agree(recipe: Recipe, here: Provenance) -> None:
     raise UserError(*problems)
 
 
+_RECIPE = "recipe_sha256"
 _LABELS = {
     "train": "the training rows",
     "eval": "the held-out rows",
@@ -112,7 +113,7 @@ _LABELS = {
 def record(path: Path, here: Provenance) -> None:
     """Write it, once for all processes."""
     if is_main_process():
-        write_json_atomic(path, asdict(here))
+        write_json_atomic(path, {**asdict(here), _RECIPE: file_digest(path.with_name("recipe.yaml"))})
 
 
 def check_same(path: Path, here: Provenance) -> None:
@@ -125,7 +126,9 @@ def check_same(path: Path, here: Provenance) -> None:
 
 def _check_same(path: Path, here: Provenance) -> None:
     try:
-        before = Provenance(**json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        written = content.pop(_RECIPE, None)
+        before = Provenance(**content)
         if not isinstance(before.rows_per_step, int):
             raise TypeError
         versions = {name: str(before.libraries[name]) for name in here.libraries}
@@ -134,6 +137,10 @@ def _check_same(path: Path, here: Provenance) -> None:
         what = "is missing or damaged: it says what the run was started with"
         raise UserError(Problem(str(path), what, hint)) from None
     problems = []
+    recipe = path.with_name("recipe.yaml")
+    if written not in (None, file_digest(recipe)):
+        hint = "restore it; what may change is given as an override, such as train.save_every=50"
+        problems.append(Problem(str(recipe), "changed since the run was started", hint))
     if before.rows_per_step != here.rows_per_step:
         what = f"took {before.rows_per_step} rows a step (processes x batch_size x gradient_accumulation) on"
         what += f" {before.processes} processes, and would take {here.rows_per_step} on {here.processes}"

@@ -26,6 +26,8 @@ from finetune.training.run_folder import RunFolder
 from finetune.training.run_lock import owned
 
 MAY_CHANGE = {
+    ("data", "cache"),
+    ("data", "workers"),
     ("output", "dir"),
     ("quantize", "resident"),
     ("train", "batch_size"),
@@ -116,7 +118,7 @@ def summarize(recipe: Recipe, folder: RunFolder, model: PeftModel, planned_gib: 
         "seconds": steps[-1]["elapsed_s"],
         "seconds_to_first_step": first_steps[-1] if first_steps else None,
         "tokens_per_second": steps[-1]["tokens_per_second"],
-        "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
+        "peak_memory_gib": max(row.get("peak_memory_gib", 0.0) for row in steps),
         "planned_memory_gib": planned_gib,
     }
     summary["warnings"] = _warnings([row["loss"] for row in steps])

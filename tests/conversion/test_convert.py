@@ -200,6 +200,19 @@ def test_trl():
     assert recipe_of(TRL.replace("assistant_only_loss: true", "")).data.loss_on == "all"
 
 
+def test_trl_s_mixtures():
+    listed = "datasets: [{path: a/b, name: en, split: train_sft}, {path: c/d}]"
+    recipe = recipe_of(TRL.replace("dataset_name: owner/rows", listed))
+    assert [(file.path, file.config, file.split) for file in recipe.data.train] == [
+        ("a/b", "en", "train_sft"),
+        ("c/d", None, "train"),
+    ]
+    mixed = "dataset_mixture: {datasets: [{id: a/b, split: train_sft, weight: 0.5}], seed: 0}"
+    made = converted(TRL.replace("dataset_name: owner/rows", mixed))
+    assert {"datasets.weight", "dataset_mixture.seed"} <= {each.key for each in made.dropped}
+    assert converted(TRL + "beta: 0.1\n").refused
+
+
 def test_an_unsloth_script_is_read_and_never_run():
     made = converted(UNSLOTH, "train.py")
     recipe = parse_recipe(made.recipe, "recipe")
@@ -251,6 +264,15 @@ def test_another_model_takes_the_place_of_the_file_s():
     recipe = load_recipe("recipe.yaml")
     assert (recipe.model.path, recipe.adapter.experts) == ("Qwen/Qwen3-8B", ())
     assert recipe.adapter.mlp == ("gate_proj", "up_proj", "down_proj")
+
+
+def test_early_stopping_needs_evaluations():
+    early = AXOLOTL + "early_stopping_patience: 3\n"
+    assert "early_stopping_patience" in {each.key for each in converted(early).dropped}
+    recipe = recipe_of(early.replace("evals_per_epoch: 2", "eval_steps: 20"))
+    assert (recipe.train.patience, recipe.train.keep_best, recipe.train.eval_every) == (3, "loss", 20)
+    recipe = recipe_of(FACTORY.replace("report_to: none", "report_to: [wandb]"))
+    assert recipe.train.report_to == ("wandb",)
 
 
 def test_linear_attention_takes_no_packed_rows():

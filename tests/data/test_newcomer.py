@@ -2,13 +2,17 @@
 
 import csv
 import json
+import math
 
 import datasets
 import pytest
+from rich.console import Console
 
 from finetune.config.load import parse_recipe
 from finetune.data.dataset import prepare
+from finetune.pipeline import train
 from tests.data.conftest import question
+from tests.training.runs import adapter_of, losses_of, save_moe
 
 datasets.disable_progress_bars()
 OPENAI = {
@@ -56,13 +60,21 @@ FILES = {
 }
 
 
+SHORT = ("model.dtype=float32", "train.precision=fp32", "train.steps=2", "train.gradient_accumulation=1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_moe(tmp_path_factory.mktemp("moe"))
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_trains_with_one_line_of_recipe(name, tmp_path, monkeypatch, tiny_tokenizer):
+def test_a_file_trains_with_one_line_of_recipe(name, model, tmp_path, monkeypatch, tiny_tokenizer):
     write, path, line, learned = FILES[name]
     monkeypatch.chdir(tmp_path)
     write(tmp_path / name)
-    text = f"model: {{path: m}}\noutput: {{dir: out}}\ndata:\n  train: {path or name}\n"
-    recipe = parse_recipe(text + (f"  {line}\n" if line else ""), "r.yaml")
+    text = f"model: {{path: {model}}}\noutput: {{dir: out}}\ndata:\n  train: {path or name}\n"
+    recipe = parse_recipe(text + (f"  {line}\n" if line else ""), "r.yaml", *SHORT)
     prepared = prepare(recipe.data, tiny_tokenizer, seed=0)
     trained = "".join(
         tiny_tokenizer.decode([label for label in labels if label != -100]) for labels in prepared.train["labels"]
@@ -70,3 +82,7 @@ def test_a_file_trains_with_one_line_of_recipe(name, tmp_path, monkeypatch, tiny
     for text in learned:
         assert text in trained
     assert not [note for note in prepared.report.notes() if "not read" in note or "left out" in note]
+    run = train(recipe, console=Console(quiet=True))
+    assert all(math.isfinite(loss) for loss in losses_of(run))
+    assert len(losses_of(run)) == 2
+    assert any(tensor.any() for key, tensor in adapter_of(run).items() if "lora_B" in key)

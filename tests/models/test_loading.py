@@ -82,7 +82,7 @@ def test_stored_dtype(hub):
         ({"hidden_size": 16}, "has another shape than config.json says"),
         ({"num_hidden_layers": 3}, "layers.2.input_layernorm.weight: is missing"),
         ({"num_hidden_layers": 1}, "layers.1.*: has no place in the model"),
-        ({"num_attention_heads": "four"}, "cannot be loaded"),
+        ({"num_attention_heads": "four"}, "num_attention_heads: must be a whole number"),
     ],
 )
 def test_a_config_that_does_not_fit(hub, changes, expected):
