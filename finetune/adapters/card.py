@@ -26,6 +26,7 @@ _FENCE = "---"
 _NUMBERS = (
     "steps", "best_step", "rows", "tokens", "loss_tokens", "trained_parameters", "train_loss_first",
     "train_loss_last", "eval_rows", "eval_loss_before", "eval_loss", "eval_exact_match_before", "eval_exact_match",
+    "eval_preference_accuracy_before", "eval_preference_accuracy",
 )  # fmt: skip
 """What a sidecar says of the training, as far as it was measured."""
 
@@ -103,7 +104,11 @@ class CardFacts:
         numbers, rows = self.numbers, []
         if {"train_loss_first", "train_loss_last"} <= numbers.keys():
             rows.append(f"| training loss | {numbers['train_loss_first']:.4f} | {numbers['train_loss_last']:.4f} |")
-        for name, title, form in (("loss", "loss", ".4f"), ("exact_match", "exact match", ".2%")):
+        for name, title, form in (
+            ("loss", "loss", ".4f"),
+            ("exact_match", "exact match", ".2%"),
+            ("preference_accuracy", "prefers chosen", ".2%"),
+        ):
             if f"eval_{name}" in numbers:
                 before = numbers.get(f"eval_{name}_before")
                 first = "" if before is None else format(before, form)

@@ -9,6 +9,8 @@ from finetune.errors import Problem, UserError
 
 BLUE, RED, GREEN = "#3f83c4", "#d9623f", "#2f9e6e"
 """Read on white and on black alike."""
+SHARES = {"exact_match": "exact match", "preference_accuracy": "prefers chosen"}
+"""Scores of held-out rows from 0 to 1, with their titles."""
 
 
 def metrics_frame(rows: Sequence[dict[str, Any]]) -> Any:
@@ -83,9 +85,11 @@ def plot_evaluation(rows: Sequence[dict[str, Any]], best_step: int | None = None
 
     evals = [row for row in rows if "eval_loss" in row]
     best = next((row for row in evals if row["step"] == best_step), min(evals, key=lambda row: row["eval_loss"]))
+    names = ["eval_loss", *(f"eval_{name}" for name in SHARES if all(f"eval_{name}" in row for row in evals))]
     figure = Plot(figsize=(7.6, 3.0), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("eval_loss", "eval_exact_match"), strict=True):
-        title, scale, form = ("held-out loss", 1, "{:.4g}") if name == "eval_loss" else ("exact match", 100, "{:.1f} %")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        share = SHARES.get(name.removeprefix("eval_"))
+        title, scale, form = ("held-out loss", 1, "{:.4g}") if share is None else (share, 100, "{:.1f} %")
         axes.plot(
             [row["step"] for row in evals],
             [row[name] * scale for row in evals],
@@ -98,7 +102,7 @@ def plot_evaluation(rows: Sequence[dict[str, Any]], best_step: int | None = None
         axes.set_title(f"{title}: {form.format(best[name] * scale)} at step {best['step']:,}", loc="left", fontsize=11)
         axes.set_xlabel("optimizer step")
         _plain(axes)
-        if name == "eval_exact_match":
+        if share is not None:
             axes.yaxis.set_major_formatter("{x:.4g} %")
             most = max([row[name] * scale for row in evals] + [1.0])
             axes.set_ylim(-0.03 * most, 1.1 * most)

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from finetune.reports.page import Cells, bullets, document, folded, grid_table, section, shown, table, tiles
-from finetune.reports.plots import need, plot_evaluation, plot_training
+from finetune.reports.plots import SHARES, need, plot_evaluation, plot_training
 from finetune.reports.routing_plots import plot_profile, plot_routing
 from finetune.reports.routing_table import plan_line
 from finetune.routing.plan import ExpertPlan
@@ -88,7 +88,8 @@ def _tiles(summary: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> list[t
     before, after = summary.get("eval_before") or {}, summary.get("eval") or {}
     step = summary.get("best_step")
     kept = "" if step is None else f", step {step:,} kept"
-    for name, title, form in (("loss", "held-out loss", "{:.4g}"), ("exact_match", "exact match", "{:.1%}")):
+    for name, title in {"loss": "held-out loss", **SHARES}.items():
+        form = "{:.4g}" if name == "loss" else "{:.1%}"
         if name in after:
             base = f"{form.format(before[name])} before" if name in before else "not measured before"
             found.append((title, form.format(after[name]), base + kept))

@@ -46,8 +46,8 @@ def card_facts(recipe: Recipe, report: PrepareReport, summary: dict[str, Any]) -
     facts = {name: summary[name] for name in ("steps", "best_step", "train_loss_first", "train_loss_last")}
     facts |= {"rows": report.train.rows, "tokens": report.train.tokens, "loss_tokens": report.train.loss_tokens}
     facts |= {"trained_parameters": summary["trainable_parameters"], "eval_rows": report.eval and report.eval.rows}
-    for name in ("loss", "exact_match"):
-        facts[f"eval_{name}"] = (summary["eval"] or {}).get(name)
+    for name in summary["eval"] or {}:
+        facts[f"eval_{name}"] = summary["eval"][name]
         facts[f"eval_{name}_before"] = (summary["eval_before"] or {}).get(name)
     facts["datasets"] = _on_hub(recipe)
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in facts.items()}
