@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetune.data.conversation import Conversation
@@ -31,11 +31,13 @@ class Lead:
 
     mode: the mode whose prompt leads to its last trained answer; None when none does, and `why` says why not.
     earlier: trained answers before the last that stand where the model would think, and show no thinking.
+    prompt_tokens: of the row's tokens, how many are that prompt; 0 where none leads to the answer.
     """
 
     mode: Mode | None
     why: str = ""
     earlier: int = 0
+    prompt_tokens: int = field(default=0, compare=False)
 
 
 class Prompts:
@@ -82,7 +84,8 @@ class Prompts:
             if isinstance(wanted, bool) and "only" not in ends:
                 why = f"they say enable_thinking: {str(wanted).lower()}, and that prompt does not lead to the answer"
             return Lead(None, why, earlier if thinks else 0)
-        return Lead("off" if "off" in fitting else fitting[0], earlier=earlier if thinks else 0)
+        mode = "off" if "off" in fitting else fitting[0]
+        return Lead(mode, earlier=earlier if thinks else 0, prompt_tokens=first + len(self._ids[ends[mode]]))
 
     def _rendered(self, chat: Conversation, at: int, before: str) -> dict[Mode, str]:
         """What the prompt of each mode ends with, from its last header on; none whose beginning is not `before`."""
@@ -117,7 +120,7 @@ class Prompts:
             if mode in prompts:
                 wanted = self._tokenize(prompts[mode])
                 if ids[: len(wanted)] == wanted:
-                    return Lead(mode)
+                    return Lead(mode, prompt_tokens=len(wanted))
         if not prompts:
             return Lead(None, "the chat template cannot ask for it")
         shown = next(iter(prompts.values()))[-30:]
