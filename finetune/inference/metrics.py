@@ -54,7 +54,7 @@ def metrics(own: Sequence[str | OwnMetric] = (), tolerance: float = TOLERANCE) -
     for each in own:
         name = each if isinstance(each, str) else getattr(each, "__name__", "own")
         if any(metric.name == name for metric in made):
-            raise UserError(Problem(f"--metric {name}", "is given twice, or is a name that is taken", "rename one"))
+            raise UserError(Problem(f"metric {name}", "is given twice, or is a name that is taken", "rename one"))
         made.append(Metric(name, "mean", _checked(name, imported(each) if isinstance(each, str) else each)))
     return made
 
@@ -138,7 +138,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 def imported(path: str) -> OwnMetric:
     """The function at an import path, looked for in the current folder first. UserError says what is not there."""
-    where, hint = f"--metric {path}", "write module:function, of a module that can be imported from here"
+    where, hint = f"metric {path}", "write module:function, of a module that can be imported from here"
     module, _, name = path.partition(":")
     if not module or not name:
         raise UserError(Problem(where, "is no import path", hint))
@@ -163,9 +163,9 @@ def _checked(name: str, function: OwnMetric) -> Judge:
             value = float(function(answer, reference, row))
         except Exception as error:  # the user's code fails with whatever it raises
             what = f"fails: {type(error).__name__}: {error}"
-            raise UserError(Problem(f"--metric {name}", what, hint, answer)) from error
+            raise UserError(Problem(f"metric {name}", what, hint, answer)) from error
         if not math.isfinite(value):
-            raise UserError(Problem(f"--metric {name}", "gives no finite number", hint, value))
+            raise UserError(Problem(f"metric {name}", "gives no finite number", hint, value))
         return value
 
     return judge
