@@ -39,6 +39,7 @@ bench: $(VENV)/installed ## run the benchmarks of this machine (benchmarks/READM
 	@$(BIN)/python benchmarks/expert_lora.py --shape tiny
 	@$(BIN)/python benchmarks/train_step.py
 	@$(BIN)/python benchmarks/train_step.py --tiny
+	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/loss.py
 	@$(BIN)/python benchmarks/scaling.py
 	@$(BIN)/python benchmarks/merge.py

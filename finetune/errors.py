@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-_MISSING: Any = object()
+_MISSING: Any = ...
+"""It is one object in every process."""
 
 
 @dataclass(frozen=True)

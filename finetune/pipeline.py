@@ -283,7 +283,8 @@ def _train(
 def resume(run: str | Path, *overrides: str, console: Console | None = None) -> Run:
     """Continue the run in folder `run` from its newest complete checkpoint, by the recipe that lies in it.
 
-    overrides: of what may change on the way, such as `train.save_every=50`.
+    overrides: of what may change on the way, such as `train.save_every=50`. With another `output.dir`, a new run there
+    goes on from that checkpoint: `train.steps` (or `epochs`) then says how many steps both take together.
     """
     import json
 
@@ -295,6 +296,11 @@ def resume(run: str | Path, *overrides: str, console: Console | None = None) -> 
         raise UserError(Problem(str(run), "holds no run", "give the output.dir of a recipe that was trained"))
     here = json.dumps(str(run), ensure_ascii=False)  # it may have been moved
     recipe = load_recipe(folder.recipe, f"output.dir={here}", *overrides)
+    if Path(recipe.output.dir).resolve() != folder.path.resolve():
+        from finetune.training.extension import extend
+        from finetune.training.processes import on_main_process
+
+        on_main_process(lambda: extend(folder, recipe))
     return train(recipe, resume=True, console=console)
 
 

@@ -16,3 +16,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """Encoded rows of tests are kept in a folder of their own, also those of the commands they start."""
+    before = os.environ.get("FINETUNE_CACHE")
+    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("FINETUNE_CACHE")
+    if before is not None:
+        os.environ["FINETUNE_CACHE"] = before

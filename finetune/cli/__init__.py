@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.answers import chat, evaluate
+from finetune.cli.cache import cache
 from finetune.cli.conversion import convert
 from finetune.cli.data import data
 from finetune.cli.demo import quickstart
@@ -56,3 +57,4 @@ for _command in _COMMANDS:
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(templates, name="template")
+app.add_typer(cache, name="cache")

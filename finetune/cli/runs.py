@@ -111,7 +111,10 @@ def resume(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a run from its newest complete checkpoint."""
+    """Continue a run from its newest complete checkpoint.
+
+    With output.dir=NEW and a higher train.steps, a new run goes on from there and takes more steps.
+    """
     from finetune import pipeline
 
     again = ["finetune", "resume", str(run), *(overrides or ()), *(["--json"] if as_json else [])]

@@ -458,6 +458,12 @@ class DataSection(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="stop at a bad row, or leave it out and count it"
     )
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto", description="processes that encode rows; auto: one per core for large files"
+    )
+    cache: Annotated[PathName, BeforeValidator(as_switch)] = Field(
+        default="auto", description="keep encoded rows for the next run: auto, off, or a folder to keep them in"
+    )
 
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]

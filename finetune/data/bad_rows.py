@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from finetune.errors import Problem
@@ -14,7 +15,7 @@ SHOWN_PER_REASON = 5
 NAMED = 4
 SKIP_HINT = "mend the rows, or set data.on_bad_row: skip to leave bad rows out and count them"
 ALL_BAD_HINT = "every row is bad, so the file or its template is not what the recipe takes it for"
-_MISSING: Any = object()
+_MISSING: Any = ...
 
 
 class BadRow(Exception):  # noqa: N818
@@ -33,6 +34,11 @@ class BadRow(Exception):  # noqa: N818
         self.field, self.what, self.hint, self.got = field, what, hint, got
         self.reason = reason or what
         self.fatal = fatal
+
+    def __reduce__(self) -> Any:
+        got = () if self.got is _MISSING else (self.got,)
+        make = partial(type(self), reason=self.reason, fatal=self.fatal)
+        return make, (self.field, self.what, self.hint, *got)
 
     def problem(self, where: str) -> Problem:
         """The same as a `Problem` of the row at `where`."""

@@ -77,6 +77,11 @@ class MessageReader:
         if role == "tool_call":
             self._append_tool_call(raw.get(content), f"{place}.{content}", trained)
             return
+        if len(raw) == 2 and content in raw:  # its role and its text, and nothing else
+            self.append(
+                {"role": role, "content": _content(raw, content, place, optional=False)}, place, trained=trained
+            )
+            return
         calls = self._calls(raw, role, place)
         message: dict[str, Any] = {"role": role, "content": _content(raw, content, place, optional=bool(calls))}
         if role == "assistant" and (reasoning := self._reasoning(raw, place)) is not None:

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.config.schema import DataFile, DataSection
-from finetune.data.bad_rows import BadRow, BadRows
-from finetune.data.columns import template_of
-from finetune.data.encode import Encoder, Encoding, OverLong
-from finetune.data.markers import Markers
+from finetune.config.schema import DataSection
 from finetune.data.mix import choose, draw_counts, hold_out
-from finetune.data.packing import pack
-from finetune.data.prepare_report import FileReport, PrepareReport, SplitReport
-from finetune.data.rows import Row, place, read_rows
-from finetune.data.token_store import TokenStore, join
-from finetune.data.unread import unread_problem
+from finetune.data.packing import count_blocks
+from finetune.data.prepare_report import PrepareReport, SplitReport
+from finetune.data.rows import place
+from finetune.data.source import Progress, Source
+from finetune.data.token_store import join
 from finetune.errors import DataError, Problem
 
 if TYPE_CHECKING:
     import datasets
-
-ROWS_AT_ONCE = 256
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Rows ready for a trainer.
 
-    train, eval: `datasets.Dataset`s with columns input_ids and labels (list<int32>, -100 where there is no loss), in
-        memory. Training rows are mixed and shuffled; held-out rows keep the order of their files.
+    train, eval: `datasets.Dataset`s with columns input_ids and labels (list<int32>, -100 where there is no loss),
+        mapped from disk. Training rows are mixed and shuffled; held-out rows keep the order of their files.
     report: what became of the rows.
     train_places, eval_places: (rows, 3) index of a source, line, and which file of the source, for each row.
     """
@@ -44,8 +35,8 @@ class Prepared:
     train: datasets.Dataset
     eval: datasets.Dataset | None
     report: PrepareReport
-    train_places: NDArray[np.int64]
-    eval_places: NDArray[np.int64]
+    train_places: NDArray[np.int32]
+    eval_places: NDArray[np.int32]
 
     def where(self, index: int, split: str = "train") -> str:
         """`file:line` that row `index` of a split came from."""
@@ -61,14 +52,14 @@ def prepare(section: DataSection, tokenizer: Any, *, seed: int, progress: Progre
     `eval_fraction` is the share of the drawn rows that is held out; a held-out row has no copy among the others.
 
     progress: called with a file's name and its rows so far.
-    The same seed gives the same rows in the same order. Nothing is written and nothing is cached.
+    The same seed gives the same rows in the same order. Encoded rows are kept as data.cache says.
     Raises DataError with every bad row of every file (the first ones in full) unless data.on_bad_row is skip; a file
     that is missing, cannot be read on or has no good row is an error in any case.
     """
     check_weights(section)
     section = without_skipped(section)
-    train = [_EncodedFile(file, "train", seed) for file in section.train]
-    evaluated = [_EncodedFile(file, "eval", seed) for file in section.eval]
+    train = [Source(file, "train", seed) for file in section.train]
+    evaluated = [Source(file, "eval", seed) for file in section.eval]
     problems = [problem for file in (*train, *evaluated) for problem in file.encode(section, tokenizer, progress)]
     if problems:
         raise DataError(*problems)
@@ -103,87 +94,23 @@ def check_weights(section: DataSection) -> None:
         raise DataError(*problems)
 
 
-class _EncodedFile:
-    """One file on its way to tokens."""
-
-    def __init__(self, file: DataFile, use: str, seed: int) -> None:
-        self.file = file
-        self.report = FileReport(file.path, "", use, file.weight)
-        self.store = TokenStore(seed)
-
-    def encode(self, section: DataSection, tokenizer: Any, progress: Progress | None) -> Sequence[Problem]:
-        """Fill store and report; the problems that must stop the run."""
-        bad = BadRows(skip=section.on_bad_row == "skip")
-        try:
-            template = template_of(self.file, section)
-            self.report.template = template.name
-            named = section.answers
-            encoding = Encoding(
-                section.max_length,
-                section.over_long,
-                section.loss_on,
-                section.train_empty_think,
-                Markers(named.begin, named.end) if named else None,
-            )
-            encoder = Encoder(tokenizer, template, encoding)
-            for rows in batches(read_rows(self.file, bad, self.report.remarks.append), ROWS_AT_ONCE):
-                for row, answer in zip(rows, encoder.encode(rows), strict=True):
-                    self._take(row, answer, bad)
-                if progress is not None:
-                    progress(self.file.path, self.report.kept + len(bad))
-        except DataError as error:
-            return [*bad.listing(self.file.path, good=self.report.kept), *error.problems]
-        self.report.read = self.report.kept - self.report.pieces + len(bad)
-        self.report.skipped = dict(bad.reasons)
-        if bad.stop:
-            return bad.listing(self.file.path, good=self.report.kept)
-        if not self.report.kept:
-            total = Problem(self.file.path, f"has no good row: all {len(bad):,} are bad", "the first ones follow")
-            return [total, *bad.listing(self.file.path, good=0, skipped_too=True)[:3]]
-        if self.report.unread and section.unread == "error":
-            return [unread_problem(self.file.path, self.report.unread)]
-        return []
-
-    def _take(self, row: Row, answer: Any, bad: BadRows) -> None:
-        if isinstance(answer, BadRow):
-            self.report.over_long += isinstance(answer, OverLong)
-            bad.add(row.where, answer)
-        else:
-            self.report.add(row.where, answer)
-            for piece in answer.rest:
-                self.report.add(row.where, piece)
-                self.report.pieces += 1
-            parts = self.report.parts
-            if not parts or parts[-1] != row.source:
-                parts.append(row.source)
-            for piece in (answer, *answer.rest):
-                self.store.add(row, piece, len(parts) - 1)
-
-
-def batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    """`rows`, `size` at a time."""
-    while batch := list(islice(rows, size)):
-        yield batch
-
-
 class _Mix:
     """Chooses rows of encoded files; a row is its index in all files joined, those to train on first."""
 
-    def __init__(
-        self, section: DataSection, train: list[_EncodedFile], evaluated: list[_EncodedFile], seed: int
-    ) -> None:
+    def __init__(self, section: DataSection, train: list[Source], evaluated: list[Source], seed: int) -> None:
         self.section, self.seed = section, seed
         self.num_train_files = len(train)
         self.files = [*train, *evaluated]
         stores = [file.store for file in self.files]
         self.starts = np.cumsum([0, *map(len, stores)])
         self.table = join(stores)
-        self.hashes = np.concatenate([store.hashes for store in stores])
-        self.lengths = np.concatenate([store.lengths for store in stores])
-        self.loss_tokens = np.concatenate([store.loss_tokens for store in stores])
-        numbers = np.concatenate([store.numbers for store in stores])
-        parts = np.concatenate([store.parts for store in stores])
-        self.places = np.stack([np.repeat(np.arange(len(stores)), np.diff(self.starts)), numbers, parts], axis=1)
+        self.hashes = _joined([store.hashes for store in stores])
+        self.lengths = _joined([store.lengths for store in stores])
+        self.loss_tokens = _joined([store.loss_tokens for store in stores])
+        self.places = np.empty((self.starts[-1], 3), np.int32)
+        for source, (store, begin) in enumerate(zip(stores, self.starts, strict=False)):
+            here = self.places[begin : begin + len(store)]
+            here[:, 0], here[:, 1], here[:, 2] = source, store.numbers, store.parts
 
     def prepared(self) -> Prepared:
         pool = self._pool()
@@ -198,7 +125,7 @@ class _Mix:
                 Problem("data.eval_fraction", "leaves no row to train on", hint, self.section.eval_fraction)
             )
         drawn = self._shuffled(kept)
-        also_trained = int(np.isin(self.hashes[evaluated], self.hashes[drawn]).sum())
+        also_trained = int(np.isin(self.hashes[evaluated], self.hashes[drawn]).sum()) if len(evaluated) else 0
         report = PrepareReport(
             [file.report for file in self.files],
             self.section.max_length,
@@ -220,7 +147,7 @@ class _Mix:
             rng = np.random.default_rng([self.seed, 1, index])
             parts.append(self.starts[index] + choose(len(file.store), count, rng))
             file.report.unused = len(file.store) - count
-        return np.concatenate(parts)
+        return _joined(parts)
 
     def _shuffled(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         for index, file in enumerate(self.files[: self.num_train_files]):
@@ -232,14 +159,21 @@ class _Mix:
         tokens, loss_tokens = int(lengths.sum()), int(self.loss_tokens[rows].sum())
         if not self.section.packing:
             return SplitReport(len(rows), tokens, loss_tokens, len(rows), 1.0)
-        blocks = len(pack(lengths.tolist(), self.section.max_length))
+        blocks = count_blocks(map(int, lengths), self.section.max_length)
         return SplitReport(len(rows), tokens, loss_tokens, blocks, tokens / (blocks * self.section.max_length))
 
     def _select(self, rows: NDArray[np.int64]) -> datasets.Dataset:
-        """The rows as a data set in memory, whose fingerprint is its content: nothing stale is ever found by it."""
+        """The rows as a data set, whose fingerprint is its content: nothing stale is ever found by it."""
         import datasets
+        import pyarrow as pa  # type: ignore[import-untyped]
+        from datasets.table import InMemoryTable
 
-        digest = blake2b(self.hashes[rows].tobytes(), digest_size=8)
-        digest.update(self.loss_tokens[rows].tobytes())
-        whole = datasets.Dataset(self.table, fingerprint=digest.hexdigest())
-        return whole.select(rows, keep_in_memory=True, new_fingerprint=digest.hexdigest())
+        digest = blake2b(self.hashes[rows].data, digest_size=8)
+        digest.update(self.loss_tokens[rows].astype(np.int64).data)
+        indices = pa.table({"indices": pa.array(rows.astype(np.uint64))})
+        return datasets.Dataset(self.table, indices_table=InMemoryTable(indices), fingerprint=digest.hexdigest())
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """One array of several, which is that one where there are no others."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from finetune.data.bad_rows import BadRow
 from finetune.data.control_tokens import ControlTokens, check_tokenizer
 from finetune.data.conversation import Conversation, Passage
 from finetune.data.fit import advice
 from finetune.data.markers import CHATML, Markers
-from finetune.data.mask import Answer, find_answers, tokens_of
+from finetune.data.mask import Answer, Tokens, find_answers, tokens_of
 from finetune.data.messages import interpret
 from finetune.data.prompts import Lead, Prompts
 from finetune.data.rows import Row
@@ -19,7 +23,10 @@ from finetune.data.templates import DataTemplate, MessagesTemplate, TurnsTemplat
 from finetune.data.tool_calls import argument_texts, with_parsed_arguments
 from finetune.data.unread import unread_columns
 from finetune.errors import DataError, Problem
-from finetune.models.generation import render_chat
+from finetune.models.chat_text import ChatWriter
+from finetune.models.text_tokens import TextTokenizer
+
+Ids = NDArray[np.int32]
 
 IGNORED = -100
 MOST_ADVICE = 20
@@ -37,13 +44,14 @@ class Encoding:
     answers: Markers | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """One row as tokens.
 
-    input_ids: the tokenizer's ids of exactly the text that `apply_chat_template` renders.
-    labels: the id where the token carries loss, -100 elsewhere; one per id. The first is always -100: nothing
+    ids: the tokenizer's ids of exactly the text that `apply_chat_template` renders.
+    targets: the id where the token carries loss, -100 elsewhere; one per id. The first is always -100: nothing
         predicts it, and in a packed block the row before must not.
+    loss_tokens: tokens that carry loss.
     reasoning_dropped: trained answers whose reasoning the chat template leaves out; Qwen3's keeps it only behind the
         last question.
     truncated: whether tokens were cut off at the end.
@@ -54,8 +62,9 @@ class Encoded:
     rest: further rows that the text was split into.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    ids: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    loss_tokens: int
     reasoning_dropped: int = 0
     truncated: bool = False
     reasons: int = 0
@@ -64,10 +73,20 @@ class Encoded:
     unread: tuple[str, ...] = ()
     rest: tuple[Encoded, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     @property
-    def loss_tokens(self) -> int:
-        """Tokens that carry loss."""
-        return len(self.labels) - self.labels.count(IGNORED)
+    def input_ids(self) -> list[int]:
+        """The ids as a list."""
+        found: list[int] = self.ids.tolist()
+        return found
+
+    @property
+    def labels(self) -> list[int]:
+        """The targets as a list."""
+        found: list[int] = self.targets.tolist()
+        return found
 
 
 class Encoder:
@@ -79,7 +98,10 @@ class Encoder:
         self.tokenizer, self.template, self.encoding = tokenizer, template, encoding
         self._control = ControlTokens(tokenizer, self._markers)
         begin = (self._markers if isinstance(self._markers, Markers) else CHATML).begin
-        self._prompts = Prompts(self._apply, lambda text: list(self._tokenize([text])[0].ids), begin)
+        self._apply = ChatWriter(tokenizer)
+        self._texts = TextTokenizer(tokenizer)
+        self._chat_template = str(tokenizer.chat_template)
+        self._prompts = Prompts(self._apply, lambda text: self._texts([text])[0], begin)
         self._advised = 0
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
@@ -88,12 +110,12 @@ class Encoder:
         chats = [(i, item) for i, item in enumerate(found) if isinstance(item, tuple)]
         passages = [(i, item) for i, item in enumerate(found) if isinstance(item, Passage)]
         answers: dict[int, Encoded | BadRow] = {i: item for i, item in enumerate(found) if isinstance(item, BadRow)}
-        for (i, (chat, text)), tokens in zip(chats, self._tokenize([text for _, (_, text) in chats]), strict=True):
+        for (i, (chat, text)), tokens in zip(chats, self._texts([text for _, (_, text) in chats]), strict=True):
             answers[i] = self._guard(self._finish_chat, chat, text, tokens)
         texts = [text for _, passage in passages for text in (passage.prompt, passage.completion)]
-        tokens_by_text = self._tokenize(texts)
+        tokens_by_text = self._texts(texts)
         for n, (i, _) in enumerate(passages):
-            prompt, completion = (list(tokens.ids) for tokens in tokens_by_text[2 * n : 2 * n + 2])
+            prompt, completion = (tokens.ids for tokens in tokens_by_text[2 * n : 2 * n + 2])
             answers[i] = self._guard(self._finish_passage, prompt, completion)
         return [self._with_unread(answers[i], rows[i], found[i]) for i in range(len(rows))]
 
@@ -107,13 +129,8 @@ class Encoder:
         if isinstance(answer, BadRow):
             return answer
         made = found[0] if isinstance(found, tuple) else found
-        unread = unread_columns(row.fields, made, self.template, str(self.tokenizer.chat_template))
+        unread = unread_columns(row.fields, made, self.template, self._chat_template)
         return replace(answer, unread=tuple(unread)) if unread else answer
-
-    def _tokenize(self, texts: list[str]) -> Any:
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False).encodings
 
     def _interpret(self, row: Row) -> tuple[Conversation, str] | Passage:
         try:
@@ -154,33 +171,24 @@ class Encoder:
             hint = "bring the messages into the shape that the model card shows"
             raise BadRow("", what, hint, reason="makes the model's chat template fail") from None
 
-    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, settings: dict[str, Any]) -> str:
-        return render_chat(self.tokenizer, messages, tools=tools, **settings)
-
-    def _finish_chat(self, chat: Conversation, text: str, tokens: Any) -> Encoded:
-        ids = list(tokens.ids)
+    def _finish_chat(self, chat: Conversation, text: str, tokens: Tokens) -> Encoded:
+        ids = tokens.ids
         assert isinstance(self._markers, Markers)
         answers = self._with_loss(find_answers(text, chat, self._markers))
-        labels = list(ids) if self.encoding.loss_on == "all" else [IGNORED] * len(ids)
+        targets = ids.copy() if self.encoding.loss_on == "all" else np.full(len(ids), IGNORED, np.int32)
         end = None
         for answer in answers:
             begin, stop = tokens_of((answer.begin, answer.end), tokens)
-            first = begin if self.encoding.train_empty_think else tokens_of((answer.said, answer.end), tokens)[0]
-            labels[begin:stop] = [IGNORED] * (stop - begin)
+            whole = self.encoding.train_empty_think or answer.said == answer.begin
+            first = begin if whole else tokens.first_from(answer.said)
+            targets[begin:stop] = IGNORED
             if answer.trained:
-                labels[first:stop] = ids[first:stop]
-                end = ids[stop - 1]
+                targets[first:stop] = ids[first:stop]
+                end = int(ids[stop - 1])
         trained = [answer for answer in answers if answer.trained]
-        return self._fitted(
-            Encoded(
-                ids,
-                labels,
-                reasoning_dropped=sum(answer.reasoning_dropped for answer in trained),
-                reasons=sum(answer.reasons for answer in trained),
-                lead=self._prompts.lead(chat, text, tokens, answers),
-                end=end,
-            )
-        )
+        lead = self._prompts.lead(chat, text, tokens, answers)
+        dropped = sum(answer.reasoning_dropped for answer in trained)
+        return self._fitted(ids, targets, end, dropped, sum(answer.reasons for answer in trained), lead)
 
     def _with_loss(self, answers: list[Answer]) -> list[Answer]:
         """The answers, with loss where the recipe wants it; BadRow when that leaves none."""
@@ -191,41 +199,50 @@ class Encoder:
                 raise BadRow("", "carries no loss: its last answer has weight 0", hint)
         return answers
 
-    def _finish_passage(self, prompt: list[int], completion: list[int]) -> Encoded:
-        ids = [*prompt, *completion, self.tokenizer.eos_token_id]
-        untrained = 0 if self.encoding.loss_on == "all" else len(prompt)
-        if self.encoding.over_long == "split" and not prompt:
+    def _finish_passage(self, prompt: Ids, completion: Ids) -> Encoded:
+        ids = np.concatenate([prompt, completion, np.array([self.tokenizer.eos_token_id], np.int32)])
+        targets = ids.copy()
+        if self.encoding.loss_on != "all":
+            targets[: len(prompt)] = IGNORED
+        if self.encoding.over_long == "split" and not len(prompt):
             return self._split(ids)
-        return self._fitted(Encoded(ids, [IGNORED] * untrained + ids[untrained:], end=ids[-1]))
+        return self._fitted(ids, targets, int(ids[-1]))
 
-    def _split(self, ids: list[int]) -> Encoded:
+    def _split(self, ids: Ids) -> Encoded:
         """Plain text as rows of at most `max_length` tokens, which go on where the one before stopped."""
         limit = self.encoding.max_length
-        pieces = [ids[begin : begin + limit] for begin in range(0, len(ids), limit)]
-        if len(pieces) > 1 and len(pieces[-1]) == 1:  # the end of text, which only the token before it predicts
-            pieces[-2:] = [pieces[-2][:-1], pieces[-2][-1:] + pieces[-1]]
-        rows = [Encoded(piece, [IGNORED, *piece[1:]]) for piece in pieces]
-        rows[-1] = replace(rows[-1], end=ids[-1])
+        edges = [*range(0, len(ids), limit), len(ids)]
+        if len(edges) > 2 and edges[-1] - edges[-2] == 1:  # the end of text, which only the token before it predicts
+            edges[-2] -= 1
+        rows = []
+        for begin, end in pairwise(edges):
+            targets = ids[begin:end].copy()
+            targets[0] = IGNORED
+            rows.append(Encoded(ids[begin:end], targets, end - begin - 1))
+        rows[-1] = replace(rows[-1], end=int(ids[-1]))
         return replace(rows[0], rest=tuple(rows[1:]))
 
-    def _fitted(self, row: Encoded) -> Encoded:
-        """`row` within `max_length`, and with loss on it. BadRow when that cannot be."""
-        limit = self.encoding.max_length
-        length = len(row.input_ids)
-        row.labels[0] = IGNORED
-        if length > limit:
+    def _fitted(
+        self, ids: Ids, targets: Ids, end: int | None, dropped: int = 0, reasons: int = 0, lead: Lead | None = None
+    ) -> Encoded:
+        """A row within `max_length`, and with loss on it. BadRow when that cannot be."""
+        limit, length = self.encoding.max_length, len(ids)
+        targets[0] = IGNORED
+        truncated = length > limit
+        if truncated:
             if self.encoding.over_long != "truncate":
                 hint = "raise data.max_length, or set data.over_long to skip or truncate, or for plain text to split"
                 what = f"has {length:,} tokens, more than data.max_length = {limit:,}"
                 fatal = self.encoding.over_long != "skip"
                 raise OverLong("", what, hint, reason="has more tokens than data.max_length", fatal=fatal)
-            row = replace(row, input_ids=row.input_ids[:limit], labels=row.labels[:limit], truncated=True, end=None)
-            if not row.loss_tokens:
-                what = "has no token that carries loss within data.max_length"
-                raise OverLong("", what, "raise data.max_length, or remove the row")
-        if not row.loss_tokens:
+            ids, targets, end = ids[:limit], targets[:limit], None
+        loss_tokens = int(np.count_nonzero(targets != IGNORED))
+        if not loss_tokens and truncated:
+            what = "has no token that carries loss within data.max_length"
+            raise OverLong("", what, "raise data.max_length, or remove the row")
+        if not loss_tokens:
             raise BadRow("", "has no token that carries loss", "remove the row")
-        return row
+        return Encoded(ids, targets, loss_tokens, dropped, truncated, reasons, lead, end)
 
 
 class OverLong(BadRow):

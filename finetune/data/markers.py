@@ -17,7 +17,6 @@ from finetune.models.generation import render_chat
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE_HINT = "the model's chat template writes text of its own, or leaves out what it cannot show"
-_TURN = re.compile(re.escape(START) + r"([^\n]*)\n(.*?)" + re.escape(END), re.DOTALL)
 _ASKED, _ANSWERED = ("Question 4711", "Question 4712"), ("Answer 8151", "Answer 8152")
 _NAME_THEM = 'name them in the recipe, such as data.answers: {begin: "<|assistant|>", end: "<|end|>"}'
 
@@ -46,18 +45,30 @@ class Markers:
     def turns(self, rendered: str) -> list[Turn]:
         """The parts of a rendered chat, in their order. BadRow for text that is in no turn of ChatML."""
         if self == CHATML:
-            if any(between.strip() for between in _TURN.split(rendered)[:: _TURN.groups + 1]):
-                raise BadRow("", "is rendered with text outside its turns", TEMPLATE_HINT)
-            return [
-                Turn(turn[1] == "assistant", turn.start(), turn.span(2), turn.end())
-                for turn in _TURN.finditer(rendered)
-            ]
+            return _chatml_turns(rendered)
         found, position = [], 0
         for answer in re.finditer(f"{re.escape(self.begin)}(.*?){re.escape(self.end)}", rendered, re.DOTALL):
             found.append(Turn(False, position, (position, answer.start()), answer.start()))
             found.append(Turn(True, answer.start(), answer.span(1), answer.end()))
             position = answer.end()
         return [*found, Turn(False, position, (position, len(rendered)), len(rendered))]
+
+
+def _chatml_turns(rendered: str) -> list[Turn]:
+    turns, position = [], 0
+    while (begin := rendered.find(START, position)) >= 0:
+        header = rendered.find("\n", begin)
+        end = rendered.find(END, header)
+        if header < 0 or end < 0:
+            break
+        if rendered[position:begin].strip():
+            break
+        is_answer = rendered[begin + len(START) : header] == "assistant"
+        turns.append(Turn(is_answer, begin, (header + 1, end), end + len(END)))
+        position = end + len(END)
+    if rendered[position:].strip():
+        raise BadRow("", "is rendered with text outside its turns", TEMPLATE_HINT)
+    return turns
 
 
 CHATML = Markers(f"{START}assistant\n", END)

@@ -11,6 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from finetune.data.bad_rows import BadRow
 from finetune.data.conversation import Conversation
 from finetune.data.markers import CHATML, TEMPLATE_HINT, Markers, Turn
@@ -20,16 +23,15 @@ EMPTY_THINK = re.compile(r"<think>\s*</think>\n*")
 Span = tuple[int, int]
 
 
-class Alignment(Protocol):
-    """Characters of one tokenized text and its tokens, as `tokenizers.Encoding` has them."""
+class Tokens(Protocol):
+    """One text as tokens."""
 
-    ids: list[int]
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """The token ids."""
 
-    def char_to_token(self, char_pos: int) -> int | None:
-        """Index of the first token that holds the character."""
-
-    def token_to_chars(self, token_index: int) -> Span | None:
-        """Characters that the token stands for."""
+    def first_from(self, position: int) -> int:
+        """The first token that begins at or after the character at `position`; their number when there is none."""
 
 
 @dataclass(frozen=True)
@@ -105,33 +107,17 @@ def split_reasoning(message: dict[str, Any]) -> tuple[str, str]:
     return content.strip(), (reasoning or "").strip()
 
 
-def tokens_of(span: Span, alignment: Alignment) -> Span:
+def tokens_of(span: Span, tokens: Tokens) -> Span:
     """First token and end of the tokens that begin inside `span`.
 
     A token that begins before the span, in the header, does not count: where an answer starts with a newline, the
     header's newline and the answer's are one token.
     """
-    first, end = (_token_from(edge, alignment) for edge in span)
+    first, end = map(tokens.first_from, span)
     return first, max(first, end)
 
 
-def _token_from(position: int, alignment: Alignment) -> int:
-    """The first token that begins at or after the character at `position`."""
-    token = None
-    chars = alignment.token_to_chars(len(alignment.ids) - 1)
-    last = chars[1] if chars else 0
-    while token is None and position < last:
-        token = alignment.char_to_token(position)
-        position += 1
-    if token is None:
-        return len(alignment.ids)
-    begin = alignment.token_to_chars(token)
-    assert begin is not None
-    return token if begin[0] >= position - 1 else _after(token, begin, alignment)
-
-
-def _after(token: int, chars: Span, alignment: Alignment) -> int:
-    """The first token past `token` that begins elsewhere."""
-    while token < len(alignment.ids) and alignment.token_to_chars(token) == chars:
-        token += 1
-    return token
+def token_at(position: int, tokens: Tokens) -> int:
+    """The token that holds the character at `position`."""
+    first = tokens.first_from(position)
+    return first if first < tokens.first_from(position + 1) else first - 1

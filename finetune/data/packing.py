@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,21 +23,35 @@ def pack(lengths: Iterable[int], size: int) -> list[list[int]]:
     of one kind, and the loss then jumps from step to step.
     """
     blocks: list[list[int]] = []
+    for row, block in enumerate(_blocks_of(lengths, size)):
+        if block == len(blocks):
+            blocks.append([])
+        blocks[block].append(row)
+    return blocks
+
+
+def count_blocks(lengths: Iterable[int], size: int) -> int:
+    """How many blocks `pack` makes."""
+    return 1 + max(_blocks_of(lengths, size), default=-1)
+
+
+def _blocks_of(lengths: Iterable[int], size: int) -> Iterator[int]:
+    """The block that each row goes to."""
+    count = 0
     spaces: list[tuple[int, int]] = []  # (tokens left, block), fullest first
-    for row, length in enumerate(lengths):
+    for length in lengths:
         assert 0 < length <= size, "rows are fitted to max_length before they are packed"
         fit = bisect_left(spaces, (length, -1))
         if fit < len(spaces):
             space, block = spaces.pop(fit)
-            blocks[block].append(row)
         else:
-            space, block = size, len(blocks)
-            blocks.append([row])
+            space, block = size, count
+            count += 1
+        yield block
         if space > length:
             insort(spaces, (space - length, block))
         if len(spaces) > OPEN_BLOCKS:
             del spaces[0]
-    return blocks
 
 
 def packed(rows: datasets.Dataset, size: int) -> datasets.Dataset:

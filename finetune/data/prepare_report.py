@@ -72,14 +72,14 @@ class FileReport:
     def add(self, where: str, row: Encoded) -> None:
         """Count a row that was kept."""
         self.kept += 1
-        self.tokens += len(row.input_ids)
+        self.tokens += len(row)
         self.loss_tokens += row.loss_tokens
         self.truncated += row.truncated
         self.over_long += row.truncated
         self.reasoning_dropped += row.reasoning_dropped
         self.reasons += row.reasons
-        if len(row.input_ids) > self.longest:
-            self.longest, self.longest_at = len(row.input_ids), where
+        if len(row) > self.longest:
+            self.longest, self.longest_at = len(row), where
         for name in row.unread:
             _count(self.unread, name)
         if row.end is not None:

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from finetune.data.conversation import Conversation
-from finetune.data.mask import Alignment, Answer
+from finetune.data.mask import Answer, Tokens, token_at
 from finetune.errors import DataError
 
 Mode = Literal["on", "off", "only"]
@@ -43,17 +46,17 @@ class Lead:
 class Prompts:
     """The generation prompts of a tokenizer's chat template.
 
-    render: messages, tools and settings of `apply_chat_template` -> text.  tokenize: text -> ids.
+    render: messages, tools and settings of `apply_chat_template` -> text.  tokenize: text -> tokens.
     begin: what stands right before every answer.
     """
 
-    def __init__(self, render: Callable[..., str], tokenize: Callable[[str], list[int]], begin: str) -> None:
+    def __init__(self, render: Callable[..., str], tokenize: Callable[[str], Tokens], begin: str) -> None:
         self._render, self._tokenize, self._begin = render, tokenize, begin
-        self._ids: dict[str, list[int]] = {}
+        self._ids: dict[str, bytes] = {}
         self._ends: dict[Any, dict[Mode, str]] = {}
         self._seen: Counter[Any] = Counter()
 
-    def lead(self, chat: Conversation, text: str, tokens: Alignment, answers: list[Answer]) -> Lead:
+    def lead(self, chat: Conversation, text: str, tokens: Tokens, answers: list[Answer]) -> Lead:
         """How the last trained answer of a rendered row is asked for."""
         last = max(index for index, answer in enumerate(answers) if answer.trained)
         at = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"][last]
@@ -71,8 +74,7 @@ class Prompts:
             self._ends[kind] = ends
         if not ends:
             return Lead(None, "the chat template cannot ask for it, or shows what comes before it differently then")
-        first = tokens.char_to_token(header)
-        assert first is not None
+        first = token_at(header, tokens)
         fitting = [mode for mode, end in ends.items() if self._stands(end, tokens.ids, first)]
         wanted = chat.settings.get("enable_thinking")
         if isinstance(wanted, bool) and "only" not in ends:
@@ -85,7 +87,8 @@ class Prompts:
                 why = f"they say enable_thinking: {str(wanted).lower()}, and that prompt does not lead to the answer"
             return Lead(None, why, earlier if thinks else 0)
         mode = "off" if "off" in fitting else fitting[0]
-        return Lead(mode, earlier=earlier if thinks else 0, prompt_tokens=first + len(self._ids[ends[mode]]))
+        prompt_tokens = first + len(self._ids[ends[mode]]) // tokens.ids.itemsize
+        return Lead(mode, earlier=earlier if thinks else 0, prompt_tokens=prompt_tokens)
 
     def _rendered(self, chat: Conversation, at: int, before: str) -> dict[Mode, str]:
         """What the prompt of each mode ends with, from its last header on; none whose beginning is not `before`."""
@@ -113,24 +116,27 @@ class Prompts:
             return {"only": found["on"]}
         return found
 
-    def _by_tokens(self, chat: Conversation, at: int, ids: list[int], said: str) -> Lead:
+    def _by_tokens(self, chat: Conversation, at: int, ids: NDArray[np.int32], said: str) -> Lead:
         """The same where no known header stands before the answer, by all tokens of every prompt."""
         prompts = self._prompts(chat, at)
         for mode in ("off", "on", "only"):
             if mode in prompts:
-                wanted = self._tokenize(prompts[mode])
-                if ids[: len(wanted)] == wanted:
+                wanted = self._tokenize(prompts[mode]).ids
+                if _begin_with(ids, wanted.tobytes()):
                     return Lead(mode, prompt_tokens=len(wanted))
         if not prompts:
             return Lead(None, "the chat template cannot ask for it")
         shown = next(iter(prompts.values()))[-30:]
         return Lead(None, f"the prompt ends with {shown!r}, and what is trained begins with {said[:30]!r}")
 
-    def _stands(self, end: str, ids: list[int], first: int) -> bool:
+    def _stands(self, end: str, ids: NDArray[np.int32], first: int) -> bool:
         if end not in self._ids:
-            self._ids[end] = self._tokenize(end)
-        wanted = self._ids[end]
-        return ids[first : first + len(wanted)] == wanted
+            self._ids[end] = self._tokenize(end).ids.tobytes()
+        return _begin_with(ids[first:], self._ids[end])
+
+
+def _begin_with(ids: NDArray[np.int32], wanted: bytes) -> bool:
+    return ids[: len(wanted) // ids.itemsize].tobytes() == wanted
 
 
 def _kind(chat: Conversation, at: int) -> tuple[Any, ...]:
@@ -139,7 +145,8 @@ def _kind(chat: Conversation, at: int) -> tuple[Any, ...]:
         (message["role"], "tool_calls" in message, "reasoning_content" in message or "</think>" in message["content"])
         for message in chat.messages
     )
-    return turns, at, bool(chat.tools), hash(repr(sorted(chat.settings.items(), key=str)))
+    settings = hash(repr(sorted(chat.settings.items(), key=str))) if chat.settings else 0
+    return turns, at, bool(chat.tools), settings
 
 
 def _shows_thinking(text: str, answer: Answer) -> bool:

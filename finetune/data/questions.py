@@ -34,17 +34,18 @@ class Question:
 
 def question_of(row: Encoded, tokenizer: Any) -> Question:
     """The question of an encoded row, which must not be plain text."""
-    end = len(row.labels)
-    while row.labels[end - 1] == IGNORED:
+    ids, labels = row.input_ids, row.labels
+    end = len(labels)
+    while labels[end - 1] == IGNORED:
         end -= 1
     begin = end
-    while row.labels[begin - 1] != IGNORED:
+    while labels[begin - 1] != IGNORED:  # the first always is
         begin -= 1
     if row.lead is not None and row.lead.prompt_tokens:
         begin = row.lead.prompt_tokens
-    prompt = tokenizer.decode(row.input_ids[:begin])
-    answer = tokenizer.decode(row.input_ids[begin:end], skip_special_tokens=True)
-    return Question(row.input_ids[:begin], prompt, said(answer, opened=prompt.rstrip().endswith("<think>"))[1])
+    prompt = tokenizer.decode(ids[:begin])
+    answer = tokenizer.decode(ids[begin:end], skip_special_tokens=True)
+    return Question(ids[:begin], prompt, said(answer, opened=prompt.rstrip().endswith("<think>"))[1])
 
 
 def said(text: str, *, opened: bool) -> tuple[str, str]:

@@ -88,6 +88,11 @@ class Template(Section):
         """How recipes name it."""
         return self._name
 
+    @property
+    def renamed_columns(self) -> dict[str, str]:
+        """Fields whose columns have other names."""
+        return dict(self._columns)
+
     def column(self, name: str) -> str:
         """The column of a row that a field of the template is read from."""
         return self._columns.get(name, name)
@@ -151,11 +156,11 @@ class MessagesTemplate(Template):
 
     def role_key(self, raw: Strings) -> str:
         """The key of a message that holds its role: the template's, or a usual one."""
-        return next((key for key in (self.role, *ROLE_KEYS) if key in raw), self.role)
+        return self.role if self.role in raw else next((key for key in ROLE_KEYS if key in raw), self.role)
 
     def content_key(self, raw: Strings) -> str:
         """The key of a message that holds its text."""
-        return next((key for key in (self.content, *CONTENT_KEYS) if key in raw), self.content)
+        return self.content if self.content in raw else next((key for key in CONTENT_KEYS if key in raw), self.content)
 
     def message_keys(self, raw: Strings) -> set[str]:
         """Keys of a message that are read here, and not left to the model's chat template."""

@@ -19,6 +19,7 @@ from finetune.errors import DataError, Problem, UserError
 from finetune.inference.eval_report import Answers
 from finetune.inference.measured import Column
 from finetune.inference.metrics import TOLERANCE, Metric, OwnMetric
+from finetune.io.disk import disk_named
 from finetune.models.batch_replies import write_replies
 from finetune.models.files import write_atomic
 from finetune.models.generation import Generation
@@ -119,6 +120,8 @@ class Sitting:
     def _written(self, model: Any, tokenizer: Any, encoded: Iterable[Encoded]) -> Iterator[Written]:
         assert self.writing is not None
         questions = [question_of(row, tokenizer) for row in encoded]
+        for judge in self.judges:  # one that fails does so before an hour of writing
+            judge.judge(questions[0].reference, questions[0].reference, self.rows[0].fields)
         generation = Generation(max_new_tokens=self.writing.max_new_tokens, temperature=self.writing.temperature)
         prompts = [question.prompt_ids for question in questions]
         size, progress = self.writing.batch_size, self.progress
@@ -136,7 +139,8 @@ def write_rows(path: str | Path, rows: Sequence[Row], sat: Sat, other: Sat | Non
         question = {"row": row.where, "prompt": written.question.prompt, "reference": written.question.reference}
         beside = {} if other is None else {"against": other.written[index].to_dict()}
         lines.append(json.dumps({**question, **written.to_dict(), **beside}, ensure_ascii=False) + "\n")
-    write_atomic(path, "".join(lines).encode("utf-8", "backslashreplace"))
+    with disk_named(path, "run the same command again"):
+        write_atomic(path, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def check_unwritten(output: str | Path | None, metrics: Sequence[str | OwnMetric]) -> None:

@@ -103,7 +103,9 @@ def number_match(answer: str, reference: str, tolerance: float = TOLERANCE) -> f
     wanted, got = last_number(reference), last_number(answer)
     if wanted is None:
         return None
-    return float(got is not None and abs(got - wanted) <= tolerance * max(1.0, abs(wanted)))
+    if got is None or not math.isfinite(wanted):
+        return float(got == wanted)
+    return float(abs(got - wanted) <= tolerance * max(1.0, abs(wanted)))
 
 
 def last_number(text: str) -> float | None:

@@ -98,7 +98,7 @@ def check_processes_agree(recipe: Recipe, here: Provenance) -> None:
     raise UserError(*problems)
 
 
-_RECIPE = "recipe_sha256"
+_RECIPE, _PARENT = "recipe_sha256", "parent"
 _LABELS = {
     "train": "the training rows",
     "eval": "the held-out rows",
@@ -113,6 +113,21 @@ def record(path: Path, here: Provenance) -> None:
         write_json_atomic(path, {**asdict(here), _RECIPE: file_digest(path.with_name("recipe.yaml"))})
 
 
+def take_over(source: Path, target: Path, parent: dict[str, Any]) -> None:
+    """Write that of a run's `source` for a run that goes on from it, with `parent` (name and step)."""
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+        content |= {_PARENT: parent, _RECIPE: file_digest(target.with_name("recipe.yaml"))}
+    except (OSError, ValueError, TypeError):
+        raise _damaged(source) from None
+    write_json_atomic(target, content)
+
+
+def _damaged(path: Path) -> UserError:
+    hint = "restore the file, or start anew without --resume (and with --overwrite)"
+    return UserError(Problem(str(path), "is missing or damaged: it says what the run was started with", hint))
+
+
 def check_same(path: Path, here: Provenance) -> None:
     """Raises UserError when a run that is resumed would go on with something else than it was started with.
 
@@ -124,15 +139,13 @@ def check_same(path: Path, here: Provenance) -> None:
 def _check_same(path: Path, here: Provenance) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        written = content.pop(_RECIPE, None)
+        written, _ = content.pop(_RECIPE, None), content.pop(_PARENT, None)
         before = Provenance(**content)
         if not isinstance(before.rows_per_step, int):
             raise TypeError
         versions = {name: str(before.libraries[name]) for name in here.libraries}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        hint = "restore the file, or start anew without --resume (and with --overwrite)"
-        what = "is missing or damaged: it says what the run was started with"
-        raise UserError(Problem(str(path), what, hint)) from None
+        raise _damaged(path) from None
     problems = []
     recipe = path.with_name("recipe.yaml")
     if written not in (None, file_digest(recipe)):

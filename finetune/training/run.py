@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from finetune.training.run_folder import RunFolder
 from finetune.training.run_lock import owned
 
 MAY_CHANGE = {
+    ("data", "cache"),
+    ("data", "workers"),
     ("output", "dir"),
     ("quantize", "resident"),
     ("train", "batch_size"),
@@ -67,13 +69,13 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[RunFo
                 set_damaged_aside(folder.checkpoints)
                 newest_complete(folder.checkpoints)  # before anything else that a run killed early does not have
             else:
-                folder.start(_header() + recipe_to_yaml(recipe), overwrite=overwrite)
+                folder.start(header() + recipe_to_yaml(recipe), overwrite=overwrite)
 
         on_main_process(start)
         yield folder
 
 
-def _header() -> str:
+def header() -> str:
     """Comment lines with the versions that make the numbers."""
     return "".join(f"# {name} {version}\n" for name, version in library_versions().items())
 
@@ -82,16 +84,23 @@ def _check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """A resumed run must be the run that was started."""
     if not folder.recipe.is_file():
         raise UserError(Problem(str(folder.path), "holds no run to resume", "run without --resume first"))
-    before, now = load_recipe(folder.recipe, check_files=False).model_dump(), recipe.model_dump()
-    hint = "give the recipe and overrides the run was started with, or start anew without --resume"
-    problems = [
-        Problem(f"{section}.{field}", f"was {before[section][field]!r} when the run started", hint, now[section][field])
-        for section in now
-        for field in now[section]
-        if (section, field) not in MAY_CHANGE and now[section][field] != before[section][field]
-    ]
-    if problems:
+    hint = (
+        "give the recipe and overrides the run was started with, or start anew without --resume; "
+        "`finetune resume RUN train.steps=N output.dir=NEW` takes more steps"
+    )
+    if problems := differences(load_recipe(folder.recipe, check_files=False), recipe, MAY_CHANGE, hint):
         raise UserError(*problems)
+
+
+def differences(before: Recipe, now: Recipe, may_change: Set[tuple[str, str]], hint: str) -> list[Problem]:
+    """Fields that differ though they may not."""
+    then, new = before.model_dump(), now.model_dump()
+    return [
+        Problem(f"{section}.{field}", f"was {then[section][field]!r} when the run started", hint, new[section][field])
+        for section in new
+        for field in new[section]
+        if (section, field) not in may_change and new[section][field] != then[section][field]
+    ]
 
 
 def summarize(recipe: Recipe, folder: RunFolder, model: PeftModel, planned_gib: float | None = None) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def summarize(recipe: Recipe, folder: RunFolder, model: PeftModel, planned_gib: 
         "seconds": steps[-1]["elapsed_s"],
         "seconds_to_first_step": first_steps[-1] if first_steps else None,
         "tokens_per_second": steps[-1]["tokens_per_second"],
-        "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
+        "peak_memory_gib": max(row.get("peak_memory_gib", 0.0) for row in steps),
         "planned_memory_gib": planned_gib,
     }
     summary["warnings"] = _warnings([row["loss"] for row in steps])

@@ -83,7 +83,7 @@ class RunFolder:
                 raise UserError(
                     Problem(str(self.path), "holds files that no run made", "choose another output.dir, or empty it")
                 )
-            if self.holds_run and not overwrite:
+            if not overwrite and self.holds_run:
                 hint = "--resume continues it, --overwrite starts anew, output.dir=FOLDER keeps both"
                 raise UserError(Problem(str(self.path), "already holds a run", hint))
 
@@ -107,15 +107,26 @@ class RunFolder:
         """The logged rows; a last line cut short by a crash is left out."""
         if not self.metrics.is_file():
             return []
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        lines, rows = self.metrics.read_bytes().splitlines(), []
+        for number, line in enumerate(lines, start=1):
+            row = _row(line)
+            if row is not None:
+                rows.append(row)
+            elif number < len(lines):
+                hint = "restore the file, or remove the line"
+                raise UserError(Problem(f"{self.metrics}:{number}", "is no row of metrics: the file is damaged", hint))
         return rows
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the rows after `step`, so that a resumed run does not log a step twice."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics.jsonl; None for what is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -287,7 +287,7 @@ class Chaos:
             "run": (kept, lambda at: ["resume", str(at)], "adapter"),
             "checkpoint": (kept, lambda at: ["resume", str(at)], "adapter"),
             "adapter": (kept / "adapter", lambda at: ["merge", str(at), "--output", used], None),
-            "packed": (self.works["quantize"].output, lambda at: ["eval", str(at), "--data", rows, "--json"], "."),
+            "packed": (self.folder / "quantize", lambda at: ["eval", str(at), "--data", rows, "--json"], "."),
         }
 
     def disk(self, mebibytes: float) -> None:

@@ -70,6 +70,16 @@ def test_what_changed_is_named(field, value, message, run, model):
         resumed_from(run, 2, model, "train.save_every=2")
 
 
+def test_a_recipe_that_changed_in_the_folder(tmp_path):
+    here, folder = Provenance(1, 4, "a" * 64, None, "b" * 64, {"torch": "2.13.0"}), RunFolder(tmp_path)
+    folder.recipe.write_text("train: {learning_rate: 0.01}")
+    provenance.record(folder.provenance, here)
+    provenance.check_same(folder.provenance, here)
+    folder.recipe.write_text("train: {learning_rate: 0.11}")
+    with pytest.raises(UserError, match=r"recipe\.yaml: changed since the run was started"):
+        provenance.check_same(folder.provenance, here)
+
+
 def test_processes_that_differ_say_in_what(model, tmp_path, monkeypatch):
     recipe = recipe_of(model, tmp_path / "run")
     here = Provenance(2, 8, "a" * 64, None, "b" * 64, {"torch": "2.13.0"})

@@ -64,3 +64,13 @@ def test_rewinding_drops_later_steps_and_a_torn_line(tmp_path):
     assert folder.read_metrics() == rows
     folder.rewind_metrics(2)
     assert folder.read_metrics() == rows[:2]
+
+
+@pytest.mark.parametrize("line", ['{"stdp": 1, "loss": 2.0}', '{"step": 1, "loss" 2.0}', "[1]", "\udcff"])
+def test_a_damaged_row_of_metrics_is_named(line, tmp_path):
+    folder, good = RunFolder(tmp_path), '{"step": 1, "loss": 2.0}'
+    folder.metrics.write_bytes("\n".join([good, line, good]).encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is no row of metrics"):
+        folder.read_metrics()
+    folder.metrics.write_bytes("\n".join([good, line]).encode(errors="surrogateescape"))
+    assert folder.read_metrics() == [{"step": 1, "loss": 2.0}]

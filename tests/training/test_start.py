@@ -1,12 +1,15 @@
 """Training on from an adapter: its values and experts, a schedule of its own."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from finetune.config.load import load_recipe, parse_recipe
-from finetune.errors import AdapterError, RecipeError
+from finetune.errors import AdapterError, RecipeError, UserError
+from finetune.pipeline import resume
 from finetune.routing.plan_file import read_plan
 from finetune.training.run_folder import RunFolder
 from tests.training.runs import EXPERTS, adapter_of, losses_of, resumed_from, run_of, save_moe
@@ -66,3 +69,24 @@ def test_a_recipe_with_a_start_survives_writing(tmp_path):
     recipe = load_recipe("recipes/quickstart.yaml", "adapter.from=somewhere", "experts.select=null", check_files=False)
     assert recipe.adapter.start == "somewhere"
     assert parse_recipe(recipe_to_yaml(recipe), "again") == recipe
+
+
+def test_more_steps_are_those_of_a_run_that_was_meant_to_take_them(moe, tmp_path):
+    constant = ("train.save_every=2", "data.shuffle=false", *CHOSEN)
+    whole = run_of(moe, tmp_path / "whole", *constant, "train.steps=6")
+    first = run_of(moe, tmp_path / "first", *constant)
+    with pytest.raises(UserError, match="takes more steps"):
+        resume(first.path, "train.steps=6", console=Console(quiet=True))
+    wrong = ("train.steps=3", "train.learning_rate=0.5", f"output.dir={tmp_path / 'more'}")
+    with pytest.raises(UserError) as refused:
+        resume(first.path, *wrong, console=Console(quiet=True))
+    assert "not above the 4 steps" in str(refused.value)
+    assert "train.learning_rate" in str(refused.value)
+    more = resume(first.path, "train.steps=6", f"output.dir={tmp_path / 'more'}", console=Console(quiet=True))
+    assert losses_of(more) == losses_of(whole)
+    assert all(torch.equal(tensor, adapter_of(more)[name]) for name, tensor in adapter_of(whole).items())
+    assert losses_of(first) == losses_of(whole)[:4]
+    provenance = json.loads((more.path / "provenance.json").read_text())
+    assert provenance["parent"] == {"run": "first", "step": 4}
+    again = resume(more.path, console=Console(quiet=True))
+    assert losses_of(again) == losses_of(whole)

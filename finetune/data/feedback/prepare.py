@@ -13,7 +13,7 @@ from finetune.config.objectives import RowKind
 from finetune.config.schema import DataFile, DataSection
 from finetune.data.bad_rows import BadRow, BadRows
 from finetune.data.columns import template_of
-from finetune.data.dataset import ROWS_AT_ONCE, Prepared, Progress, batches, check_weights, without_skipped
+from finetune.data.dataset import Prepared, check_weights, without_skipped
 from finetune.data.encode import Encoding, OverLong
 from finetune.data.feedback.report import FeedbackFileReport, FeedbackReport, Findings
 from finetune.data.feedback.store import FeedbackStore
@@ -22,6 +22,7 @@ from finetune.data.markers import Markers
 from finetune.data.mix import choose, draw_counts
 from finetune.data.prepare_report import SplitReport
 from finetune.data.rows import Row, read_rows
+from finetune.data.source import ROWS_AT_ONCE, Progress, batches
 from finetune.data.templates import FeedbackTemplate
 from finetune.data.unread import unread_problem
 from finetune.errors import DataError, Problem

@@ -24,6 +24,7 @@ from finetune.data.rows import Row
 from finetune.data.templates import Feedbacks, PromptTemplate, message_shape
 from finetune.data.unread import mentions, unread_columns
 from finetune.errors import DataError, Problem
+from finetune.models.text_tokens import LibraryTokens
 
 Fields = dict[str, Any]
 
@@ -235,11 +236,11 @@ class FeedbackEncoder:
         behind = answers[before:]
         trained = [a for a in (behind[-1:] if self.encoding.loss_on == "last" else behind) if a.trained]
         for answer in trained:
-            begin, stop = tokens_of((answer.begin, answer.end), tokens)
+            begin, stop = tokens_of((answer.begin, answer.end), LibraryTokens(tokens))
             if answer is behind[0]:
                 begin = start
             elif not self.encoding.train_empty_think:
-                begin = tokens_of((answer.said, answer.end), tokens)[0]
+                begin = tokens_of((answer.said, answer.end), LibraryTokens(tokens))[0]
             labels[begin:stop] = ids[begin:stop]
             end = ids[stop - 1]
         return Completion(
