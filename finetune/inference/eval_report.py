@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
@@ -16,8 +16,8 @@ from finetune.inference.measured import Compared, Measured
 from finetune.models.scoring import Score
 
 COLUMNS = ("", "rows", "tokens", "loss", "exact match")
-MEASURED = ("generated answers", "rows", "value", "95 % interval")
-COMPARED = ("side by side", "rows", "value", "against", "difference", "95 % interval")
+MEASURED = ("metric", "rows", "value", "95 % interval")
+COMPARED = ("metric", "rows", "value", "against", "difference", "95 % interval")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,12 @@ class _Sheet:
     notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
-        made = Table(title=Text(self.title, style="italic"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+        made = Table(
+            title=Text(self.title, style="table.title") if self.title else None,
+            title_justify="left",
+            box=None,
+            padding=(0, 2, 0, 0),
+        )
         for index, column in enumerate(self.columns):
             made.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
         for index, row in enumerate(self.rows):
@@ -112,7 +117,8 @@ class EvalReport:
             return first.table()
         parts: list[RenderableType] = [first.table()]
         for sheet in more:
-            parts += ["", sheet.table(), *(Text(note, style="dim") for note in sheet.notes)]
+            heading = Text(sheet.title, style="bold")
+            parts += ["", heading, replace(sheet, title="").table(), *(Text(note, style="dim") for note in sheet.notes)]
         return Group(*parts)
 
     def _repr_html_(self) -> str:
@@ -123,23 +129,18 @@ class EvalReport:
         title = "\n".join(filter(None, (f"{self.model}, template {self.template}", self.frozen)))
         title = "\n".join((title, *(f"note: {note}" for note in self.notes)))
         yield _Sheet(title, COLUMNS, list(self._rows()), {0})
-        if self.answers is not None and self.against is None:
-            how = f"intervals: Wilson for shares, bootstrap ({RESAMPLES:,} resamples, seed {SEED}) for means"
-            rows, bold = _grouped(self.metrics, _measured_cells)
-            yield _Sheet("", MEASURED, rows, bold, (self.answers.text(), how))
+        means = f"bootstrap ({RESAMPLES:,} resamples, seed {SEED}) for means"
         if self.against is not None:
-            how = (
-                "intervals of the difference, row by row: Bonett-Price for shares, "
-                f"bootstrap ({RESAMPLES:,} resamples, seed {SEED}) for means"
-            )
-            limits = [
-                f"{name}: {answers.text()}"
-                for name, answers in (("value", self.answers), ("against", self.against.answers))
-                if answers is not None
+            sides = (self.model, self.answers), (self.against.model, self.against.answers)
+            named = zip(("value", "against"), sides, strict=True)
+            notes = [
+                f"{name}: {model}" + (f"; {answers.text()}" if answers else "") for name, (model, answers) in named
             ]
-            rows, bold = _grouped(self.against.compared, _compared_cells)
-            title = f"value: {self.model}\nagainst: {self.against.model}"
-            yield _Sheet(title, COMPARED, rows, bold, (*limits, how))
+            how = f"intervals of the difference, row by row: Bonett-Price for shares, {means}"
+            yield from _by_group(self.against.compared, COMPARED, _compared_cells, (*notes, how))
+        elif self.answers is not None:
+            notes = [self.answers.text(), f"intervals: Wilson for shares, {means}"]
+            yield from _by_group(self.metrics, MEASURED, _measured_cells, tuple(notes))
 
     def _rows(self) -> Iterable[tuple[str, ...]]:
         named = {"all rows": self.total}
@@ -150,19 +151,14 @@ class EvalReport:
             yield name, f"{score.rows:,}", f"{score.tokens:,}", f"{score.loss:.4f}", f"{score.exact_match:.1%}"
 
 
-def _grouped(found: Sequence[Any], cells: Any) -> tuple[list[tuple[str, ...]], set[int]]:
-    """Rows below the name of their group, and where those names are."""
-    rows: list[tuple[str, ...]] = []
-    names: set[int] = set()
-    group = None
-    for each in found:
-        if each.group != group:
-            group = each.group
-            names.add(len(rows))
-            rows.append((each.group,))
-        rows.append((f"  {each.metric}", f"{each.rows:,}", *cells(each)))
-    width = max(map(len, rows), default=0)
-    return [(*row, *("",) * (width - len(row))) for row in rows], names
+def _by_group(
+    found: Sequence[Any], columns: Sequence[str], cells: Callable[[Any], tuple[str, ...]], notes: tuple[str, ...]
+) -> Iterable[_Sheet]:
+    """One table per group, notes below the last."""
+    names = list(dict.fromkeys(each.group for each in found))
+    for name in names:
+        rows = [(each.metric, f"{each.rows:,}", *cells(each)) for each in found if each.group == name]
+        yield _Sheet(name, columns, rows, set(), notes if name == names[-1] else ())
 
 
 def _measured_cells(found: Measured) -> tuple[str, ...]:
@@ -175,5 +171,5 @@ def _compared_cells(found: Compared) -> tuple[str, ...]:
     if found.interval == "bonett-price":
         shares = f"{found.value:.1%}", f"{found.against:.1%}", f"{100 * found.difference:+.1f}"
         return *shares, f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
-    means = f"{found.value:.4g}", f"{found.against:.4g}", f"{found.difference:+.4g}"
-    return *means, f"{found.low:+.4g} to {found.high:+.4g}"
+    means = f"{found.value:.4g}", f"{found.against:.4g}", f"{found.difference:+.3g}"
+    return *means, f"{found.low:+.3g} to {found.high:+.3g}"
