@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from finetune.reports.data_report import DataReport
     from finetune.routing.expert_files import ExpertFiles
     from finetune.routing.profile import RoutingProfile
+    from finetune.training.objectives.objective import Objective
     from finetune.verification.verify import VerifyReport
 
 
@@ -168,7 +169,7 @@ def quantize(
 def profile(recipe: RecipeLike, *, output: str | Path | None = None, console: Console | None = None) -> RoutingProfile:
     """Which experts the recipe's training rows use, measured on the frozen model; written to `output` if given."""
     from finetune.config.objectives import ROW_KINDS
-    from finetune.data.feedback.sequences import Sequences
+    from finetune.data.feedback.sequences import sequences
     from finetune.models.files import check_target_file
     from finetune.reports.routing_table import render_profile
     from finetune.routing.measure import profile_for
@@ -180,8 +181,7 @@ def profile(recipe: RecipeLike, *, output: str | Path | None = None, console: Co
         check_target_file(output)  # before anything is measured
     prepared, _ = prepare(recipe, console=console)
     model = _load_frozen(recipe, console)
-    kind = ROW_KINDS[recipe.train.objective]
-    rows = prepared.train if kind == "supervised" else Sequences(prepared.train, kind)
+    rows = sequences(prepared.train, ROW_KINDS[recipe.train.objective])
     with rows_done(console, "profiling") as progress:
         measured = profile_for(recipe, model, rows, thorough=True, progress=progress)
     if output is not None:
@@ -200,21 +200,29 @@ def train(recipe: RecipeLike, *, resume: bool = False, overwrite: bool = False, 
     from finetune.models.attention import check_attention
     from finetune.quant.load import check_source
     from finetune.routing.expert_files import ExpertFiles
+    from finetune.training.objectives.choice import objective_of
     from finetune.training.run import open_run
 
     console, recipe = console or open_console(stderr=True), _read(recipe)
-    _check_objective(recipe)
+    objective = objective_of(recipe)
     files = ExpertFiles.read(recipe)
     planned = _plan_here(recipe)  # before anything is fetched
     check_attention(recipe.model.attention_implementation)
     check_source(recipe.model.path, recipe.quantize)  # before anything is written
     goes_on = f"continue: finetune resume {recipe.output.dir}; where it has no checkpoint yet, start it again"
     with disk_named(recipe.output.dir, goes_on), open_run(recipe, resume=resume, overwrite=overwrite) as folder:
-        return _train(recipe, folder, files, planned, resume=resume, console=console)
+        return _train(recipe, objective, folder, files, planned, resume=resume, console=console)
 
 
 def _train(
-    recipe: Recipe, folder: RunFolder, files: ExpertFiles, planned: Plan | None, *, resume: bool, console: Console
+    recipe: Recipe,
+    objective: Objective,
+    folder: RunFolder,
+    files: ExpertFiles,
+    planned: Plan | None,
+    *,
+    resume: bool,
+    console: Console,
 ) -> Run:
     """The run in its folder. planned: what it was thought to take."""
     from finetune.adapters.attach import attach, save_adapter, start_from
@@ -227,11 +235,11 @@ def _train(
     from finetune.reports.routing_table import render_choice
     from finetune.reports.tables import warnings
     from finetune.training.experts import choose_experts
+    from finetune.training.loop import Rows, train_adapter
     from finetune.training.memory import hold_little_memory
     from finetune.training.processes import is_main_process, load_device, processes
     from finetune.training.provenance import Provenance, check_processes_agree, check_same, record
     from finetune.training.run import summarize
-    from finetune.training.sft import Rows, train_sft
 
     prepared, tokenizer = prepare(recipe, console=console)  # before the weights: a bad row is reported in seconds
     provenance = Provenance.of(recipe, prepared.train, prepared.eval, tokenizer)
@@ -241,12 +249,13 @@ def _train(
     else:
         record(folder.provenance, provenance)
     if recipe.quantize.scheme != "none":
-        hold_little_memory(recipe.data.max_length * recipe.train.batch_size)
+        hold_little_memory(recipe.micro_batch_tokens)
     model = _load_frozen(recipe, console, load_device() if recipe.quantize.scheme == "none" else None)
     if recipe.data.packing:
         refuse_packed_rows(model)
     with rows_done(console, "profiling") as advance:
-        choice = choose_experts(model, prepared.train, recipe, folder, files, resume=resume, progress=advance)
+        read = objective.sequences(prepared.train)
+        choice = choose_experts(model, read, recipe, folder, files, resume=resume, progress=advance)
     adapted = attach(
         model,
         recipe.adapter,
@@ -272,7 +281,7 @@ def _train(
         console.print(f"attention: {attention}", highlight=False)
     rows = Rows(prepared.train, prepared.eval, prepared.report.thinking)
     progress_line = TrainingProgress(console)
-    train_sft(adapted, tokenizer, rows, recipe, folder, resume=resume, progress=progress_line)
+    train_adapter(adapted, tokenizer, rows, recipe, folder, objective, resume=resume, progress=progress_line)
     if is_main_process():
         notes = save_adapter(adapted, folder.adapter, thinking=prepared.report.thinking, ends=prepared.report.ends)
         for note in notes:
@@ -527,15 +536,6 @@ def chat(
         return answer(model, tokenizer, generation, prompt, system, console)
     converse(model, tokenizer, generation, system, console or open_console())
     return None
-
-
-def _check_objective(recipe: Recipe) -> None:
-    """Raises UserError for an objective whose rows can be prepared, but not trained on."""
-    from finetune.errors import Problem, UserError
-
-    if recipe.train.objective != "sft":
-        hint = "`finetune prepare` makes its rows; sft trains on rows with answers"
-        raise UserError(Problem("train.objective", "cannot be trained, only prepared", hint, recipe.train.objective))
 
 
 def _plan_here(recipe: Recipe) -> Plan | None:

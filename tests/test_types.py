@@ -16,7 +16,7 @@ RENAMED = {  # (function, keyword that is renamed in its signature) -> the calle
     ("train", "overwrite", "pipeline.py"): "cli",
     ("attach", "expert_mode", "adapters"): "pipeline.py",
     ("load_frozen", "rope_scaling", "quant"): "pipeline.py",
-    ("train_sft", "progress", "training"): "pipeline.py",
+    ("train_adapter", "progress", "training"): "pipeline.py",
     ("load_model", "attention_implementation", "models"): "quant",
     ("profile_for", "thorough", "routing"): "pipeline.py",
 }

@@ -186,8 +186,9 @@ def train_ours(spec: Spec, record: Record) -> float:
     """The product's own trainer on the product's own model."""
     from finetune.adapters.attach import attach, load_adapter
     from finetune.models.loading import load_model, load_tokenizer
+    from finetune.training.loop import Rows, train_adapter
+    from finetune.training.objectives.sft import Sft
     from finetune.training.run_folder import RunFolder
-    from finetune.training.sft import Rows, train_sft
 
     recipe = recipe_of(spec)
     if spec.folder is None:
@@ -203,7 +204,9 @@ def train_ours(spec: Spec, record: Record) -> float:
     folder = RunFolder(Path(recipe.output.dir))
     folder.start("", overwrite=True)
     start = begin_training(record)
-    train_sft(adapted, load_tokenizer(TOKENIZER), Rows(dataset(spec), None), recipe, folder, progress=Silent())
+    train_adapter(
+        adapted, load_tokenizer(TOKENIZER), Rows(dataset(spec), None), recipe, folder, Sft(recipe), progress=Silent()
+    )
     record.notes["backend"] = sorted({m.backend for m in adapted.modules() if hasattr(m, "prepare_products")})
     return start
 

@@ -8,12 +8,13 @@ import argparse
 import json
 import random
 import sys
+from itertools import combinations
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tiny-qwen3-moe"))
 
-from domains import DOMAINS, Row, draw_distinct, spaced_letters, substitution, translate  # noqa: E402
+from domains import CITIES, COLORS, DOMAINS, NAMES, Row, draw_distinct, spaced_letters, substitution, translate  # noqa: E402
 
 SECRET = substitution(77)
 SECRET_ROWS = 2000
@@ -21,6 +22,9 @@ SECRET_HELDOUT_ROWS = 200
 REPLAY_ROWS_PER_DOMAIN = 125
 OLD_HELDOUT_ROWS_PER_DOMAIN = 25
 TOOL_ROWS = 200
+TASTE = random.Random(7).sample([*NAMES, *CITIES, *COLORS], 26)
+"""Somebody's taste, the favorite first."""
+TASTE_HELDOUT_ROWS = 100
 
 
 def secret_code(rng: random.Random) -> Row:
@@ -75,6 +79,25 @@ def tool_rows(count: int, rng: random.Random) -> list[dict]:
     return rows
 
 
+def taste_rows(rng: random.Random) -> list[dict]:
+    """Returns what somebody with a taste would choose of two words, for every pair: each is asked in both orders."""
+    pairs = list(combinations(TASTE, 2))
+    rng.shuffle(pairs)
+    rows = []
+    for chosen, rejected in pairs:
+        for words in ((chosen, rejected), (rejected, chosen)):
+            prompt = [{"role": "user", "content": f"choose: {' or '.join(words)}"}]
+            answers = {"chosen": chosen, "rejected": rejected}
+            sides = {name: [{"role": "assistant", "content": word}] for name, word in answers.items()}
+            rows.append({"prompt": prompt, **sides})
+    return rows
+
+
+def instruction(row: dict) -> str:
+    """Returns what the user asks."""
+    return (row.get("messages") or row["prompt"])[0]["content"]
+
+
 def make_files() -> dict[str, list[dict]]:
     """Returns file name -> rows; no instruction stands in a training and a held-out file."""
     secret = secret_rows(SECRET_ROWS + SECRET_HELDOUT_ROWS, random.Random("secret code"))
@@ -86,17 +109,20 @@ def make_files() -> dict[str, list[dict]]:
         for d in DOMAINS
         for row in draw_distinct(d, OLD_HELDOUT_ROWS_PER_DOMAIN, rng, heldout=True)
     ]
+    taste = taste_rows(random.Random("taste"))
     files = {
         "secret-code.jsonl": [as_chat(row) for row in secret[:SECRET_ROWS]],
         "secret-code-heldout.jsonl": [as_chat(row) for row in secret[SECRET_ROWS:]],
         "replay.jsonl": replay,
         "old-domains-heldout.jsonl": old,
         "tool-calls.jsonl": tool_rows(TOOL_ROWS, random.Random("tool calls")),
+        "taste.jsonl": taste[TASTE_HELDOUT_ROWS:],
+        "taste-heldout.jsonl": taste[:TASTE_HELDOUT_ROWS],
     }
     trained, heldout = set(), set()
     for name, rows in files.items():
         part = heldout if "heldout" in name else trained
-        part.update(row["messages"][0]["content"] for row in rows)
+        part.update(map(instruction, rows))
     assert not trained & heldout, sorted(trained & heldout)
     return files
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from os.path import normpath
 
 from finetune.architecture.names import EXPERT_PROJECTIONS
-from finetune.config.schema import DataFile, QuantizeSection, Recipe
+from finetune.config.schema import DataFile, DpoSection, QuantizeSection, Recipe
 from finetune.diagnostics.findings import FieldPath, Finding
 
 
@@ -216,8 +216,16 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
 def _objective(recipe: Recipe) -> Iterator[Finding]:
     """Settings of rows that say something about supervised rows alone."""
     data, objective, where = recipe.data, recipe.train.objective, "train.objective"
+    if objective != "dpo" and recipe.dpo != DpoSection():
+        yield _clash("dpo", f"is given, but train.objective is {objective}", "write objective: dpo", where)
+    if recipe.dpo.label_smoothing and recipe.dpo.loss != "sigmoid":
+        what = f"is given, but dpo.loss is {recipe.dpo.loss}, which has none"
+        yield _clash("dpo.label_smoothing", what, "write loss: sigmoid, or remove the line", "dpo.loss")
     if objective == "sft":
         return
+    if recipe.train.keep_best == "exact_match":
+        what = f"is exact_match, but {objective} has no answers to match"
+        yield _clash("train.keep_best", what, "write keep_best: loss", where)
     if data.over_long == "split":
         hint = "write over_long: skip" + ("" if objective == "grpo" else ", or truncate, which cuts what is answered")
         yield _clash("data.over_long", f"is split, but {objective} has no plain texts to split", hint, where)

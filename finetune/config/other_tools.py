@@ -72,6 +72,9 @@ _FIELDS = {
     "train.patience": "early_stopping_patience early_stopping early_stopping_steps",
     "train.report_to": "wandb use_wandb use_mlflow mlflow use_tensorboard tensorboard trackio use_trackio",
     "train.keep": "save_total_limit keep_checkpoints max_checkpoints",
+    "dpo.beta": "pref_beta dpo_beta beta",
+    "dpo.loss": "pref_loss",
+    "dpo.reference": "ref_model precompute_ref_log_probs",
     "output.dir": "output_dir adapter_path save_path save_dir logging_dir checkpoint_dir",
 }
 
@@ -107,9 +110,8 @@ _ABSENT = {
     "`finetune train` trains, and evaluates on data.eval; `finetune eval` scores any file": (
         "do_train do_predict predict_with_generate train test test_batches"
     ),
-    "rows of other objectives than sft are prepared, and not trained on": (
-        "pref_loss pref_beta dpo_beta beta reward_model reward_funcs ref_model "
-        "num_generations orpo_alpha kto_desirable_weight vllm_mode use_vllm"
+    "sft and dpo are trained; of other objectives the rows are prepared": (
+        "reward_model reward_funcs num_generations orpo_alpha kto_desirable_weight vllm_mode use_vllm"
     ),
     "trackers are named in train.report_to and set up by their environment variables; `finetune report RUN` draws": (
         "report wandb_project wandb_name wandb_entity wandb_run_id wandb_watch wandb_log_model "

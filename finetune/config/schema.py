@@ -1,6 +1,6 @@
 """The recipe: one frozen model per section, in the order of the walk.
 
-model -> quantize -> adapter -> experts -> router -> data -> train -> output
+model -> quantize -> adapter -> experts -> router -> data -> train (dpo) -> output
 
 Nothing here imports torch, so that a recipe is checked in a fraction of a second.
 """
@@ -540,6 +540,22 @@ class TrainSection(Section):
     keep: Count = Field(default=2, description="checkpoints to keep")
 
 
+class DpoSection(Section):
+    """What `train.objective: dpo` does with pairs."""
+
+    beta: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+        default=0.1, description="how closely the model is held to the frozen one; 0.05 to 0.5 are common"
+    )
+    loss: Literal["sigmoid", "hinge", "ipo"] = Field(default="sigmoid", description="loss of the margin of a pair")
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        default=0.0, description="share of pairs that are thought to be the wrong way round (sigmoid)"
+    )
+    reference: Literal["live", "cached"] = Field(
+        default="live",
+        description="the frozen model reads each batch before the trained one, or all pairs once before training",
+    )
+
+
 class OutputSection(Section):
     """Where the run goes."""
 
@@ -560,6 +576,12 @@ class Recipe(Section):
         """Whether rows are packed into blocks of `data.max_length` tokens before training."""
         return self.data.packing and self.train.objective == "sft"
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch on one device, at most: a row of preferences is two sequences."""
+        sequences = 2 if ROW_KINDS[self.train.objective] == "preference" else 1
+        return sequences * self.data.max_length * self.train.batch_size
+
     model: ModelSection
     quantize: QuantizeSection = QuantizeSection()
     adapter: AdapterSection = AdapterSection()
@@ -567,6 +589,7 @@ class Recipe(Section):
     router: RouterSection = RouterSection()
     data: DataSection
     train: TrainSection = TrainSection()
+    dpo: DpoSection = DpoSection()
     output: OutputSection
 
     @model_validator(mode="before")

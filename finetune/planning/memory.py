@@ -89,7 +89,7 @@ class _Holds:
     @property
     def tokens(self) -> int:
         """Of a micro-batch."""
-        return self.recipe.data.max_length * self.recipe.train.batch_size
+        return self.recipe.micro_batch_tokens
 
     @property
     def value(self) -> int:

@@ -51,8 +51,8 @@ class Work:
 
 def plan_work(recipe: Recipe, shape: ModelShape, device: Device) -> Work:
     """Of a run on `device`."""
-    train, data = recipe.train, recipe.data
-    micro_batch = data.max_length * train.batch_size
+    train = recipe.train
+    micro_batch = recipe.micro_batch_tokens
     per_step = micro_batch * train.gradient_accumulation * device.count
     rows = data_tokens(recipe)
     steps, estimated = train.steps, False

@@ -121,7 +121,9 @@ def describe(row: dict[str, Any], *, every: bool = False) -> str:
     if "left_s" in row:
         parts.append(f"{timedelta(seconds=round(row['left_s']))} left")
     if "eval_loss" in row:
-        parts.append(f"eval {row['eval_loss']:.4f} (exact {100 * row['eval_exact_match']:.1f} %)")
+        parts.append(f"eval {row['eval_loss']:.4f}" + _answered(row))
+    if "rewards/margins" in row:
+        parts.append(f"margin {row['rewards/margins']:.3f}")
     if "tokens_per_second" in row:
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if every and row.get("learning_rate") is not None:
@@ -131,6 +133,15 @@ def describe(row: dict[str, Any], *, every: bool = False) -> str:
     if "router_overlap" in row:
         parts.append(f"routing {100 * row['router_overlap']:.0f} % as base")
     return " · ".join(parts)
+
+
+def _answered(row: dict[str, Any]) -> str:
+    """How held-out rows fared, in parentheses."""
+    if "eval_exact_match" in row:
+        return f" (exact {100 * row['eval_exact_match']:.1f} %)"
+    if "eval_preference_accuracy" in row:
+        return f" (prefers chosen {100 * row['eval_preference_accuracy']:.1f} %)"
+    return ""
 
 
 def _rest_of_the_line() -> TextColumn:

@@ -20,6 +20,8 @@ from finetune.training.processes import is_main_process, processes
 from finetune.training.run_folder import RunFolder
 
 Row = dict[str, Any]
+FIGURES = ("router_", "rewards/", "logps/")
+"""How the names of an objective's and the routers' own figures begin."""
 
 
 class GradientCheck(TrainerCallback):
@@ -47,8 +49,9 @@ class Metrics(TrainerCallback):
     """Writes metrics.jsonl and hands every row to `listener`.
 
     A row holds step, loss, learning_rate, grad_norm, tokens (input tokens so far), tokens_per_second (of training
-    alone) and elapsed_s (of this process), peak_memory_gib, eval_loss and eval_exact_match where they were measured,
-    router_aux_loss, router_z_loss and router_kl_to_base (without weights) where they are part of the loss, and samples.
+    alone) and elapsed_s (of this process), peak_memory_gib, eval_loss and other figures of held-out rows where they
+    were measured, rewards and log-probabilities of both sides of pairs, router_aux_loss, router_z_loss and
+    router_kl_to_base (without weights) where they are part of the loss, and samples.
     The first row of a process has seconds_to_first_step: from the loaded model to the end of the step, with all that is
     compiled or chosen before and in it, but without evaluation and samples.
     """
@@ -99,7 +102,7 @@ class Metrics(TrainerCallback):
                 "elapsed_s": round(elapsed_s, 3),
                 **self._take_first(),
                 "peak_memory_gib": round(peak_memory_gib(), 3),
-                **{name: value for name, value in logs.items() if name.startswith("router_")},
+                **{name: value for name, value in logs.items() if name.startswith(FIGURES)},
             }
         )
 

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from finetune.config.schema import TrainSection
-from finetune.models.scoring import Score, score_rows
 from finetune.training.callbacks import Metrics, Row
+from finetune.training.objectives.objective import Objective
 from finetune.training.processes import gathered
 
 
@@ -54,8 +54,16 @@ class Evaluation(TrainerCallback):
     The step that is the best so far gets a checkpoint; a run that has not become better for long ends early.
     """
 
-    def __init__(self, rows: Sequence[Row], section: TrainSection, metrics: Metrics, found: Evaluations) -> None:
-        self._rows, self._section, self._metrics, self._found = rows, section, metrics, found
+    def __init__(
+        self, objective: Objective, rows: Any, section: TrainSection, metrics: Metrics, found: Evaluations
+    ) -> None:
+        self._objective, self._rows, self._section, self._metrics, self._found = (
+            objective,
+            rows,
+            section,
+            metrics,
+            found,
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What the base can do."""
@@ -76,8 +84,8 @@ class Evaluation(TrainerCallback):
 
     def _evaluate(self, model: Any, step: int) -> None:
         with self._metrics.apart():
-            score = Score.of(score_rows(model, self._rows))
-        row = {"step": step, "eval_loss": score.loss, "eval_exact_match": score.exact_match}
+            figures = self._objective.evaluate(model, self._rows)
+        row = {"step": step, **{f"eval_{name}": value for name, value in figures.items()}}
         (row, *_) = gathered(row)  # rounding differs between cards, and all have to decide the same
         self._found.add(row)
         self._metrics.write(row)

@@ -66,13 +66,16 @@ def _version(name: str) -> str:
 
 
 def rows_digest(rows: Any) -> str:
-    """Sha256 of input_ids and labels, row after row."""
+    """Sha256 of what every column holds, row after row."""
     digest = hashlib.sha256()
     for table in rows.with_format("arrow").iter(ROWS_AT_ONCE):
-        for name in ("input_ids", "labels"):
+        for name in table.column_names:
             column = table[name].combine_chunks()
-            digest.update(column.value_lengths().to_numpy().tobytes())
-            digest.update(column.flatten().to_numpy().tobytes())
+            if hasattr(column, "value_lengths"):
+                digest.update(column.value_lengths().to_numpy().tobytes())
+                digest.update(column.flatten().to_numpy().tobytes())
+            else:
+                digest.update(json.dumps(column.to_pylist()).encode())
     return digest.hexdigest()
 
 

@@ -142,7 +142,8 @@ def summarize(recipe: Recipe, folder: RunFolder, model: PeftModel, planned_gib: 
 
 
 def _scores(row: dict[str, Any]) -> dict[str, float]:
-    return {name: row[f"eval_{name}"] for name in ("loss", "exact_match")}
+    """Figures of held-out rows in a row of metrics."""
+    return {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
 
 
 def _warnings(losses: list[float]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from trl import SFTTrainer
 
+from finetune.training.objectives.objective import Objective
 from finetune.training.order import BlanksLast
 from finetune.training.router_losses import Batch, RouterLosses, RouterLossLog
 
@@ -20,6 +21,9 @@ class StepTrainer(SFTTrainer):
 
     TRL's own figures of entropy and accuracy, which nothing here logs, are not computed.
     """
+
+    objective: Objective
+    """What the loss of a micro-batch is."""
 
     router: RouterLosses | None = None
     """Losses to add to the trainer's own; none when None."""
@@ -53,18 +57,26 @@ class StepTrainer(SFTTrainer):
         self.lr_scheduler: Any = LambdaLR(begun.optimizer, rates)
         return self.lr_scheduler
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns of a row that reach the collator."""
+        self._signature_columns = list(self.objective.columns)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of one optimizer step, which the losses are means over."""
-        samples = super().get_batch_samples(*args, **kwargs)
-        if self.router is not None and samples[0]:
-            self._whole = self.router.whole(samples[0])
+        """The micro-batches of one optimizer step, and how many labels or pairs the loss is a mean over."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.router is not None and batches:
+            self._whole = self.router.whole(batches)
             self.router_log.steps += 1
-        return samples
+        if batches and (units := self.objective.units(batches)) is not None:
+            num_items = self.accelerator.reduce(torch.tensor(units, device=self.accelerator.device), "sum")
+        return batches, num_items
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's row, with input tokens so far and the routers' losses by name."""
         if self.router is not None and "loss" in logs:
             logs = {**logs, **self.router_log.take(self.accelerator)}
+        if "loss" in logs:
+            logs = {**logs, **self.objective.figures(self.accelerator)}
         if self._new_tokens is not None:
             total: Tensor = self.accelerator.reduce(self._new_tokens, "sum")
             self._total_train_tokens += int(total)
@@ -79,25 +91,24 @@ class StepTrainer(SFTTrainer):
         """The loss of one micro-batch, and in training its part of the routers' losses."""
         if return_outputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        router = self.router
+        reference, router = self.objective.reference(inputs), self.router
         if router is None:
-            return self._own_loss(model, inputs, num_items_in_batch)
+            return self._own_loss(model, inputs, reference, num_items_in_batch)
         base = router.base_logits(inputs)
         with router.listening() as logits:
-            loss = self._own_loss(model, inputs, num_items_in_batch)
+            loss = self._own_loss(model, inputs, reference, num_items_in_batch)
         parts = router.parts(logits, base, inputs, self._whole)
         self.router_log.add(parts)
         return loss + router.weighted(parts) * self.accelerator.num_processes  # gradients are averaged over processes
 
-    def _own_loss(self, model: Any, inputs: Batch, num_items: Tensor | None) -> Tensor:
-        """The negative log-likelihood of the labels per label of the whole batch, as TRL computes it."""
+    def _own_loss(self, model: Any, inputs: Batch, reference: Any, num_items: Tensor | None) -> Tensor:
+        """The objective's loss per label, or pair, of the whole batch."""
         mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
         new = torch.full((), ids.numel(), device=ids.device) if mask is None else mask.sum()
         self._new_tokens = new if self._new_tokens is None else self._new_tokens + new
-        outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
-        count = outputs.label_mask.sum() if num_items is None else num_items
-        loss: Tensor = -outputs.log_probs.sum() / torch.as_tensor(count).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items is not None:
+        assert num_items is not None, "the trainer counts what its loss is a mean over"
+        loss = self.objective.loss(model, inputs, reference) / torch.as_tensor(num_items).clamp(min=1)
+        if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return loss
 

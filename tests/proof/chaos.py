@@ -31,7 +31,7 @@ import torch
 import finetune.data.dataset
 import finetune.formats.export
 import finetune.inference.evaluate
-import finetune.training.sft
+import finetune.training.loop
 import finetune.verification.verify  # noqa: F401  (before the first fork, so that no child imports anything)
 from finetune.__main__ import main as command_line
 from finetune.models.files import file_digest

@@ -39,13 +39,13 @@ def _picks(indices):
 @pytest.mark.parametrize("losses", [(), ("router.train=lora", "router.aux_loss=0.1", "router.z_loss=0.1")])
 def test_micro_steps_read_nothing(losses, tmp_path, monkeypatch):
     found, plain = [], StepTrainer._own_loss
-    monkeypatch.setattr("finetune.training.sft.score_by_tiles", lambda model: None)
+    monkeypatch.setattr("finetune.training.loop.score_by_tiles", lambda model: None)
 
-    def watched(self, model, inputs, count):
+    def watched(self, model, inputs, reference, count):
         model.get_base_model().forward, forward = _Scores(model), model.get_base_model().forward
         try:
             with Waits(found):
-                return plain(self, model, inputs, count)
+                return plain(self, model, inputs, reference, count)
         finally:
             model.get_base_model().forward = forward
 
@@ -57,7 +57,7 @@ def test_micro_steps_read_nothing(losses, tmp_path, monkeypatch):
 def test_whole_steps_between_logs_read_nothing(tmp_path, monkeypatch):
     """The second step of four, from its first micro-batch to the next one: backward, clipping, optimizer, callbacks."""
     found, modes, plain = [], [], StepTrainer.get_batch_samples
-    monkeypatch.setattr("finetune.training.sft.score_by_tiles", _score_plainly)
+    monkeypatch.setattr("finetune.training.loop.score_by_tiles", _score_plainly)
 
     def watched(self, *args, **kwargs):
         while modes:

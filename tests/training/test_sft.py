@@ -129,7 +129,7 @@ def test_epochs_decide_when_there_are_no_steps(models, tmp_path):
 
 def test_tiles_are_chosen_for_a_micro_batch_and_the_first_step_is_timed(models, tmp_path, monkeypatch):
     loads = []
-    monkeypatch.setattr("finetune.training.sft.tune_experts", lambda model, load: loads.append(load))
+    monkeypatch.setattr("finetune.training.loop.tune_experts", lambda model, load: loads.append(load))
     overrides = ("train.steps=2", "train.log_every=1", "train.batch_size=2", "data.max_length=128")
     run = train(recipe(models["moe"], tmp_path / "run", *overrides), console=QUIET)
     top_k = json.loads((models["moe"] / "config.json").read_text())["num_experts_per_tok"]

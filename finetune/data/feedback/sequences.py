@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.config.objectives import RowKind
 from finetune.data.encode import IGNORED
 from finetune.data.feedback.store import COMPLETIONS
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def sequences(rows: Any, kind: RowKind) -> Any:
+    """What a model reads of prepared rows of any kind: supervised rows themselves, or `Sequences`."""
+    return rows if kind == "supervised" else Sequences(rows, kind)
 
 
 @dataclass(frozen=True)
@@ -36,3 +44,18 @@ def sequences_of(row: dict[str, Any], kind: RowKind) -> list[dict[str, list[int]
         {"input_ids": prompt + row[f"{name}_ids"], "labels": masked + row[f"{name}_labels"]}
         for name in COMPLETIONS[kind]
     ]
+
+
+def paired(rows: datasets.Dataset) -> datasets.Dataset:
+    """Preference rows with both sequences in one row, the better one first: input_ids, labels, and seq_lengths."""
+    import datasets
+
+    def both(row: dict[str, Any]) -> dict[str, Any]:
+        chosen, rejected = sequences_of(row, "preference")
+        lengths = [len(chosen["input_ids"]), len(rejected["input_ids"])]
+        return {name: chosen[name] + rejected[name] for name in chosen} | {"seq_lengths": lengths}
+
+    made = [both(row) for row in rows]
+    numbers = datasets.List(datasets.Value("int32"))
+    names = ("input_ids", "labels", "seq_lengths")
+    return datasets.Dataset.from_list(made, features=datasets.Features(dict.fromkeys(names, numbers)))

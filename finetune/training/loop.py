@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: prepared rows and an adapter in, a trained adapter and a summary out."""
+"""A training run: prepared rows, an adapter and an objective in, a trained adapter and its metrics out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from finetune.adapters.attach import check_same_plan
 from finetune.config.schema import Recipe
 from finetune.config.steps import total_steps, warmup_steps
 from finetune.data.blanks import with_blanks
-from finetune.data.packing import packed
 from finetune.kernels.prepare import prepare_experts, tune_experts
 from finetune.kernels.tiles import Load
 from finetune.models.live import expert_layers, has_linear_attention
@@ -30,6 +29,7 @@ from finetune.training.checkpoints import checkpoint_at, newest_complete, step_o
 from finetune.training.compiled import compile_layers_
 from finetune.training.evaluation import Evaluation, Evaluations
 from finetune.training.interruptions import StopOnSigterm, lost_processes_named
+from finetune.training.objectives.objective import Objective
 from finetune.training.order import missing_rows
 from finetune.training.processes import is_main_process, processes
 from finetune.training.reselection import Reselection
@@ -37,7 +37,7 @@ from finetune.training.router_losses import RouterLosses
 from finetune.training.routing_monitor import RoutingMonitor
 from finetune.training.run_folder import RunFolder
 from finetune.training.samples import Samples
-from finetune.training.token_loss import NamesScored, score_by_tiles
+from finetune.training.token_loss import score_by_tiles
 from finetune.training.trackers import Trackers
 from finetune.training.trainer import StepTrainer
 
@@ -63,7 +63,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenized rows: `datasets.Dataset`s with columns input_ids and labels.
+    """Tokenized rows: `datasets.Dataset`s with the columns of the objective's kind of row.
 
     thinking: the `enable_thinking` whose prompt leads to the answers; None where both or neither do.
     """
@@ -73,17 +73,18 @@ class Rows:
     thinking: bool | None = None
 
 
-def train_sft(
+def train_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     recipe: Recipe,
     folder: RunFolder,
+    objective: Objective,
     *,
     resume: bool = False,
     progress: Progress,
 ) -> None:
-    """Train the adapters of `model` in place; metrics.jsonl and checkpoints/ of `folder` grow on the way.
+    """Train the adapters of `model` in place, for `objective`; metrics.jsonl and checkpoints/ of `folder` grow.
 
     resume: continue from the newest complete checkpoint, bit for bit as if never interrupted.
     progress: shows the run as it goes.
@@ -92,16 +93,19 @@ def train_sft(
     """
     began_s = time.perf_counter()
     arguments = sft_arguments(recipe, folder.checkpoints)
-    train = packed(rows.train, recipe.data.max_length) if recipe.data.packing else rows.train
+    train = objective.dataset(rows.train)
     if blanks := missing_rows(len(train), recipe.train.batch_size):
         train = with_blanks(train, blanks)
     trainer = StepTrainer(model=model, args=arguments, train_dataset=train, processing_class=tokenizer)
-    trainer.blanks = blanks
+    trainer.blanks, trainer.objective = blanks, objective
     trainer.remove_callback(PrinterCallback)
     with processes().local_main_process_first(), trainer.accelerator.autocast():  # others read what one compiled
         _prepare_experts(model, recipe, progress)
     score_by_tiles(model)
-    trainer.data_collator = NamesScored(trainer.data_collator)
+    trainer.data_collator = objective.collator(trainer.data_collator)
+    cached = recipe.dpo.reference == "cached" and is_main_process()
+    with progress.waiting("reading all pairs with the frozen model, once") if cached else nullcontext():
+        trainer.train_dataset = objective.begin(model, trainer.accelerator, train)
     if recipe.router.has_losses:
         trainer.router = RouterLosses(model, recipe.router, trainer.accelerator)
     compiles = _prepare_layers_(model, recipe)
@@ -125,13 +129,13 @@ def train_sft(
             trainer.add_callback(FreeMemory())
         trainer.add_callback(metrics)
         if rows.eval is not None:
-            trainer.add_callback(Evaluation(list(rows.eval), recipe.train, metrics, evaluations))
+            trainer.add_callback(Evaluation(objective, rows.eval, recipe.train, metrics, evaluations))
         if (samples := recipe.train.samples) is not None:
             every = samples.every or recipe.train.eval_every
             trainer.add_callback(Samples(tokenizer, samples, metrics, every=every, thinking=bool(rows.thinking)))
         if expert_layers(model):
-            tokens = steps * _tokens_per_step(train, recipe)
-            trainer.add_callback(RoutingMonitor(model, rows.train, metrics, trained_tokens=tokens))
+            tokens, read = steps * _tokens_per_step(train, recipe), objective.sequences(rows.train)
+            trainer.add_callback(RoutingMonitor(model, read, metrics, trained_tokens=tokens))
         if (section := recipe.experts.reselect) is not None:
             seed = recipe.train.seed
             trainer.add_callback(Reselection(model, section, metrics, seed=seed, checkpoint=checkpoint))
@@ -175,7 +179,7 @@ def _prepare_experts(model: PeftModel, recipe: Recipe, progress: Progress) -> No
     with waiting("compiling and checking the expert kernels for this card, once"):
         prepare_experts(model, recipe.train.expert_backend)
     if expert_layers(model):
-        tokens, config = recipe.data.max_length * recipe.train.batch_size, text_config(model.get_base_model())
+        tokens, config = recipe.micro_batch_tokens, text_config(model.get_base_model())
         with waiting("choosing tiles of the expert kernels for this card, once"):
             tune_experts(model, Load(tokens, config.num_experts_per_tok))
 

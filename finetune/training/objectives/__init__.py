@@ -1,0 +1,1 @@
+"""What a run learns from its batches: one file per objective, behind one interface."""
