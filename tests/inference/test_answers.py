@@ -112,7 +112,7 @@ def test_base_and_adapter_side_by_side(adapter, tmp_path):
     for report in (alone, both):
         console = Console(width=80, record=True, file=(tmp_path / "screen").open("w"))
         console.print(report.render())
-        screen = console.export_text()
+        screen = " ".join(console.export_text().split())
         assert "exact match" in screen
         assert "ran into the limit of 6 tokens" in screen
         assert "exact match" in report._repr_html_()
