@@ -44,7 +44,7 @@ _OPTION = re.compile(
     r"(?P<command>`[^`]*`|\bfinetune [a-z-]+ [^,;`]*)"
     rf"|--(?P<name>[a-z][a-z-]*)(?: (?!(?:{_PROSE})\b)(?P<value>[\w./-]+))?"
 )
-_SWITCHES = ("resume", "overwrite")
+_SWITCHES = ("resume", "overwrite", "generate")
 
 
 def in_python(text: str) -> str:

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from finetune.formats.format import Format
     from finetune.formats.import_adapter import ImportReport
     from finetune.formats.packing import Packing
-    from finetune.inference.evaluate import EvalReport
+    from finetune.inference.eval_report import EvalReport
+    from finetune.inference.harness import HarnessReport
+    from finetune.inference.metrics import OwnMetric
     from finetune.io.dtypes import StorageDtype
     from finetune.merging.merge import MergeReport
     from finetune.merging.packed_base import MergeOnto
@@ -453,27 +455,73 @@ def evaluate(
     template: str = "chat",
     by: str | None = None,
     limit: int | None = None,
+    generate: bool = False,
+    output: str | Path | None = None,
+    metrics: Sequence[str | OwnMetric] = (),
+    tolerance: float = 1e-6,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    batch_size: int = 16,
+    against: str | Path | None = None,
     dtype: StorageDtype | None = None,
     base: str | Path | None = None,
     base_weights: LoadedWeights = "packed",
+    console: Console | None = None,
 ) -> EvalReport:
     """Exact match and loss of a model, an adapter or a run on a file of rows, or on several.
 
+    generate: let it write its answers as well, `batch_size` at a time, and judge them.  output: a file that gets them.
+    metrics: functions of answer, reference and row, or their import paths.  tolerance: of numbers that are to match.
+    against: `base`, which is the adapter switched off, or another model, adapter or run.
     base, base_weights: of an adapter, as for `load`.
     """
     from finetune.config.package_files import with_examples
+    from finetune.inference.answers import Writing, check_unwritten
+    from finetune.inference.evaluate import BASE, Source
     from finetune.inference.evaluate import evaluate as evaluate_rows
 
-    return evaluate_rows(
-        with_examples(str(path)),
-        [with_examples(str(each)) for each in ([data] if isinstance(data, (str, Path)) else data)],
-        template=template,
-        by=by,
-        limit=limit,
-        dtype=_torch_dtype(dtype),
-        base=base,
-        base_weights=base_weights,
-    )
+    writing = None
+    if generate:
+        writing = Writing(max_new_tokens, temperature, batch_size, tuple(metrics), tolerance, output)
+    else:
+        check_unwritten(output, metrics)
+    if against is not None and str(against) != BASE:
+        against = with_examples(str(against))
+    with rows_done(console or open_console(stderr=True), "answering") as progress:
+        return evaluate_rows(
+            Source(with_examples(str(path)), _torch_dtype(dtype), base, base_weights),
+            [with_examples(str(each)) for each in ([data] if isinstance(data, (str, Path)) else data)],
+            template=template,
+            by=by,
+            limit=limit,
+            writing=writing,
+            against=against,
+            progress=progress,
+        )
+
+
+def harness(
+    path: str | Path,
+    tasks: str | Sequence[str],
+    *,
+    task_folder: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    dtype: StorageDtype | None = None,
+    base: str | Path | None = None,
+    base_weights: LoadedWeights = "packed",
+) -> HarnessReport:
+    """Tasks of lm-evaluation-harness on a model, an adapter or a run.
+
+    task_folder: holds tasks of one's own.  limit: documents of each task at most.
+    """
+    from finetune.config.package_files import with_examples
+    from finetune.inference.evaluate import Source
+    from finetune.inference.harness import HarnessTasks
+
+    source = Source(with_examples(str(path)), _torch_dtype(dtype), base, base_weights)
+    found = HarnessTasks.find([tasks] if isinstance(tasks, str) else tasks, task_folder)  # before a model is loaded
+    return found.run(str(path), *source.load(), limit=limit, batch_size=batch_size)
 
 
 def chat(

@@ -76,6 +76,9 @@ def test_every_problem_at_once_on_stderr_with_exit_2(tmp_path, capsys):
         ["eval", "no/such/model", "--data", "rows.jsonl"],
         ["eval", "examples/tiny-qwen3-moe", "--data", "no/such/rows.jsonl"],
         ["eval", "examples/tiny-qwen3-moe", "--data", "examples/data/secret-code-heldout.jsonl", "--template", "chatt"],
+        ["eval", "examples/tiny-qwen3-moe"],
+        ["eval", "examples/tiny-qwen3-moe", "--harness", "gsm8k", "--generate", "--by", "domain"],
+        ["eval", "examples/tiny-qwen3-moe", "--data", "rows.jsonl", "--generate", "--metric", "no_such_module:f"],
     ],
 )
 def test_mistakes_exit_2_with_a_message_and_no_traceback(arguments, capsys):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -34,11 +34,13 @@ class Lead:
 
     mode: the mode whose prompt leads to its last trained answer; None when none does, and `why` says why not.
     earlier: trained answers before the last that stand where the model would think, and show no thinking.
+    prompt_tokens: of the row's tokens, how many are that prompt; 0 where none leads to the answer.
     """
 
     mode: Mode | None
     why: str = ""
     earlier: int = 0
+    prompt_tokens: int = field(default=0, compare=False)
 
 
 class Prompts:
@@ -84,7 +86,9 @@ class Prompts:
             if isinstance(wanted, bool) and "only" not in ends:
                 why = f"they say enable_thinking: {str(wanted).lower()}, and that prompt does not lead to the answer"
             return Lead(None, why, earlier if thinks else 0)
-        return Lead("off" if "off" in fitting else fitting[0], earlier=earlier if thinks else 0)
+        mode = "off" if "off" in fitting else fitting[0]
+        prompt_tokens = first + len(self._ids[ends[mode]]) // tokens.ids.itemsize
+        return Lead(mode, earlier=earlier if thinks else 0, prompt_tokens=prompt_tokens)
 
     def _rendered(self, chat: Conversation, at: int, before: str) -> dict[Mode, str]:
         """What the prompt of each mode ends with, from its last header on; none whose beginning is not `before`."""
@@ -116,8 +120,10 @@ class Prompts:
         """The same where no known header stands before the answer, by all tokens of every prompt."""
         prompts = self._prompts(chat, at)
         for mode in ("off", "on", "only"):
-            if mode in prompts and _begin_with(ids, self._tokenize(prompts[mode]).ids.tobytes()):
-                return Lead(mode)
+            if mode in prompts:
+                wanted = self._tokenize(prompts[mode]).ids
+                if _begin_with(ids, wanted.tobytes()):
+                    return Lead(mode, prompt_tokens=len(wanted))
         if not prompts:
             return Lead(None, "the chat template cannot ask for it")
         shown = next(iter(prompts.values()))[-30:]

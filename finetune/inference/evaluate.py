@@ -1,119 +1,138 @@
-"""Exact match and loss of a model on files of rows."""
+"""How well models answer files of rows: how likely they find the answers there, and how good their own are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from html import escape
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from finetune.adapters.attach import frozen_text, load
+from finetune.adapters.attach import load
+from finetune.adapters.files import adapter_folder
 from finetune.adapters.frozen import LoadedWeights
+from finetune.adapters.stock_config import ADAPTER_CONFIG
 from finetune.config.schema import DataFile
-from finetune.data.bad_rows import BadRow, BadRows
+from finetune.data.bad_rows import BadRows
 from finetune.data.columns import check_kind
-from finetune.data.encode import Encoded, Encoder, Encoding
+from finetune.data.encode import Encoded
 from finetune.data.prepare_report import unprompted_note
 from finetune.data.rows import Row, read_rows
-from finetune.data.templates import load_template
-from finetune.errors import DataError, Problem
-from finetune.models.scoring import RowScore, Score, score_rows
+from finetune.data.templates import DataTemplate, TextTemplate, load_template
+from finetune.errors import AdapterError, DataError, Problem
+from finetune.inference.answers import Progress, Sat, Sitting, Writing, write_rows
+from finetune.inference.eval_report import Against, EvalReport
+from finetune.inference.measured import Groups, compare, measure
+from finetune.inference.metrics import Metric, metrics
+from finetune.models.files import check_target_file
+from finetune.models.scoring import RowScore, Score
 
-COLUMNS = ("", "rows", "tokens", "loss", "exact match")
+BASE = "base"
 
 
 @dataclass(frozen=True)
-class EvalReport:
-    """How well a model answers rows.
+class Source:
+    """A model folder, or an adapter's or a run's, and how it is loaded; see `load`."""
 
-    total: all rows.  files: per file.  groups: per value of the field `by`, most rows first; empty without `by`.
-    notes: rows that the model's own prompt does not lead to, so that a chat would not show what is measured here.
-    frozen: what was used below an adapter, or of a packed model; see `frozen_text`.
-    """
+    path: str | Path
+    dtype: torch.dtype | None = None
+    base: str | Path | None = None
+    base_weights: LoadedWeights = "packed"
 
-    model: str
-    template: str
-    total: Score
-    files: dict[str, Score]
-    by: str | None
-    groups: dict[str, Score]
-    frozen: str | None = None
-    notes: tuple[str, ...] = ()
+    def load(self) -> tuple[Any, Any]:
+        """Model and tokenizer."""
+        return load(self.path, self.dtype, base=self.base, base_weights=self.base_weights)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON types."""
-        return asdict(self)
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder has an adapter rather than a model."""
+        return (adapter_folder(self.path) / ADAPTER_CONFIG).is_file()
 
-    def render(self) -> Table:
-        """A table for the terminal."""
-        title = "\n".join(filter(None, (f"{self.model}, template {self.template}", self.frozen)))
-        title = "\n".join((title, *(f"note: {note}" for note in self.notes)))
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for index, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if index else "left", overflow="fold")
-        for index, row in enumerate(self._rows()):
-            table.add_row(*row, style="bold" if index == 0 else None)
-        return table
-
-    def _rows(self) -> Iterable[tuple[str, ...]]:
-        named = {"all rows": self.total}
-        if len(self.files) > 1:
-            named |= self.files
-        named |= {f"{self.by}: {value}": score for value, score in self.groups.items()}
-        for name, score in named.items():
-            yield name, f"{score.rows:,}", f"{score.tokens:,}", f"{score.loss:.4f}", f"{score.exact_match:.1%}"
-
-    def _repr_html_(self) -> str:
-        """The same table in a notebook."""
-        head = "".join(f"<th>{column}</th>" for column in COLUMNS)
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows())
-        note = f"<caption>{escape(self.frozen)}</caption>" if self.frozen else ""
-        return f"<table>{note}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    def other(self, path: str | Path) -> Source:
+        """Another one, loaded the same way."""
+        source = replace(self, path=path)
+        return source if source.is_adapter else replace(source, base=None)
 
 
 def evaluate(
-    path: str | Path,
+    source: Source,
     data: Sequence[str | Path],
     *,
     template: str = "chat",
     by: str | None = None,
     limit: int | None = None,
-    dtype: torch.dtype | None = None,
-    base: str | Path | None = None,
-    base_weights: LoadedWeights = "packed",
+    writing: Writing | None = None,
+    against: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> EvalReport:
-    """Score a model folder or an adapter folder on files of rows.
+    """Score a model, an adapter or a run on files of rows.
 
     by: a field of the rows to report by.  limit: rows taken from the head of each file at most.
-    dtype, base, base_weights: as for `load`.
+    writing: let the model write answers too; it is asked for the last trained answer of every row.
+    against: `base`, which is the same model without its adapter, or another model, adapter or run.
+    progress: gets the answers written and all of them.
 
-    Exact match is the share of rows whose every loss token the model finds most likely: greedy decoding would write
-    the same answer. Loss is the mean over all loss tokens, in nats. Both are independent of batch sizes.
+    Exact match of `total` is the share of rows whose every loss token the model finds most likely: greedy decoding
+    would write the same answer. Loss is the mean over all loss tokens, in nats. Both are independent of batch sizes.
     Raises DataError with every bad row, ModelError or AdapterError when the weights cannot be read.
     """
     form = load_template(template)
     check_kind(form, "supervised")
+    judges = _judges(writing, form, template)
+    if against == BASE and not source.is_adapter:
+        hint = "give the folder of an adapter or a run, or name another model"
+        raise AdapterError(Problem("--against base", "needs an adapter to switch off", hint, str(source.path)))
     rows = _read(data, limit)
     if by is not None:
         _check_field(rows, by)
-    model, tokenizer = load(path, dtype, base=base, base_weights=base_weights)
-    encoded = _encode(rows, Encoder(tokenizer, form, Encoding()))
-    scores = score_rows(model, [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded])
+    sat, other, name = _sit(source, against, Sitting(rows, form, writing, judges, progress))
+    if writing is not None and writing.output is not None:
+        write_rows(writing.output, rows, sat, other)
+    groups = _groups(rows, by)
+    beside = None
+    if other is not None:
+        compared = tuple(compare(sat.columns, other.columns, groups))
+        beside = Against(name, Score.of(other.scores), other.frozen, other.answers(writing), compared)
     return EvalReport(
-        model=str(path),
+        model=str(source.path),
         template=template,
-        total=Score.of(scores),
-        files=_grouped((row.source for row in rows), scores),
+        total=Score.of(sat.scores),
+        files=_scores((row.source for row in rows), sat.scores),
         by=by,
-        groups=_grouped((str(row.fields[by]) for row in rows), scores) if by is not None else {},
-        frozen=frozen_text(model),
-        notes=_unprompted(rows, encoded),
+        groups=_scores((str(row.fields[by]) for row in rows), sat.scores) if by is not None else {},
+        frozen=sat.frozen,
+        notes=_unprompted(rows, sat.encoded),
+        answers=sat.answers(writing),
+        metrics=tuple(measure(sat.columns, groups)) if writing is not None else (),
+        against=beside,
     )
+
+
+def _judges(writing: Writing | None, form: DataTemplate, template: str) -> list[Metric]:
+    """What judges written answers; errors come before a model is loaded."""
+    if writing is None:
+        return []
+    if isinstance(form, TextTemplate):
+        hint = "use a template with a question and an answer; without --generate the loss is reported"
+        raise DataError(Problem(f"template {template}", "makes plain text, which asks for no answer", hint))
+    if writing.output is not None:
+        check_target_file(writing.output)
+    return metrics(writing.metrics, writing.tolerance)
+
+
+def _sit(source: Source, against: str | Path | None, sitting: Sitting) -> tuple[Sat, Sat | None, str]:
+    """What the model makes of the rows, what the other one does, and that one's name; one in memory at a time."""
+    model, tokenizer = source.load()
+    sat = sitting.of(model, tokenizer)
+    if against is None:
+        return sat, None, ""
+    if against == BASE:
+        with model.disable_adapter():
+            return sat, sitting.of(model, tokenizer), f"{model.get_base_model().name_or_path}, the base"
+    del model, tokenizer
+    return sat, sitting.of(*source.other(against).load()), str(against)
 
 
 def _read(data: Sequence[str | Path], limit: int | None) -> list[Row]:
@@ -149,23 +168,25 @@ def _unprompted(rows: Sequence[Row], encoded: Sequence[Encoded]) -> tuple[str, .
     return tuple(unprompted_note(why, len(found), found) for why, found in places.items())
 
 
-def _encode(rows: Sequence[Row], encoder: Encoder) -> list[Encoded]:
-    """Tokens and labels of each row."""
-    bad = BadRows()
-    encoded: list[Encoded] = []
-    for row, answer in zip(rows, encoder.encode(rows), strict=True):
-        if isinstance(answer, BadRow):
-            bad.add(row.where, answer)
-        else:
-            encoded.append(answer)
-    if bad.stop:
-        raise DataError(*bad.listing("the rows"))
-    return encoded
+def _groups(rows: Sequence[Row], by: str | None) -> Groups:
+    """All rows, those of each file where there are several, and those of each value of a field."""
+    files = _by_key(row.source for row in rows)
+    groups: Groups = {"all rows": list(range(len(rows)))}
+    if len(files) > 1:
+        groups |= files
+    if by is not None:
+        groups |= {f"{by}: {value}": found for value, found in _by_key(str(row.fields[by]) for row in rows).items()}
+    return groups
 
 
-def _grouped(keys: Iterable[str], scores: Sequence[RowScore]) -> dict[str, Score]:
-    """One score per key, most rows first, then by name."""
-    groups: dict[str, list[RowScore]] = {}
-    for key, score in zip(keys, scores, strict=True):
-        groups.setdefault(key, []).append(score)
-    return {key: Score.of(groups[key]) for key in sorted(groups, key=lambda key: (-len(groups[key]), key))}
+def _scores(keys: Iterable[str], scores: Sequence[RowScore]) -> dict[str, Score]:
+    """One score per key."""
+    return {key: Score.of([scores[index] for index in found]) for key, found in _by_key(keys).items()}
+
+
+def _by_key(keys: Iterable[str]) -> Groups:
+    """Indices per key, most first, then by name."""
+    groups: Groups = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return {key: groups[key] for key in sorted(groups, key=lambda key: (-len(groups[key]), key))}

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import DataError, ModelError
-from finetune.inference.evaluate import evaluate
+from finetune.inference.evaluate import Source, evaluate
 
 BASE = "examples/tiny-qwen3-moe"
 OLD = "examples/data/old-domains-heldout.jsonl"
@@ -13,7 +13,7 @@ NEW = "examples/data/secret-code-heldout.jsonl"
 
 @pytest.fixture(scope="module")
 def report():
-    return evaluate(BASE, [OLD, NEW], limit=12)
+    return evaluate(Source(BASE), [OLD, NEW], limit=12)
 
 
 def test_the_base_knows_the_old_and_not_the_new(report):
@@ -33,7 +33,7 @@ def test_the_report_is_json_a_table_and_html(report):
 
 
 def test_by_field_splits_the_rows():
-    report = evaluate(BASE, [OLD], by="domain", limit=12)
+    report = evaluate(Source(BASE), [OLD], by="domain", limit=12)
     assert sum(score.rows for score in report.groups.values()) == 12
     assert list(report.groups) == sorted(report.groups, key=lambda name: (-report.groups[name].rows, name))
 
@@ -42,19 +42,19 @@ def test_every_mistake_of_every_file_at_once(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": []}\n{"messages": [{"role": "user", "content": "x"}]}\n')
     with pytest.raises(DataError) as error:
-        evaluate(BASE, [tmp_path / "none.jsonl", tmp_path / "nor-this.jsonl"])
+        evaluate(Source(BASE), [tmp_path / "none.jsonl", tmp_path / "nor-this.jsonl"])
     assert len(error.value.problems) == 2
     with pytest.raises(DataError) as error:
-        evaluate(BASE, [bad])
+        evaluate(Source(BASE), [bad])
     assert [problem.where.split(":")[1] for problem in error.value.problems] == ["1", "2"]
 
 
 def test_a_field_rows_do_not_have(tmp_path):
     with pytest.raises(DataError, match="'difficulty'") as error:
-        evaluate(BASE, [NEW], by="difficulty")
+        evaluate(Source(BASE), [NEW], by="difficulty")
     assert "messages" in str(error.value)
 
 
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(ModelError):
-        evaluate(tmp_path, [Path(NEW)], limit=1)
+        evaluate(Source(tmp_path), [Path(NEW)], limit=1)
