@@ -241,6 +241,9 @@ def test_an_adapter_that_names_no_base(tmp_path):
 def test_a_lost_sidecar_means_all_experts(folders):
     base, adapter, model = folders
     (adapter / "finetune_adapter.json").unlink()
+    with pytest.raises(AdapterError, match="is missing"):
+        load_adapter(load_model(base, dtype=torch.float32), adapter)
+    (adapter / "complete.json").unlink()
     loaded = load_adapter(load_model(base, dtype=torch.float32), adapter)
     assert (logits(loaded) - logits(model)).abs().max() < 1e-5
     assert {len(p) for name, p in tensors_of(loaded).items() if "experts" in name} == {6}
@@ -314,6 +317,9 @@ def test_damaged_folders_are_refused(folders):
 
     (adapter / "adapter_model.safetensors").write_bytes(whole[:-8])
     refused("adapter_model.safetensors")
+    (adapter / "complete.json").unlink()
+    (adapter / "adapter_model.safetensors").write_bytes(whole[:-8])
+    refused("adapter_model.safetensors")
     corrupt(adapter, lambda t: t.pop(name))
     refused("lora_A")
     corrupt(adapter, lambda t: t[name].fill_(float("nan")))
@@ -339,7 +345,7 @@ def test_resuming_with_the_same_plan_passes(folders):
         ({"experts": BOTH, "rank": 3}, None, r"trained experts \[1, 4\] before and \[0, 1, 2, 3, 4, 5\] now"),
         ({"experts": BOTH, "rank": 3}, ExpertPlan({0: (1, 5), 1: (0, 2, 3)}, 6), r"\[1, 4\] before and \[1, 5\] now"),
         ({"experts": BOTH, "rank": 3}, ExpertPlan({0: (1, 4)}, 6), "layers.1.mlp.experts.*absent now"),
-        ({"experts": BOTH, "rank": 4}, SOME, r"is \(18, 24\) in the checkpoint, \(24, 24\) now"),
+        ({"experts": BOTH, "rank": 4}, SOME, r"is \(18, 24\) in the file, \(24, 24\) now"),
         ({"experts": BOTH, "rank": 3, "attention": ["q_proj"]}, SOME, "v_proj.*absent now"),
         ({"experts": ["down_proj"], "rank": 3}, SOME, "experts.base_layer.*absent now"),
     ],
