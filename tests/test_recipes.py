@@ -97,7 +97,8 @@ def few_rows(recipe: Path, folder: Path) -> dict[str, Any]:
         return str(copy)
 
     data = settings(recipe)["data"]
-    found: dict[str, Any] = {"data.train": [{**source, "path": cut(source["path"])} for source in data["train"]]}
+    sources = [{"path": data["train"]}] if isinstance(data["train"], str) else data["train"]
+    found: dict[str, Any] = {"data.train": [{**source, "path": cut(source["path"])} for source in sources]}
     if "eval" in data:
         found["data.eval"] = cut(data["eval"])
     return found

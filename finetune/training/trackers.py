@@ -52,7 +52,7 @@ class Trackers(TrainerCallback):
 
     def __init__(self, names: Sequence[Tracker], run: Path, recipe: Recipe) -> None:
         self._recipe = _Recipe(recipe)
-        for variable, value in _defaults(run).items():
+        for variable, value in _defaults(run).items() if names else ():
             os.environ.setdefault(variable, value)
         self._open: dict[str, TrainerCallback] = {}
         for name in names:

@@ -134,6 +134,7 @@ def test_damaged_files_are_told(tmp_path):
     sidecar = tmp_path / "adapter" / "finetune_adapter.json"
     content = json.loads(sidecar.read_text())
     sidecar.unlink()
+    (tmp_path / "adapter" / "complete.json").unlink()
     with pytest.raises(AdapterError, match="the sidecar does not say which"):
         AdapterFiles.open(tmp_path / "adapter")
     for change, match in (

@@ -37,6 +37,7 @@ def test_the_schema_is_a_schema():
         "router",
         "data",
         "train",
+        "dpo",
         "output",
     ]
 

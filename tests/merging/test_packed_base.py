@@ -188,6 +188,7 @@ def test_adapters_of_differently_packed_models(case, tmp_path):
 
 def test_settings_that_are_none_are_refused(case, tmp_path):
     shutil.copytree(case[2], tmp_path / "adapter")
+    (tmp_path / "adapter/complete.json").unlink()
     edit_json(tmp_path / "adapter/finetune_adapter.json", quantize={"scheme": "int3"})
     with pytest.raises(AdapterError, match="is not a quantize section"):
         merge(tmp_path / "adapter", tmp_path / "merged", onto="dequantized")

@@ -25,7 +25,7 @@ def base_and_adapter(tmp_path):
     base = write_base(tmp_path / "base", config)
     (base / "generation_config.json").write_text('{"eos_token_id": 256, "top_k": 20}')
     adapter = write_adapter(tmp_path / "adapter", base, std=0.1, **chosen)
-    sidecar = {"format_version": 1, "thinking": False, "ends": [END, "x", -3, 10**9]}
+    sidecar = {"format_version": 1, "thinking": False, "ends": [END]}
     (adapter / "finetune_adapter.json").write_text(json.dumps(sidecar))
     return base, adapter
 
