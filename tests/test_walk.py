@@ -44,7 +44,8 @@ def run(tmp_path_factory):
     """One uninterrupted short run, in a process of its own as a user would start it."""
     folder = tmp_path_factory.mktemp("walk") / "run"
     command = [sys.executable, "-m", "finetune", *short(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    loud = {**os.environ, "WANDB_MODE": "offline"}  # transformers prints about it on stdout
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=loud)
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout), result
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,7 +102,7 @@ def train(
     from finetune import pipeline
 
     again = ["finetune", "train", str(recipe), *(overrides or ()), *(["--json"] if as_json else [])]
-    with _told_how_to_go_on(Path(checked.output.dir), again):
+    with _told_how_to_go_on(Path(checked.output.dir), again), _json_alone(as_json):
         run = pipeline.train(checked, resume=resume, overwrite=overwrite, console=open_console(stderr=as_json))
     _print_run(run, as_json)
 
@@ -118,9 +119,14 @@ def resume(
     from finetune import pipeline
 
     again = ["finetune", "resume", str(run), *(overrides or ()), *(["--json"] if as_json else [])]
-    with _told_how_to_go_on(run, again):
+    with _told_how_to_go_on(run, again), _json_alone(as_json):
         done = pipeline.resume(run, *(overrides or ()), console=open_console(stderr=as_json))
     _print_run(done, as_json)
+
+
+def _json_alone(as_json: bool) -> AbstractContextManager[object]:
+    """What libraries print goes to stderr where stdout is for one JSON object."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from finetune.config.schema import DataSection
 from finetune.data.bad_rows import BadRow
-from finetune.data.encode import IGNORED, Encoder, Encoding
+from finetune.data.encode import IGNORED, Encoded, Encoder, Encoding
 from finetune.data.feedback.rows import read_feedback
-from finetune.data.feedback.tokens import FeedbackEncoder
+from finetune.data.feedback.tokens import EncodedFeedback, FeedbackEncoder
 from finetune.data.markers import Markers
 from finetune.data.messages import interpret
 from finetune.data.row_text import RowText, feedback_text, row_text
@@ -41,43 +42,34 @@ class Measured:
 
 def reader_of(template: DataTemplate, section: DataSection, tokenizer: Any) -> Reader:
     """What measures rows of a template. DataError for a tokenizer that cannot encode them."""
+    encoder: Encoder | FeedbackEncoder
+    measure: Callable[[Row, Any], Measured]
     if isinstance(template, FeedbackTemplate):
-        return _feedback_reader(template, section, tokenizer)
-    encoder = Encoder(tokenizer, template, at_any_length(section))
+        encoder = FeedbackEncoder(tokenizer, template, at_any_length(section))
+        measure = partial(_feedback, template)
+    else:
+        encoder = Encoder(tokenizer, template, at_any_length(section))
+        measure = partial(_supervised, template)
 
     def read(rows: Sequence[Row]) -> list[Measured | BadRow]:
-        found: list[Measured | BadRow] = []
-        for row, answer in zip(rows, encoder.encode(rows), strict=True):
-            if isinstance(answer, BadRow):
-                found.append(answer)
-                continue
-            ids, text = answer.input_ids, row_text(interpret(row.fields, template))
-            found.append(Measured(len(ids), ids, answer.labels, answer.loss_tokens, answer.unread, text))
-        return found
+        encoded = zip(rows, encoder.encode(rows), strict=True)
+        return [answer if isinstance(answer, BadRow) else measure(row, answer) for row, answer in encoded]
 
     return read
 
 
-def _feedback_reader(template: Feedbacks, section: DataSection, tokenizer: Any) -> Reader:
-    encoder = FeedbackEncoder(tokenizer, template, at_any_length(section))
+def _supervised(template: DataTemplate, row: Row, encoded: Encoded) -> Measured:
+    ids, text = encoded.input_ids, row_text(interpret(row.fields, template))
+    return Measured(len(ids), ids, encoded.labels, encoded.loss_tokens, encoded.unread, text)
 
-    def read(rows: Sequence[Row]) -> list[Measured | BadRow]:
-        found: list[Measured | BadRow] = []
-        for row, answer in zip(rows, encoder.encode(rows), strict=True):
-            if isinstance(answer, BadRow):
-                found.append(answer)
-                continue
-            ids, labels = list(answer.prompt_ids), [IGNORED] * len(answer.prompt_ids)
-            for completion in answer.completions:
-                ids += completion.ids
-                labels += completion.labels
-            text = feedback_text(read_feedback(row.fields, template))
-            found.append(
-                Measured(answer.longest, ids, labels, answer.loss_tokens, answer.unread, text, answer.prompt_ids)
-            )
-        return found
 
-    return read
+def _feedback(template: Feedbacks, row: Row, encoded: EncodedFeedback) -> Measured:
+    ids, labels = list(encoded.prompt_ids), [IGNORED] * len(encoded.prompt_ids)
+    for completion in encoded.completions:
+        ids += completion.ids
+        labels += completion.labels
+    text = feedback_text(read_feedback(row.fields, template))
+    return Measured(encoded.longest, ids, labels, encoded.loss_tokens, encoded.unread, text, encoded.prompt_ids)
 
 
 def at_any_length(section: DataSection) -> Encoding:

@@ -52,10 +52,10 @@ class Trackers(TrainerCallback):
 
     def __init__(self, names: Sequence[Tracker], run: Path, recipe: Recipe) -> None:
         self._recipe = _Recipe(recipe)
-        for variable, value in _defaults(run).items() if names else ():
-            os.environ.setdefault(variable, value)
         self._open: dict[str, TrainerCallback] = {}
         for name in names:
+            for variable, value in _defaults(run).get(name, {}).items():
+                os.environ.setdefault(variable, value)
             (kind,) = get_reporting_integration_callbacks([name])
             with _named(name):
                 self._open[name] = kind()
@@ -88,12 +88,11 @@ class Trackers(TrainerCallback):
                 logger.warning("%s was not closed: %s", name, error)
 
 
-def _defaults(run: Path) -> dict[str, str]:
+def _defaults(run: Path) -> dict[str, dict[str, str]]:
+    """Variables that set a tracker up, where the user has not set them."""
     return {
-        "WANDB_MODE": "offline",
-        "WANDB_PROJECT": PROJECT,
-        "WANDB_DIR": str(run),
-        "MLFLOW_EXPERIMENT_NAME": PROJECT,
+        "wandb": {"WANDB_MODE": "offline", "WANDB_PROJECT": PROJECT, "WANDB_DIR": str(run)},
+        "mlflow": {"MLFLOW_EXPERIMENT_NAME": PROJECT},
     }
 
 

@@ -19,7 +19,7 @@ SETTINGS = {
 TRAINING = {
     "steps": 60, "best_step": 40, "rows": 3000, "tokens": 97794, "loss_tokens": 18032, "trained_parameters": 122880,
     "train_loss_first": 5.2, "train_loss_last": 1.25, "eval_rows": 200, "eval_loss_before": 10.24, "eval_loss": 2.5,
-    "eval_exact_match_before": 0.0, "eval_exact_match": 0.5, "datasets": ["owner/rows", "/home/me/rows.jsonl"],
+    "eval_exact_match_before": 0.0, "eval_exact_match": 0.5, "datasets": ["owner/rows", "/rows.jsonl"],
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_a_run_of_ours(tmp_path):
         "enable_thinking=False",
     ):
         assert text in card
-    assert "/home/me" not in card
+    assert "rows.jsonl" not in card
 
 
 def test_an_adapter_of_another_tool_is_told_by_its_settings_alone(tmp_path):

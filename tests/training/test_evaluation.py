@@ -140,6 +140,8 @@ class Failing:
 def test_a_tracker_that_fails_costs_no_run(tmp_path, monkeypatch, caplog):
     import finetune.training.trackers as module
 
+    for variable in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):  # so that none outlives this test
+        monkeypatch.setenv(variable, "disabled")
     one = Failing()
     monkeypatch.setattr(module, "get_reporting_integration_callbacks", lambda names: [lambda: one])
     recipe = load_recipe("recipes/quickstart.yaml", f"output.dir={tmp_path}")
